@@ -1,0 +1,226 @@
+/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note OR MIT */
+/*
+ * The contract between baton.ko and user space: one device, /dev/baton (0600), sized ioctls.
+ *
+ * Every struct starts with `__u32 size`, set by the caller to sizeof(its struct) (LUO's style): the module accepts
+ * a shorter one (missing fields read as 0) and a longer one whose surplus is all zero (else E2BIG). Fields named
+ * `reserved` must be zero (EINVAL).
+ *
+ * What each errno means, whatever the call:
+ *   ENOTTY      this module has no such call            E2BIG       the caller knows fields that this module does not
+ *   EINVAL      the arguments contradict themselves     ENOENT      no such instance, or no memory object there
+ *   EBUSY       something depends on it, or pages there cannot be moved now
+ *   EEXIST      it overlaps what is there already       EPERM       kernel lockdown, or no CAP_SYS_ADMIN
+ *   EOPNOTSUPP  this machine or kernel cannot           ERANGE      address outside what the call is for
+ *
+ * The module knows memory objects, instances (a label with an id, to which CPUs and memory are accounted),
+ * CPUs, doorbells and PCI functions. It knows nothing of updates, services or formats.
+ */
+#ifndef _UAPI_BATON_H
+#define _UAPI_BATON_H
+
+#include <linux/types.h>
+#include <linux/ioctl.h>
+
+#define BATON_ABI_VERSION	1
+#define BATON_DEVICE		"/dev/baton"
+#define BATON_NAME_LEN		32
+#define BATON_IMAGE_LEN		64
+#define BATON_PCI_MAX		32
+
+/* The instance that stands for the kernel the module runs in. It is always there and is never destroyed. */
+#define BATON_SELF		0
+
+/* BATON_IOC_INFO: what this kernel is. */
+#define BATON_INFO_X2APIC	(1u << 0)	/* ICR is written by MSR */
+#define BATON_INFO_LA57		(1u << 1)	/* five-level page tables are in use */
+#define BATON_INFO_LOCKDOWN	(1u << 2)	/* kexec is locked down: every call that changes anything gives EPERM */
+struct baton_info {
+	__u32 size;
+	__u32 abi;			/* out: BATON_ABI_VERSION */
+	__u32 flags;			/* out: BATON_INFO_* */
+	__u32 tsc_khz;			/* out */
+	__u64 memory_block_size;	/* out: grain of BATON_IOC_MEM_ADOPT, bytes */
+	__u32 possible_cpus;		/* out: one more than the highest CPU number */
+	__u32 instances;		/* out: how many, BATON_SELF not counted */
+};
+
+/* BATON_IOC_CPU_INFO: one logical CPU. ENOENT past the last possible one. */
+#define BATON_CPU_PRESENT	(1u << 0)
+#define BATON_CPU_ONLINE	(1u << 1)
+struct baton_cpu_info {
+	__u32 size;
+	__u32 cpu;			/* in: Linux's number */
+	__u32 apic_id;			/* out */
+	__u32 flags;			/* out: BATON_CPU_* */
+};
+
+/*
+ * BATON_IOC_INSTANCE_CREATE, _UPDATE, _DESTROY: rows of /proc/multikernel. The state is user space's word; the
+ * module only shows it. DESTROY gives EBUSY while a CPU is recorded there or its memory is mapped; else it gives
+ * back the memory it holds.
+ */
+struct baton_instance {
+	__u32 size;
+	__u32 id;			/* CREATE: out; else in */
+	__u32 state;			/* enum baton_state */
+	__u32 reserved;
+	char name[BATON_NAME_LEN];	/* NUL-terminated, [A-Za-z0-9._+-]; UPDATE: ignored */
+	char image[BATON_IMAGE_LEN];	/* NUL-terminated, printable; UPDATE: empty = leave */
+};
+enum baton_state {
+	BATON_STATE_CREATED = 0,
+	BATON_STATE_LOADED = 1,
+	BATON_STATE_BOOTING = 2,
+	BATON_STATE_RUNNING = 3,
+	BATON_STATE_SERVING = 4,
+	BATON_STATE_FAILED = 5,
+	BATON_STATE_RETIRED = 6,
+};
+
+/*
+ * BATON_IOC_MEM_TAKE: make [start, start + len) a memory object. Page-aligned. How it is got:
+ *   ALLOC     out of this kernel's allocator, at exactly this place, moving what can be moved (EBUSY if not).
+ *   OUTSIDE   memory that is no System RAM of this kernel (a control block, memmap= at boot); EEXIST otherwise.
+ *   RESERVED  e820 RAM that was reserved at boot (struct pages exist, PageReserved): it becomes ordinary allocated
+ *             memory, counted in MemTotal. EINVAL if any page there is not reserved or has no struct page.
+ *   BORROW    RAM below 1 MiB, which Linux reserves at boot and leaves alone (the SIPI page). It stays reserved.
+ *             ERANGE above 1 MiB, EINVAL where a page is not reserved.
+ * BATON_IOC_MEM_GIVE_BACK: the same range, whole: to the allocator (ALLOC, RESERVED), or just forgotten
+ * (OUTSIDE, BORROW).
+ * EBUSY while mapped or while a file of it is open.
+ */
+#define BATON_MEM_ALLOC		0
+#define BATON_MEM_OUTSIDE	1
+#define BATON_MEM_RESERVED	2
+#define BATON_MEM_BORROW	3
+struct baton_mem {
+	__u32 size;
+	__u32 instance;			/* TAKE: to whom it is accounted; GIVE_BACK: must match */
+	__u32 how;			/* BATON_MEM_* (TAKE) */
+	__u32 reserved;
+	__u64 start;
+	__u64 len;
+};
+
+/*
+ * BATON_IOC_MEM_FD: a file for [start, start + len), which must lie within one memory object. The file can be
+ * mmapped (MAP_SHARED, offset 0 = start) and nothing else; it may be passed to an unprivileged process.
+ * PAGES maps by struct page, so that O_DIRECT, futexes and ptrace work on it (ALLOC and RESERVED only);
+ * otherwise by frame number.
+ */
+#define BATON_FD_READONLY	(1u << 0)
+#define BATON_FD_PAGES		(1u << 1)
+struct baton_mem_fd {
+	__u32 size;
+	__u32 flags;			/* BATON_FD_* */
+	__u64 start;
+	__u64 len;
+	__s32 fd;			/* out, close-on-exec */
+	__u32 reserved;
+};
+
+/*
+ * BATON_IOC_MEM_ADOPT: hot-add RAM that this kernel has not seen yet; whole memory blocks. Onlined as
+ * /sys/devices/system/memory/auto_online_blocks says. There is no way back.
+ */
+struct baton_adopt {
+	__u32 size;
+	__u32 reserved;
+	__u64 start;
+	__u64 len;
+};
+
+/*
+ * BATON_IOC_CPU_GIVE: a CPU that is offline here goes to an instance. START sends INIT, SIPI, SIPI to page
+ * `start_pa` (below 1 MiB); RECORD only accounts for it (user space wakes it through a mailbox).
+ * BATON_IOC_CPU_TAKE: the account ends. FENCE sends INIT first, so that whatever ran there stops; never use it on
+ * the CPU that the firmware booted: it would reset the machine. RECORD sends nothing.
+ * EBUSY: the APIC id is online here, or belongs to another instance.
+ */
+#define BATON_CPU_RECORD	0
+#define BATON_CPU_START		1
+#define BATON_CPU_FENCE		2
+struct baton_cpu {
+	__u32 size;
+	__u32 instance;
+	__u32 apic_id;
+	__u32 how;			/* BATON_CPU_* */
+	__u64 start_pa;			/* START only, else 0 */
+};
+
+/*
+ * BATON_IOC_DOORBELL_OPEN: an interrupt vector on the CPU that Linux calls 0; each arrival signals the eventfd.
+ * One per open file of /dev/baton (EBUSY); it ends with the file.
+ * BATON_IOC_DOORBELL_RING: send vector to an APIC id of another kernel. Vectors below 32 and broadcast ids: EINVAL.
+ */
+struct baton_doorbell {
+	__u32 size;
+	__s32 eventfd;			/* OPEN: in */
+	__u32 apic_id;			/* OPEN: out, RING: in */
+	__u32 vector;			/* OPEN: out, RING: in */
+};
+
+/*
+ * BATON_IOC_YIELD: this kernel's last online CPU (EBUSY when it is not the last) leaves the kernel: interrupts off,
+ * table_pa (one page in a memory object of ours) becomes a top-level page table made of this kernel's upper half
+ * and the lower half of ident_pa, and the CPU jumps to physical entry_pa with
+ *   rsi = arg_pa, rdi = address to return to, CR4.PCIDE and CR4.PGE clear.
+ * If it comes back to that address (any stack, same tables), the call returns with the time away; else never.
+ */
+struct baton_yield {
+	__u32 size;
+	__u32 reserved;
+	__u64 entry_pa;
+	__u64 arg_pa;
+	__u64 table_pa;
+	__u64 ident_pa;
+	__u64 away_tsc;			/* out: TSC ticks between leaving and coming back */
+};
+
+/*
+ * BATON_IOC_PCI_ADD: a root bus (own domain) that shows only these functions, through ECAM. EEXIST when
+ * there is one. BATON_IOC_PCI_REMOVE: takes it away with its devices (size and domain only).
+ */
+struct baton_pci {
+	__u32 size;
+	__u32 domain;
+	__u64 ecam_pa;			/* of bus 0 */
+	__u32 bus_end;			/* buses 0..=bus_end */
+	__u32 functions;		/* how many of bdf[] count */
+	__u16 bdf[BATON_PCI_MAX];	/* bus << 8 | device << 3 | function */
+};
+
+/*
+ * BATON_IOC_PANIC_NOTICE: when this kernel panics, write `value` to the 8-aligned word at pa (in an OUTSIDE memory
+ * object) and ring (apic_id, vector), unless vector is 0. Ends with the file. One per machine (EBUSY).
+ */
+struct baton_panic_notice {
+	__u32 size;
+	__u32 apic_id;
+	__u32 vector;
+	__u32 reserved;
+	__u64 pa;
+	__u64 value;
+};
+
+#define BATON_IOC(nr)			_IO(0xBA, nr)
+#define BATON_IOC_INFO			BATON_IOC(0x00)
+#define BATON_IOC_CPU_INFO		BATON_IOC(0x01)
+#define BATON_IOC_INSTANCE_CREATE	BATON_IOC(0x10)
+#define BATON_IOC_INSTANCE_UPDATE	BATON_IOC(0x11)
+#define BATON_IOC_INSTANCE_DESTROY	BATON_IOC(0x12)
+#define BATON_IOC_MEM_TAKE		BATON_IOC(0x20)
+#define BATON_IOC_MEM_GIVE_BACK		BATON_IOC(0x21)
+#define BATON_IOC_MEM_FD		BATON_IOC(0x22)
+#define BATON_IOC_MEM_ADOPT		BATON_IOC(0x23)
+#define BATON_IOC_CPU_GIVE		BATON_IOC(0x30)
+#define BATON_IOC_CPU_TAKE		BATON_IOC(0x31)
+#define BATON_IOC_DOORBELL_OPEN		BATON_IOC(0x40)
+#define BATON_IOC_DOORBELL_RING		BATON_IOC(0x41)
+#define BATON_IOC_YIELD			BATON_IOC(0x50)
+#define BATON_IOC_PCI_ADD		BATON_IOC(0x60)
+#define BATON_IOC_PCI_REMOVE		BATON_IOC(0x61)
+#define BATON_IOC_PANIC_NOTICE		BATON_IOC(0x70)
+
+#endif

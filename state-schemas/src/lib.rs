@@ -1,0 +1,3 @@
+//! WHAT crosses: every byte that both kernels must agree on. No I/O, no unsafe code.
+pub mod control_block;
+pub mod shared;
