@@ -1,0 +1,128 @@
+//! The agent's end of one service's connection, blocking: for `batond` in a thread, and for tests. It keeps the same
+//! [`Standing`] as the service does, so a service that reports out of order is found out here.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use nix::poll::PollFlags;
+
+use super::Error;
+use super::protocol::{
+    Hello, Inbox, Standing, ToAgent, ToService, encode, recv_with_fd, send_all, wait,
+};
+
+/// One service, seen from the agent.
+#[derive(Debug)]
+pub struct AgentEnd {
+    socket: UnixStream,
+    inbox: Inbox,
+    standing: Standing,
+    hello: Hello,
+}
+
+impl AgentEnd {
+    /// Waits for the greeting of a service that has just connected, and checks it.
+    ///
+    /// # Errors
+    /// A time-out, a socket that fails, a greeting that is none or out of bounds.
+    pub fn accept(socket: UnixStream, patience: Duration) -> Result<Self, Error> {
+        socket.set_nonblocking(true)?;
+        let hello = Hello {
+            protocol: 0,
+            name: String::new(),
+            schema_kind: 0,
+            schema_version: 0,
+            wanted_arena_len: 0,
+        };
+        let mut end = Self {
+            socket,
+            inbox: Inbox::default(),
+            standing: Standing::Unknown,
+            hello,
+        };
+        match end.report(patience)? {
+            ToAgent::Hello(hello) => {
+                hello.check()?;
+                end.hello = hello;
+                Ok(end)
+            }
+            other => Err(Error::OutOfOrder {
+                message: format!("{other:?}"),
+                standing: Standing::Unknown,
+            }),
+        }
+    }
+
+    /// Who it is.
+    #[must_use]
+    pub fn hello(&self) -> &Hello {
+        &self.hello
+    }
+
+    /// Where it stands.
+    #[must_use]
+    pub fn standing(&self) -> Standing {
+        self.standing
+    }
+
+    /// Gives it its arena.
+    ///
+    /// # Errors
+    /// The socket's, or out of order.
+    pub fn give_arena(&mut self, file: BorrowedFd<'_>, len: u64, fresh: bool) -> Result<(), Error> {
+        self.send(&ToService::Arena { len, fresh }, Some(file))
+    }
+
+    /// Sends any other order.
+    ///
+    /// # Errors
+    /// The socket's, or out of order; `Arena` is always refused, having no descriptor here.
+    pub fn order(&mut self, order: &ToService) -> Result<(), Error> {
+        if order.descriptors() != 0 {
+            return Err(Error::Descriptors(0, order.descriptors()));
+        }
+        self.send(order, None)
+    }
+
+    /// The next report, waiting for it. A failure is an error that names the service.
+    ///
+    /// # Errors
+    /// A time-out, a closed socket, a report out of order, or the service's own failure.
+    pub fn report(&mut self, patience: Duration) -> Result<ToAgent, Error> {
+        loop {
+            if let Some(report) = self.inbox.next()? {
+                self.standing = self.standing.reported(&report)?;
+                return match report {
+                    ToAgent::Failed { cause } => Err(Error::ServiceFailed {
+                        name: self.hello.name.clone(),
+                        cause,
+                    }),
+                    report => Ok(report),
+                };
+            }
+            wait(self.socket.as_fd(), PollFlags::POLLIN, Some(patience))?;
+            let mut buffer = [0; 1024];
+            match recv_with_fd(self.socket.as_fd(), &mut buffer) {
+                Ok((0, _)) => return Err(Error::Closed),
+                Ok((_, Some(_))) => return Err(Error::Descriptors(1, 0)),
+                Ok((len, None)) => self.inbox.push(&buffer[..len], None)?,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn send(&mut self, order: &ToService, file: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+        let next = self.standing.ordered(order)?;
+        send_all(self.socket.as_fd(), &encode(order)?, file)?;
+        self.standing = next;
+        Ok(())
+    }
+}
+
+impl AsFd for AgentEnd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

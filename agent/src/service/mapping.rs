@@ -1,0 +1,122 @@
+//! The door between a memory file and memory: the only unsafe code of the SDK. A received descriptor gets an owner, and
+//! a mapped arena becomes a slice.
+#![expect(
+    unsafe_code,
+    reason = "mmap of the arena, and ownership of descriptors received beside a message"
+)]
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
+use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::stat::{SFlag, fstat};
+
+use super::Error;
+use super::client::Held;
+
+/// No arena is larger: a length beyond it is a misread message.
+pub const MAX_ARENA: u64 = 1 << 40;
+const PAGE: u64 = 4096;
+
+/// An arena, mapped shared from offset 0 of its memory file and present in the page tables from the start (no page
+/// fault inside the blackout). Reachable only while its service holds an epoch.
+#[derive(Debug)]
+pub struct Arena {
+    start: NonNull<u8>,
+    len: usize,
+    fresh: bool,
+}
+
+impl Arena {
+    /// Maps the whole arena.
+    ///
+    /// # Errors
+    /// A length that is no multiple of 4096, zero, above [`MAX_ARENA`] or beyond the file's end; or mmap's own.
+    pub fn map(file: impl AsFd, len: u64, fresh: bool) -> Result<Self, Error> {
+        let stat = fstat(&file).map_err(io::Error::from)?;
+        let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+        // A device knows its own end and refuses a longer mapping; behind a file's end there would be SIGBUS instead.
+        let held = if kind == SFlag::S_IFCHR {
+            len
+        } else {
+            u64::try_from(stat.st_size).unwrap_or(0)
+        };
+        let bad = Error::ArenaLength {
+            held,
+            announced: len,
+        };
+        if len > held || len > MAX_ARENA || !len.is_multiple_of(PAGE) {
+            return Err(bad);
+        }
+        let Some(size) = usize::try_from(len).ok().and_then(NonZeroUsize::new) else {
+            return Err(bad);
+        };
+        let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+        // SAFETY: (1) no address is asked for, so no existing mapping is replaced; (2) the result is used only through
+        // this Arena, which unmaps it when it is dropped.
+        let start = unsafe {
+            mmap(
+                None,
+                size,
+                access,
+                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
+                file,
+                0,
+            )
+        }
+        .map_err(io::Error::from)?;
+        Ok(Self {
+            start: start.cast(),
+            len: size.get(),
+            fresh,
+        })
+    }
+
+    /// Whether nothing is in it yet.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        self.fresh
+    }
+
+    /// Its size.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Never: an empty arena cannot be mapped.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        false
+    }
+
+    /// The memory, for as long as the epoch is held. Whatever borrows it must be gone before [`Held`] can be given up
+    /// (`Client::frozen` consumes it), so a frozen service cannot reach the arena any more.
+    pub fn memory<'a>(&'a mut self, _held: &'a Held) -> &'a mut [u8] {
+        // SAFETY: (1) `start` is `len` bytes mapped readable and writable by `map`, unmapped only in drop, which the
+        // borrow of self rules out; any bit pattern is a u8. (2) No second reference in this process: self is borrowed
+        // mutably. (3) No other writer: a Held exists only between the agent's order to serve and the report that the
+        // service is frozen, and the agents of both kernels give an epoch to one service at a time. (4) The file is not
+        // cut short: its owner is the agent (root), which keeps an arena's size for the arena's life.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: exactly what `map` mapped, once; nothing borrows it any more. An error would leave it mapped: harmless.
+        let _ = unsafe { munmap(self.start.cast(), self.len) };
+    }
+}
+
+// SAFETY: (1) the mapping belongs to the process, not to a thread; (2) access needs &mut, so threads take turns.
+unsafe impl Send for Arena {}
+
+/// Gives a descriptor that recvmsg has just made its owner.
+pub(super) fn received_descriptor(raw: RawFd) -> OwnedFd {
+    // SAFETY: the kernel installed it for this message and each is seen once (called only by `recv_with_fd`, once per
+    // element), so nobody else owns or closes it.
+    unsafe { OwnedFd::from_raw_fd(raw) }
+}
