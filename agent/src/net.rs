@@ -1,0 +1,205 @@
+//! Interfaces and addresses, by netlink: found by MAC, brought up, given an address, announced.
+//!
+//! [`Link::claim`] and [`Link::release`] are in the blackout, so the socket and the frame to send are made beforehand.
+
+use std::net::Ipv4Addr;
+
+use anyhow::{Context, Result, anyhow, bail};
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec};
+
+use crate::config::Cidr;
+use crate::sys;
+
+/// A MAC address.
+pub type Mac = [u8; 6];
+
+/// Reads `52:54:00:12:34:56`.
+pub fn parse_mac(text: &str) -> Result<Mac> {
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("`{text}` is not a MAC address"))?;
+    bytes.try_into().map_err(|_| anyhow!("`{text}` is not a MAC address: it needs six bytes"))
+}
+
+/// An open netlink socket with its own small runtime, so that plain threads can use it.
+pub struct Netlink {
+    runtime: tokio::runtime::Runtime,
+    handle: Handle,
+}
+
+impl Netlink {
+    /// Opens it.
+    pub fn open() -> Result<Netlink> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let (connection, handle, _) = {
+            let _guard = runtime.enter();
+            rtnetlink::new_connection().context("cannot open a netlink socket")?
+        };
+        runtime.spawn(connection);
+        Ok(Netlink { runtime, handle })
+    }
+
+    fn links(&self) -> Result<Vec<LinkMessage>> {
+        self.runtime
+            .block_on(self.handle.link().get().execute().try_collect())
+            .context("cannot list network interfaces")
+    }
+
+    /// The interface with this MAC address, if there is one.
+    pub fn find(&self, mac: Mac) -> Result<Option<Link>> {
+        Ok(self.links()?.into_iter().find_map(|message| {
+            let index = message.header.index;
+            let mut name = None;
+            let mut matches = false;
+            for attribute in message.attributes {
+                match attribute {
+                    LinkAttribute::Address(bytes) => matches = bytes == mac,
+                    LinkAttribute::IfName(text) => name = Some(text),
+                    _ => {}
+                }
+            }
+            matches.then(|| Link { index, name: name.unwrap_or_default(), mac })
+        }))
+    }
+
+    /// Brings an interface up by name.
+    pub fn up(&self, name: &str) -> Result<()> {
+        let index = self
+            .links()?
+            .into_iter()
+            .find(|message| message.attributes.contains(&LinkAttribute::IfName(name.to_owned())))
+            .with_context(|| format!("there is no interface {name}"))?
+            .header
+            .index;
+        self.set_up(index)
+    }
+
+    fn set_up(&self, index: u32) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index).up().build();
+        self.runtime
+            .block_on(self.handle.link().set(message).execute())
+            .with_context(|| format!("cannot bring interface {index} up"))
+    }
+
+    /// Brings a link up.
+    pub fn link_up(&self, link: &Link) -> Result<()> {
+        self.set_up(link.index)
+    }
+
+    /// Gives the link an address; no error when it has it already.
+    pub fn add(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.runtime
+            .block_on(self.handle.address().add(link.index, cidr.address.into(), cidr.prefix).replace().execute())
+            .with_context(|| format!("cannot give {} to {}", cidr.address, link.name))
+    }
+
+    /// Takes an address away from the link.
+    pub fn remove(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.runtime.block_on(async {
+            let found = self
+                .handle
+                .address()
+                .get()
+                .set_link_index_filter(link.index)
+                .set_address_filter(cidr.address.into())
+                .execute()
+                .try_next()
+                .await?
+                .with_context(|| format!("{} has no address {}", link.name, cidr.address))?;
+            self.handle.address().del(found).execute().await?;
+            Ok(())
+        })
+    }
+
+    /// The link that holds `address` now.
+    pub fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>> {
+        let all: Vec<_> = self
+            .runtime
+            .block_on(self.handle.address().get().execute().try_collect())
+            .context("cannot list addresses")?;
+        Ok(all
+            .into_iter()
+            .filter(|message| message.header.family == AddressFamily::Inet)
+            .find(|message| message.attributes.contains(&AddressAttribute::Local(address.into())))
+            .map(|message| message.header.index))
+    }
+}
+
+/// One interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The kernel's number.
+    pub index: u32,
+    /// The kernel's name.
+    pub name: String,
+    /// Its hardware address.
+    pub mac: Mac,
+}
+
+/// Says to everyone on the link who holds the service's address now (gratuitous ARP, RFC 5227 section 3).
+pub struct Announcer {
+    socket: sys::PacketSocket,
+    frame: [u8; 42],
+}
+
+impl Announcer {
+    /// Prepares socket and frame.
+    pub fn new(link: &Link, address: Ipv4Addr) -> Result<Announcer> {
+        if link.index == 0 {
+            bail!("{} has no interface number", link.name);
+        }
+        Ok(Announcer {
+            socket: sys::PacketSocket::open(link.index)
+                .with_context(|| format!("cannot open a packet socket on {}", link.name))?,
+            frame: gratuitous_arp(link.mac, address),
+        })
+    }
+
+    /// Sends one announcement.
+    pub fn announce(&self) -> Result<()> {
+        self.socket.send(&self.frame).context("cannot announce the service's address")
+    }
+}
+
+/// The Ethernet frame of an ARP request whose sender and target are both `address` at `mac`.
+fn gratuitous_arp(mac: Mac, address: Ipv4Addr) -> [u8; 42] {
+    const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
+    // Hardware type 1 (Ethernet), protocol IPv4, lengths 6 and 4, operation 1 (request).
+    const FIXED: [u8; 8] = [0, 1, 0x08, 0x00, 6, 4, 0, 1];
+    let mut frame = [0u8; 42];
+    frame[0..6].fill(0xff);
+    frame[6..12].copy_from_slice(&mac);
+    frame[12..14].copy_from_slice(&ETHERTYPE_ARP);
+    frame[14..22].copy_from_slice(&FIXED);
+    frame[22..28].copy_from_slice(&mac);
+    frame[28..32].copy_from_slice(&address.octets());
+    frame[38..42].copy_from_slice(&address.octets());
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gratuitous_arp_names_the_address_twice_and_the_sender_once() {
+        let frame = gratuitous_arp([2, 0, 0, 0, 0, 9], Ipv4Addr::new(10, 77, 0, 10));
+        assert_eq!(frame[..6], [0xff; 6]);
+        assert_eq!(frame[28..32], frame[38..42]);
+        assert_eq!(frame[22..28], [2, 0, 0, 0, 0, 9]);
+        assert_eq!(frame[32..38], [0; 6]);
+    }
+
+    #[test]
+    fn mac_addresses_are_six_hex_bytes() {
+        assert_eq!(parse_mac("52:54:00:ba:70:0a").unwrap()[5], 0x0a);
+        assert!(parse_mac("52:54:00:ba:70").is_err());
+        assert!(parse_mac("52:54:00:ba:70:zz").is_err());
+    }
+}
