@@ -22,10 +22,7 @@ pub struct Piece {
 
 impl Piece {
     const fn after(previous: Piece, size: u64) -> Piece {
-        Piece {
-            offset: previous.offset + previous.size,
-            size,
-        }
+        Piece { offset: previous.offset + previous.size, size }
     }
     /// Offset of the first byte behind it.
     pub const fn end(self) -> u64 {
@@ -38,10 +35,7 @@ const KIB: u64 = 1024;
 /// Size of the control block: 1 MiB.
 pub const SIZE: u64 = 1024 * KIB;
 /// `struct boot_params`, the zero page (Documentation/arch/x86/zero-page.rst).
-pub const BOOT_PARAMS: Piece = Piece {
-    offset: 0,
-    size: 4 * KIB,
-};
+pub const BOOT_PARAMS: Piece = Piece { offset: 0, size: 4 * KIB };
 /// The kernel's command line, NUL-terminated.
 pub const CMDLINE: Piece = Piece::after(BOOT_PARAMS, 4 * KIB);
 /// [`ControlWords`].

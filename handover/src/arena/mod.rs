@@ -1,0 +1,40 @@
+//! Arenas: memory whose content crosses an update in place, never copied.
+//!
+//! An arena is a run of bytes that starts with the header page of [`state_schemas::arena`]. Everything in it refers
+//! to everything else by offset, so it may be mapped anywhere, by any kernel. From the bottom up:
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `memory.rs` | [`Arena`]: create, attach, seal; words and bytes at checked offsets |
+//! | `alloc.rs` | blocks in it: two-level segregated free lists, constant time, neighbours merged |
+//! | `map.rs`, `list.rs`, `value.rs` | containers of bytes, of which none ever moves all of its content at once |
+//! | [`store`] | a key-value store on top of them: what a service keeps in an arena |
+//! | `verify.rs` | walks everything, and accounts for every block |
+//!
+//! **Attaching is O(1)**: the header page is checked, nothing else is read. What lies behind it is believed only as
+//! far as each step needs: every offset is checked before it is followed, every walk has a bound, so that bytes
+//! from a lying kernel give [`ArenaError::Corrupt`], never a panic, an endless loop or a large allocation.
+//!
+//! **Who may write** is a matter of the epoch: [`Arena::seal`] ends the right to write, [`Arena::unseal`] begins it
+//! for an epoch that is not older. A kernel that has been succeeded cannot unseal: the arena's epoch is newer than
+//! its own.
+//!
+//! **A change that was not finished** shows: the header's mutation count is odd from the first to the last store of
+//! each change. Whoever attaches after its owner died in between is told ([`ArenaError::Header`] with `Torn`).
+//!
+//! What this is not: shared memory. One kernel at a time reads and writes an arena; the seal is the fence between.
+
+mod alloc;
+mod error;
+mod hash;
+mod list;
+mod map;
+mod memory;
+pub mod store;
+mod value;
+mod verify;
+
+pub use error::ArenaError;
+pub use memory::{Arena, Birth, SealReceipt, Usage};
+pub use store::{Store, StoreError};
+pub use verify::Verified;

@@ -1,0 +1,373 @@
+//! A store against std's collections, across reopening, with a full arena, and on bytes that lie.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use handover::arena::{ArenaError, Store, StoreError, Verified};
+use proptest::prelude::*;
+use state_schemas::arena::{ArenaHeader, ArenaHeaderError};
+
+#[derive(Debug, Clone)]
+enum Op {
+    Set(u8, Vec<u8>),
+    Incr(u8, i64),
+    Append(u8, Vec<u8>),
+    Del(u8),
+    Push(u8, bool, Vec<u8>),
+    Pop(u8, bool),
+    Add(u8, u16),
+    Remove(u8, u16),
+    SPop(u8),
+    Range(u8, i64, i64),
+    Flush,
+    Reopen,
+}
+
+fn bytes() -> impl Strategy<Value = Vec<u8>> {
+    prop_oneof![
+        8 => proptest::collection::vec(any::<u8>(), 0..40),
+        1 => proptest::collection::vec(any::<u8>(), 0..3000),
+        2 => "-?[0-9]{1,19}".prop_map(String::into_bytes),
+    ]
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    let key = 0u8..12;
+    prop_oneof![
+        6 => (key.clone(), bytes()).prop_map(|(k, v)| Op::Set(k, v)),
+        3 => (key.clone(), any::<i64>()).prop_map(|(k, n)| Op::Incr(k, n)),
+        2 => (key.clone(), bytes()).prop_map(|(k, v)| Op::Append(k, v)),
+        4 => key.clone().prop_map(Op::Del),
+        8 => (key.clone(), any::<bool>(), bytes()).prop_map(|(k, f, v)| Op::Push(k, f, v)),
+        5 => (key.clone(), any::<bool>()).prop_map(|(k, f)| Op::Pop(k, f)),
+        12 => (key.clone(), 0u16..200).prop_map(|(k, m)| Op::Add(k, m)),
+        5 => (key.clone(), 0u16..200).prop_map(|(k, m)| Op::Remove(k, m)),
+        2 => key.clone().prop_map(Op::SPop),
+        3 => (key, -12i64..12, -12i64..12).prop_map(|(k, a, b)| Op::Range(k, a, b)),
+        1 => Just(Op::Flush),
+        2 => Just(Op::Reopen),
+    ]
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Value {
+    String(Vec<u8>),
+    List(VecDeque<Vec<u8>>),
+    Set(BTreeSet<Vec<u8>>),
+}
+
+type Model = BTreeMap<Vec<u8>, Value>;
+
+/// Everything that a store holds, read through its own interface.
+fn content(store: &Store<'_>) -> Model {
+    let mut model = Model::new();
+    for key in store.keys() {
+        let key = key.unwrap();
+        let value = match store.kind(key).unwrap().unwrap() {
+            handover::arena::store::Kind::String => Value::String(store.get(key).unwrap().unwrap().to_vec()),
+            handover::arena::store::Kind::List => {
+                Value::List(store.lrange(key, 0, -1).unwrap().map(|item| item.unwrap().to_vec()).collect())
+            }
+            handover::arena::store::Kind::Set => {
+                Value::Set(store.smembers(key).unwrap().map(|member| member.unwrap().to_vec()).collect())
+            }
+        };
+        assert!(model.insert(key.to_vec(), value).is_none(), "a key came twice");
+    }
+    assert_eq!(model.len() as u64, store.len().unwrap());
+    model
+}
+
+/// Applies an operation to both and compares what they answer. A full arena must change nothing.
+fn apply(store: &mut Store<'_>, model: &mut Model, op: Op) {
+    let before = model.clone();
+    let name = |k: u8| format!("key:{k}").into_bytes();
+    let result: Result<(), StoreError> = match op {
+        Op::Set(k, v) => store.set(&name(k), &v).map(|()| {
+            model.insert(name(k), Value::String(v));
+        }),
+        Op::Incr(k, by) => store.incr(&name(k), by).map(|sum| {
+            let Value::String(old) = model.entry(name(k)).or_insert(Value::String(b"0".to_vec())) else {
+                panic!("incremented what is no string")
+            };
+            let old: i64 = std::str::from_utf8(old).unwrap().parse().unwrap();
+            assert_eq!(sum, old + by);
+            model.insert(name(k), Value::String(sum.to_string().into_bytes()));
+        }),
+        Op::Append(k, tail) => store.append(&name(k), &tail).map(|len| {
+            let Value::String(old) = model.entry(name(k)).or_insert(Value::String(vec![])) else {
+                panic!("appended to what is no string")
+            };
+            old.extend_from_slice(&tail);
+            assert_eq!(len, old.len() as u64);
+        }),
+        Op::Del(k) => store.del(&name(k)).map(|was| assert_eq!(was, model.remove(&name(k)).is_some())),
+        Op::Push(k, front, v) => {
+            let pushed = if front { store.lpush(&name(k), &v) } else { store.rpush(&name(k), &v) };
+            pushed.map(|len| {
+                let Value::List(list) = model.entry(name(k)).or_insert(Value::List(VecDeque::new())) else {
+                    panic!("pushed to what is no list")
+                };
+                if front {
+                    list.push_front(v)
+                } else {
+                    list.push_back(v)
+                }
+                assert_eq!(len, list.len() as u64);
+            })
+        }
+        Op::Pop(k, front) => {
+            let popped = if front { store.lpop(&name(k)) } else { store.rpop(&name(k)) };
+            popped.map(|item| {
+                let expected = match model.get_mut(&name(k)) {
+                    Some(Value::List(list)) => {
+                        let item = if front { list.pop_front() } else { list.pop_back() };
+                        if list.is_empty() {
+                            model.remove(&name(k));
+                        }
+                        item
+                    }
+                    Some(_) => panic!("popped from what is no list"),
+                    None => None,
+                };
+                assert_eq!(item, expected);
+            })
+        }
+        Op::Add(k, m) => store.sadd(&name(k), &m.to_le_bytes()).map(|added| {
+            let Value::Set(set) = model.entry(name(k)).or_insert(Value::Set(BTreeSet::new())) else {
+                panic!("added to what is no set")
+            };
+            assert_eq!(added, set.insert(m.to_le_bytes().to_vec()));
+            assert_eq!(store.scard(&name(k)).unwrap(), set.len() as u64);
+        }),
+        Op::Remove(k, m) => store.srem(&name(k), &m.to_le_bytes()).map(|removed| {
+            assert!(!store.sismember(&name(k), &m.to_le_bytes()).unwrap());
+            let mut expected = false;
+            if let Some(Value::Set(set)) = model.get_mut(&name(k)) {
+                expected = set.remove(&m.to_le_bytes()[..]);
+                if set.is_empty() {
+                    model.remove(&name(k));
+                }
+            }
+            assert_eq!(removed, expected);
+        }),
+        Op::SPop(k) => store.spop(&name(k)).map(|member| match member {
+            Some(member) => {
+                let Some(Value::Set(set)) = model.get_mut(&name(k)) else { panic!("no set") };
+                assert!(set.remove(&member));
+                if set.is_empty() {
+                    model.remove(&name(k));
+                }
+            }
+            None => assert!(!model.contains_key(&name(k))),
+        }),
+        Op::Range(k, start, stop) => store.lrange(&name(k), start, stop).map(|items| {
+            let announced = items.len();
+            let items: Vec<_> = items.map(|item| item.unwrap().to_vec()).collect();
+            assert_eq!(announced, items.len());
+            let list = match model.get(&name(k)) {
+                Some(Value::List(list)) => list.clone(),
+                _ => VecDeque::new(),
+            };
+            let len = list.len() as i64;
+            let from_end = |i: i64| if i < 0 { i + len } else { i };
+            let (start, stop) = (from_end(start).max(0), from_end(stop));
+            let expected: Vec<_> = (start..=stop).filter_map(|i| list.get(usize::try_from(i).ok()?).cloned()).collect();
+            assert_eq!(items, expected);
+        }),
+        Op::Flush => store.flush().map(|()| model.clear()),
+        Op::Reopen => Ok(()),
+    };
+    match result {
+        Ok(()) => {}
+        Err(StoreError::Arena(ArenaError::OutOfMemory { .. })) => {
+            assert_eq!(*model, before);
+            assert_eq!(content(store), before, "a refused operation changed something");
+        }
+        Err(StoreError::WrongType { .. } | StoreError::NotAnInteger | StoreError::Overflow { .. }) => {
+            assert_eq!(*model, before);
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
+
+    #[test]
+    fn behaves_like_std_collections(
+        ops in proptest::collection::vec(op(), 1..250),
+        kib in prop_oneof![Just(16usize), Just(64), Just(1024)],
+    ) {
+        let mut memory = vec![0xa5; kib * 1024];
+        let mut model = Model::new();
+        let mut epoch = 1;
+        let mut store = Store::create(&mut memory, "test", epoch, 99).unwrap();
+        for op in ops {
+            let reopen = matches!(op, Op::Reopen);
+            apply(&mut store, &mut model, op);
+            store.verify().unwrap();
+            if reopen {
+                store.seal(epoch).unwrap();
+                store = Store::attach(&mut memory).unwrap();
+                prop_assert!(store.is_sealed());
+                epoch += 1;
+                store.unseal(epoch).unwrap();
+                prop_assert_eq!(&content(&store), &model);
+            }
+        }
+        prop_assert_eq!(&content(&store), &model);
+        let keys: Vec<_> = model.keys().cloned().collect();
+        for key in keys {
+            prop_assert!(store.del(&key).unwrap());
+        }
+        // Nothing leaks: an emptied store is as small as a new one, but for the map's grown segments.
+        let Verified { keys, blocks, free_blocks } = store.verify().unwrap();
+        prop_assert_eq!(keys, 0);
+        prop_assert!(blocks <= 4 && free_blocks <= 4);
+    }
+
+    #[test]
+    fn bytes_that_lie_never_panic(
+        ops in proptest::collection::vec(op(), 10..60),
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u64>(), any::<bool>()), 1..12),
+        afterwards in proptest::collection::vec(op(), 1..40),
+    ) {
+        let mut memory = vec![0; 32 * 1024];
+        let mut model = Model::new();
+        let mut store = Store::create(&mut memory, "test", 1, 5).unwrap();
+        for op in ops {
+            apply(&mut store, &mut model, op);
+        }
+        let top = store.usage().top as usize;
+        let words: Vec<u64> = memory[..top].as_chunks::<8>().0.iter().map(|w| u64::from_le_bytes(*w)).collect();
+        for (index, value, plausible) in damage {
+            // Half of the damage is a value that stands elsewhere in the arena: such lies look most like truth.
+            let value = if plausible { words[value as usize % words.len()] } else { value };
+            let at = index.index(top / 8) * 8;
+            memory[at..at + 8].copy_from_slice(&value.to_le_bytes());
+        }
+        let Ok(mut store) = Store::attach(&mut memory) else { return Ok(()) };
+        let _ = store.verify();
+        for op in afterwards {
+            hostile(&mut store, op);
+        }
+        let _ = store.flush();
+    }
+
+    #[test]
+    fn any_bytes_at_all_never_panic(mut memory in proptest::collection::vec(any::<u8>(), 0..9000)) {
+        let _ = Store::attach(&mut memory);
+    }
+}
+
+/// Every operation, with no care for its answer.
+fn hostile(store: &mut Store<'_>, op: Op) {
+    let name = |k: u8| format!("key:{k}").into_bytes();
+    for _ in store.keys().take(10_000) {}
+    let _ = match op {
+        Op::Set(k, v) => store.set(&name(k), &v).err(),
+        Op::Incr(k, by) => store.incr(&name(k), by).err(),
+        Op::Append(k, v) => store.append(&name(k), &v).err(),
+        Op::Del(k) => store.del(&name(k)).err(),
+        Op::Push(k, true, v) => store.lpush(&name(k), &v).err(),
+        Op::Push(k, false, v) => store.rpush(&name(k), &v).err(),
+        Op::Pop(k, true) => store.lpop(&name(k)).err(),
+        Op::Pop(k, false) => store.rpop(&name(k)).err(),
+        Op::Add(k, m) => store.sadd(&name(k), &m.to_le_bytes()).err(),
+        Op::Remove(k, m) => store.srem(&name(k), &m.to_le_bytes()).err(),
+        Op::SPop(k) => store.spop(&name(k)).err(),
+        Op::Range(k, a, b) => store.lrange(&name(k), a, b).map(|items| items.take(10_000).count()).err(),
+        Op::Flush | Op::Reopen => None,
+    };
+}
+
+#[test]
+fn a_million_keys_and_a_constant_time_seal() {
+    let mut memory = vec![0; 256 << 20];
+    let mut store = Store::create(&mut memory, "big", 1, 7).unwrap();
+    for n in 0..1_000_000u32 {
+        store.set(format!("key:{n:012}").as_bytes(), &n.to_le_bytes()).unwrap();
+    }
+    store.verify().unwrap();
+    store.seal(1).unwrap();
+    let mut store = Store::attach(&mut memory).unwrap();
+    store.unseal(2).unwrap();
+    assert_eq!(store.len().unwrap(), 1_000_000);
+    assert_eq!(store.get(b"key:000000777777").unwrap(), Some(&777_777u32.to_le_bytes()[..]));
+    store.flush().unwrap();
+    assert_eq!(store.verify().unwrap().keys, 0);
+}
+
+#[test]
+fn the_epoch_decides_who_may_write() {
+    let mut memory = vec![0; 1 << 16];
+    let mut store = Store::create(&mut memory, "kv", 7, 0).unwrap();
+    store.set(b"k", b"v").unwrap();
+    assert!(matches!(store.seal(6), Err(StoreError::Arena(ArenaError::NotOwner { given: 6, owner: 7 }))));
+    store.seal(7).unwrap();
+    assert!(matches!(store.set(b"k", b"w"), Err(StoreError::Arena(ArenaError::Sealed { epoch: 7 }))));
+    assert_eq!(store.get(b"k").unwrap(), Some(&b"v"[..]));
+
+    // The cutover is undone: the incumbent goes on.
+    store.unseal(7).unwrap();
+    store.set(b"k", b"w").unwrap();
+    store.seal(7).unwrap();
+
+    // It is done: the incumbent is locked out.
+    let mut successor = Store::attach(&mut memory).unwrap();
+    successor.unseal(8).unwrap();
+    assert!(matches!(successor.unseal(7), Err(StoreError::Arena(ArenaError::NotOwner { given: 7, owner: 8 }))));
+    assert!(successor.seal(7).is_err());
+    successor.set(b"k", b"x").unwrap();
+    assert_eq!(successor.epoch(), 8);
+}
+
+#[test]
+fn a_broken_seal_a_torn_change_and_a_stranger_are_told_apart() {
+    let mut memory = vec![0; 1 << 16];
+    let attach = |memory: &mut [u8]| match Store::attach(memory) {
+        Err(StoreError::Arena(ArenaError::Header(error))) => Some(error),
+        Err(other) => panic!("{other}"),
+        Ok(_) => None,
+    };
+    assert!(matches!(attach(&mut memory), Some(ArenaHeaderError::NotAnArena { found: 0 })));
+    assert!(matches!(attach(&mut memory[..100]), Some(ArenaHeaderError::TooSmall { have: 100 })));
+    let mut store = Store::create(&mut memory, "kv", 1, 0).unwrap();
+    store.set(b"k", b"v").unwrap();
+    assert_eq!(attach(&mut memory), None);
+    assert!(matches!(attach(&mut memory[..1 << 15]), Some(ArenaHeaderError::Length { .. })));
+
+    let mutations = state_schemas::arena::at::MUTATIONS as usize;
+    memory[mutations] |= 1;
+    assert!(matches!(attach(&mut memory), Some(ArenaHeaderError::Torn { mutations: 5 })));
+    memory[mutations] &= !1;
+
+    Store::attach(&mut memory).unwrap().seal(1).unwrap();
+    assert_eq!(attach(&mut memory), None);
+    memory[0x200] ^= 1;
+    assert!(matches!(attach(&mut memory), Some(ArenaHeaderError::SealBroken { .. })));
+    assert_eq!(ArenaHeader::read(&memory).unwrap().alleged().name(), "kv");
+}
+
+#[test]
+fn a_full_arena_says_so_and_stays_usable() {
+    let mut memory = vec![0; 64 * 1024];
+    let mut store = Store::create(&mut memory, "small", 1, 3).unwrap();
+    let mut stored = 0u32;
+    let error = loop {
+        match store.set(&stored.to_le_bytes(), &[7; 100]) {
+            Ok(()) => stored += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, StoreError::Arena(ArenaError::OutOfMemory { .. })), "{error}");
+    assert!(stored > 300, "only {stored} of 100 bytes each fit in 64 KiB");
+    assert!(!store.exists(&stored.to_le_bytes()).unwrap());
+    store.verify().unwrap();
+    for n in 0..stored {
+        assert!(store.del(&n.to_le_bytes()).unwrap());
+    }
+    // What was in small pieces is whole again (the grown map keeps its segments in between).
+    store.set(b"large", &[1; 20_000]).unwrap();
+    store.verify().unwrap();
+}
