@@ -6,8 +6,8 @@
 //!
 //! ```text
 //! 0x00000 boot_params      0x01000 command line     0x02000 control words   0x03000 yield arguments
-//! 0x04000 mailbox          0x05000 park page        0x06000 yield page      0x07000 transition table
-//! 0x08000 stack            0x0a000 setup_data       0x10000 ACPI tables     0x20000 page tables
+//! 0x04000 mailbox          0x05000 park page        0x06000 yield page      0x07000 stack
+//! 0x08000 transition table 0x0a000 setup_data       0x10000 ACPI tables     0x20000 page tables
 //! 0x40000 handover record  0x80000 channel rings    0xc0000 spare           0x100000 end
 //! ```
 
@@ -48,12 +48,13 @@ pub const MAILBOX: Piece = Piece::after(YIELD_ARGS, 4 * KIB);
 pub const PARK_PAGE: Piece = Piece::after(MAILBOX, 4 * KIB);
 /// The yield page (`trampoline::yield_page`).
 pub const YIELD_PAGE: Piece = Piece::after(PARK_PAGE, 4 * KIB);
-/// Filled by the module at a yield: the leaving kernel's upper half over the identity map.
-pub const TRANSITION_TABLE: Piece = Piece::after(YIELD_PAGE, 4 * KIB);
 /// Stack for kernel entry; it grows down from the end.
-pub const STACK: Piece = Piece::after(TRANSITION_TABLE, 8 * KIB);
+pub const STACK: Piece = Piece::after(YIELD_PAGE, 4 * KIB);
+/// Filled by the module at a yield: the leaving kernel's upper half over the identity map. On an even page: with page
+/// table isolation, Linux's NMI entry takes a table on an odd page for that of user space (arch/x86/entry/calling.h).
+pub const TRANSITION_TABLE: Piece = Piece::after(STACK, 8 * KIB);
 /// `setup_data` nodes (SETUP_INDIRECT reservations).
-pub const SETUP_DATA: Piece = Piece::after(STACK, 24 * KIB);
+pub const SETUP_DATA: Piece = Piece::after(TRANSITION_TABLE, 24 * KIB);
 /// RSDP, XSDT, FADT, DSDT, MADT.
 pub const ACPI: Piece = Piece::after(SETUP_DATA, 64 * KIB);
 /// Identity page tables, four and five levels.
@@ -65,6 +66,7 @@ pub const RING_TO_SUCCESSOR: Piece = Piece::after(HANDOVER, 128 * KIB);
 /// Ring from the successor to the incumbent.
 pub const RING_TO_INCUMBENT: Piece = Piece::after(RING_TO_SUCCESSOR, 128 * KIB);
 
+const _: () = assert!(TRANSITION_TABLE.offset % 0x2000 == 0);
 const _: () = assert!(SETUP_DATA.end() == 0x10000);
 const _: () = assert!(PAGE_TABLES.offset == 0x20000);
 const _: () = assert!(HANDOVER.offset == 0x40000);
