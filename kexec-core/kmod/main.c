@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * DOC: baton.ko, the kernel half of a live update
+ *
+ * Mechanism only: it pins memory, starts and stops CPUs, rings and hears doorbells, leaves this kernel and comes back, shows chosen
+ * PCI functions. Why and when is decided in user space; whatever can be computed there, is.
+ *
+ * 1. A caller with CAP_SYS_ADMIN opens /dev/baton and creates an instance.
+ * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
+ * 3. Doorbells, panic notices and mappings of memory are files: they end with their file, also when its owner dies.
+ * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may crash, be
+ *    restarted, and find them in /proc/multikernel; each of them holds a reference on the module.
+ *
+ * Unhappy path: every call either does all of what it says or none of it.
+ */
+#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
+
+#include <linux/capability.h>
+#include <linux/cc_platform.h>
+#include <linux/cpumask.h>
+#include <linux/memory.h>
+#include <linux/miscdevice.h>
+#include <linux/module.h>
+#include <linux/proc_fs.h>
+#include <linux/security.h>
+#include <linux/slab.h>
+#include <linux/uaccess.h>
+#include <asm/apic.h>
+#include <asm/cpufeature.h>
+#include <asm/tsc.h>
+#include "baton.h"
+
+DEFINE_MUTEX(baton_lock);
+
+/* Called from an ioctl, whose open file keeps the module: so it cannot fail. */
+void baton_depend(void)
+{
+	__module_get(THIS_MODULE);
+}
+
+void baton_release(void)
+{
+	module_put(THIS_MODULE);
+}
+
+int baton_reply(const struct baton_call *call)
+{
+	return copy_to_user(call->user, &call->size, call->copied) ? -EFAULT : 0;
+}
+
+static int baton_info(struct baton_call *call)
+{
+	struct baton_info *info = &call->info;
+
+	info->abi = BATON_ABI_VERSION;
+	info->flags = (x2apic_mode ? BATON_INFO_X2APIC : 0) |
+		      (cpu_feature_enabled(X86_FEATURE_LA57) ? BATON_INFO_LA57 : 0) |
+		      (security_locked_down(LOCKDOWN_KEXEC) ? BATON_INFO_LOCKDOWN : 0);
+	info->tsc_khz = tsc_khz;
+	info->memory_block_size = memory_block_size_bytes();
+	info->possible_cpus = nr_cpu_ids;
+	info->instances = baton_instances_count();
+	return baton_reply(call);
+}
+
+/*
+ * @min_size: up to the last field without which the call means nothing; shorter is EINVAL.
+ * @mutates: needs CAP_SYS_ADMIN, no lockdown, and a machine where the ways of baton.ko are open.
+ */
+struct baton_op {
+	unsigned int cmd;
+	size_t size;
+	size_t min_size;
+	bool mutates;
+	int (*run)(struct baton_call *call);
+};
+
+#define OP(_cmd, _run, _struct, _last, _mutates)			\
+	{								\
+		.cmd = (_cmd),						\
+		.size = sizeof(struct _struct) +			\
+			BUILD_BUG_ON_ZERO(offsetof(struct _struct, size)), \
+		.min_size = offsetofend(struct _struct, _last),		\
+		.mutates = (_mutates),					\
+		.run = (_run),						\
+	}
+
+static const struct baton_op baton_ops[] = {
+	OP(BATON_IOC_INFO, baton_info, baton_info, abi, false),
+	OP(BATON_IOC_CPU_INFO, baton_cpu_info, baton_cpu_info, flags, false),
+	OP(BATON_IOC_INSTANCE_CREATE, baton_instance_create, baton_instance, name, true),
+	OP(BATON_IOC_INSTANCE_UPDATE, baton_instance_update, baton_instance, state, true),
+	OP(BATON_IOC_INSTANCE_DESTROY, baton_instance_destroy, baton_instance, id, true),
+	OP(BATON_IOC_MEM_TAKE, baton_mem_take, baton_mem, len, true),
+	OP(BATON_IOC_MEM_GIVE_BACK, baton_mem_give_back, baton_mem, len, true),
+	OP(BATON_IOC_MEM_FD, baton_mem_fd, baton_mem_fd, fd, true),
+	OP(BATON_IOC_MEM_ADOPT, baton_mem_adopt, baton_adopt, len, true),
+	OP(BATON_IOC_CPU_GIVE, baton_cpu_give, baton_cpu, how, true),
+	OP(BATON_IOC_CPU_TAKE, baton_cpu_take, baton_cpu, how, true),
+	OP(BATON_IOC_DOORBELL_OPEN, baton_doorbell_open, baton_doorbell, vector, true),
+	OP(BATON_IOC_DOORBELL_RING, baton_doorbell_ring, baton_doorbell, vector, true),
+	OP(BATON_IOC_YIELD, baton_yield, baton_yield, ident_pa, true),
+	OP(BATON_IOC_PCI_ADD, baton_pci_add, baton_pci, functions, true),
+	OP(BATON_IOC_PCI_REMOVE, baton_pci_remove, baton_pci, domain, true),
+	OP(BATON_IOC_PANIC_NOTICE, baton_panic_notice_set, baton_panic_notice, value, true),
+};
+
+static int baton_may_mutate(void)
+{
+	if (!capable(CAP_SYS_ADMIN) || security_locked_down(LOCKDOWN_KEXEC))
+		return -EPERM;
+	/* Page tables of our own need plain physical addresses, INIT/SIPI a real (or fully virtualised) APIC. */
+	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT) || cpu_feature_enabled(X86_FEATURE_XENPV))
+		return -EOPNOTSUPP;
+	return 0;
+}
+
+static long baton_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
+{
+	struct baton_call call = { .file = file->private_data, .user = (void __user *)arg };
+	const struct baton_op *op;
+	u32 user_size;
+	int ret;
+
+	for (op = baton_ops; op->cmd != cmd; op++)
+		if (op == &baton_ops[ARRAY_SIZE(baton_ops) - 1])
+			return -ENOTTY;
+	if (op->mutates) {
+		ret = baton_may_mutate();
+		if (ret)
+			return ret;
+	}
+	if (get_user(user_size, (u32 __user *)call.user))
+		return -EFAULT;
+	if (user_size < op->min_size)
+		return -EINVAL;
+	if (user_size > PAGE_SIZE)
+		return -E2BIG;
+	ret = copy_struct_from_user(&call.size, op->size, call.user, user_size);
+	if (ret)
+		return ret;
+	call.copied = min_t(size_t, user_size, op->size);
+	return op->run(&call);
+}
+
+static int baton_open(struct inode *inode, struct file *file)
+{
+	struct baton_file *open = kzalloc(sizeof(*open), GFP_KERNEL);
+
+	if (!open)
+		return -ENOMEM;
+	mutex_init(&open->lock);
+	file->private_data = open;
+	return 0;
+}
+
+static int baton_close(struct inode *inode, struct file *file)
+{
+	struct baton_file *open = file->private_data;
+
+	if (open->notice)
+		baton_panic_notice_clear(open->notice);
+	if (open->line)
+		baton_doorbell_close(open->line);
+	kfree(open);
+	return 0;
+}
+
+static const struct file_operations baton_fops = {
+	.owner = THIS_MODULE,
+	.open = baton_open,
+	.release = baton_close,
+	.unlocked_ioctl = baton_ioctl,
+	.compat_ioctl = compat_ptr_ioctl,
+};
+
+static struct miscdevice baton_device = {
+	.minor = MISC_DYNAMIC_MINOR,
+	.name = "baton",
+	.fops = &baton_fops,
+	.mode = 0600,
+};
+
+static int __init baton_init(void)
+{
+	int ret;
+
+	ret = baton_cpus_init();
+	if (ret)
+		return ret;
+	if (!proc_create_single("multikernel", 0444, NULL, baton_instances_show)) {
+		ret = -ENOMEM;
+		goto cpus_exit;
+	}
+	ret = misc_register(&baton_device);
+	if (ret)
+		goto remove_proc;
+	return 0;
+
+remove_proc:
+	remove_proc_entry("multikernel", NULL);
+cpus_exit:
+	baton_cpus_exit();
+	return ret;
+}
+
+/* Whatever depends on the module holds a reference, so nothing is left to give back here. */
+static void __exit baton_exit(void)
+{
+	misc_deregister(&baton_device);
+	remove_proc_entry("multikernel", NULL);
+	baton_cpus_exit();
+}
+
+module_init(baton_init);
+module_exit(baton_exit);
+MODULE_LICENSE("GPL");
+MODULE_DESCRIPTION("Mechanism of a live update: memory, CPUs, doorbells, yield, PCI functions");
+MODULE_VERSION("1");
