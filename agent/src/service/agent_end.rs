@@ -8,9 +8,7 @@ use std::time::Duration;
 use nix::poll::PollFlags;
 
 use super::Error;
-use super::protocol::{
-    Hello, Inbox, Standing, ToAgent, ToService, encode, recv_with_fd, send_all, wait,
-};
+use super::protocol::{Hello, Inbox, Standing, ToAgent, ToService, encode, recv_with_fd, send_all, wait};
 
 /// One service, seen from the agent.
 #[derive(Debug)]
@@ -28,29 +26,15 @@ impl AgentEnd {
     /// A time-out, a socket that fails, a greeting that is none or out of bounds.
     pub fn accept(socket: UnixStream, patience: Duration) -> Result<Self, Error> {
         socket.set_nonblocking(true)?;
-        let hello = Hello {
-            protocol: 0,
-            name: String::new(),
-            schema_kind: 0,
-            schema_version: 0,
-            wanted_arena_len: 0,
-        };
-        let mut end = Self {
-            socket,
-            inbox: Inbox::default(),
-            standing: Standing::Unknown,
-            hello,
-        };
+        let hello = Hello { protocol: 0, name: String::new(), schema_kind: 0, schema_version: 0, wanted_arena_len: 0 };
+        let mut end = Self { socket, inbox: Inbox::default(), standing: Standing::Unknown, hello };
         match end.report(patience)? {
             ToAgent::Hello(hello) => {
                 hello.check()?;
                 end.hello = hello;
                 Ok(end)
             }
-            other => Err(Error::OutOfOrder {
-                message: format!("{other:?}"),
-                standing: Standing::Unknown,
-            }),
+            other => Err(Error::OutOfOrder { message: format!("{other:?}"), standing: Standing::Unknown }),
         }
     }
 
@@ -91,13 +75,10 @@ impl AgentEnd {
     /// A time-out, a closed socket, a report out of order, or the service's own failure.
     pub fn report(&mut self, patience: Duration) -> Result<ToAgent, Error> {
         loop {
-            if let Some(report) = self.inbox.next()? {
+            if let Some(report) = self.inbox.take()? {
                 self.standing = self.standing.reported(&report)?;
                 return match report {
-                    ToAgent::Failed { cause } => Err(Error::ServiceFailed {
-                        name: self.hello.name.clone(),
-                        cause,
-                    }),
+                    ToAgent::Failed { cause } => Err(Error::ServiceFailed { name: self.hello.name.clone(), cause }),
                     report => Ok(report),
                 };
             }

@@ -14,8 +14,7 @@ use nix::poll::PollFlags;
 use super::Error;
 use super::mapping::Arena;
 use super::protocol::{
-    Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, recv_with_fd, send_all,
-    wait,
+    Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, recv_with_fd, send_all, wait,
 };
 
 /// How long an agent may take to find an arena.
@@ -149,24 +148,15 @@ impl Client {
         self.standing = before.ordered(&message)?;
         let order = match message {
             ToService::StandBy => Order::StandBy,
-            ToService::Serve { epoch } | ToService::Activate { epoch } => Order::Serve(Held {
-                epoch,
-                fresh: std::mem::take(&mut self.fresh),
-                resumed: false,
-            }),
-            ToService::Unfreeze { epoch } => Order::Serve(Held {
-                epoch,
-                fresh: false,
-                resumed: true,
-            }),
+            ToService::Serve { epoch } | ToService::Activate { epoch } => {
+                Order::Serve(Held { epoch, fresh: std::mem::take(&mut self.fresh), resumed: false })
+            }
+            ToService::Unfreeze { epoch } => Order::Serve(Held { epoch, fresh: false, resumed: true }),
             ToService::Freeze { epoch } => Order::Freeze { epoch },
             ToService::Stop => Order::Stop,
             // The table of legal steps lets it through only inside `over`.
             arena @ ToService::Arena { .. } => {
-                return Err(Error::OutOfOrder {
-                    message: format!("{arena:?}"),
-                    standing: before,
-                });
+                return Err(Error::OutOfOrder { message: format!("{arena:?}"), standing: before });
             }
         };
         Ok(Some(order))
@@ -183,11 +173,7 @@ impl Client {
     /// # Errors
     /// The socket's.
     pub fn activated(&mut self, held: &Held, items: u64, seal: u64) -> Result<(), Error> {
-        self.report(&ToAgent::Activated {
-            epoch: held.epoch,
-            items,
-            seal,
-        })
+        self.report(&ToAgent::Activated { epoch: held.epoch, items, seal })
     }
 
     /// Reports that the service is silent and its arena sealed, and gives up the right to touch it.
@@ -195,11 +181,7 @@ impl Client {
     /// # Errors
     /// The socket's. The right is gone all the same.
     pub fn frozen(&mut self, held: Held, items: u64, seal: u64) -> Result<(), Error> {
-        self.report(&ToAgent::Frozen {
-            epoch: held.epoch,
-            items,
-            seal,
-        })
+        self.report(&ToAgent::Frozen { epoch: held.epoch, items, seal })
     }
 
     /// Reports that an order cannot be carried out. Leave afterwards.
@@ -207,9 +189,7 @@ impl Client {
     /// # Errors
     /// The socket's.
     pub fn failed(&mut self, cause: &str) -> Result<(), Error> {
-        self.report(&ToAgent::Failed {
-            cause: bounded_cause(cause),
-        })
+        self.report(&ToAgent::Failed { cause: bounded_cause(cause) })
     }
 
     fn report(&mut self, report: &ToAgent) -> Result<(), Error> {
@@ -232,7 +212,7 @@ impl Client {
 
     fn poll_message(&mut self) -> Result<Option<ToService>, Error> {
         loop {
-            if let Some(message) = self.inbox.next()? {
+            if let Some(message) = self.inbox.take()? {
                 return Ok(Some(message));
             }
             let mut buffer = [0; 512];

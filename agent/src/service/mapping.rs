@@ -1,9 +1,6 @@
 //! The door between a memory file and memory: the only unsafe code of the SDK. A received descriptor gets an owner, and
 //! a mapped arena becomes a slice.
-#![expect(
-    unsafe_code,
-    reason = "mmap of the arena, and ownership of descriptors received beside a message"
-)]
+#![expect(unsafe_code, reason = "mmap of the arena, and ownership of descriptors received beside a message")]
 
 use std::io;
 use std::num::NonZeroUsize;
@@ -38,15 +35,8 @@ impl Arena {
         let stat = fstat(&file).map_err(io::Error::from)?;
         let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
         // A device knows its own end and refuses a longer mapping; behind a file's end there would be SIGBUS instead.
-        let held = if kind == SFlag::S_IFCHR {
-            len
-        } else {
-            u64::try_from(stat.st_size).unwrap_or(0)
-        };
-        let bad = Error::ArenaLength {
-            held,
-            announced: len,
-        };
+        let held = if kind == SFlag::S_IFCHR { len } else { u64::try_from(stat.st_size).unwrap_or(0) };
+        let bad = Error::ArenaLength { held, announced: len };
         if len > held || len > MAX_ARENA || !len.is_multiple_of(PAGE) {
             return Err(bad);
         }
@@ -56,22 +46,9 @@ impl Arena {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         // SAFETY: (1) no address is asked for, so no existing mapping is replaced; (2) the result is used only through
         // this Arena, which unmaps it when it is dropped.
-        let start = unsafe {
-            mmap(
-                None,
-                size,
-                access,
-                MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE,
-                file,
-                0,
-            )
-        }
-        .map_err(io::Error::from)?;
-        Ok(Self {
-            start: start.cast(),
-            len: size.get(),
-            fresh,
-        })
+        let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE, file, 0) }
+            .map_err(io::Error::from)?;
+        Ok(Self { start: start.cast(), len: size.get(), fresh })
     }
 
     /// Whether nothing is in it yet.

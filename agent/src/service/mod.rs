@@ -88,9 +88,7 @@ pub enum Error {
         why: String,
     },
     /// The peer speaks another version.
-    #[error(
-        "the service speaks protocol version {theirs}, this agent {ours}: install the same release on both sides"
-    )]
+    #[error("the service speaks protocol version {theirs}, this agent {ours}: install the same release on both sides")]
     Version {
         /// What the service said.
         theirs: u16,

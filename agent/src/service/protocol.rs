@@ -49,13 +49,7 @@ impl Hello {
     /// A greeting in this release's protocol.
     #[must_use]
     pub fn new(name: &str, schema_kind: u32, schema_version: u32, wanted_arena_len: u64) -> Self {
-        Self {
-            protocol: PROTOCOL_VERSION,
-            name: name.to_owned(),
-            schema_kind,
-            schema_version,
-            wanted_arena_len,
-        }
+        Self { protocol: PROTOCOL_VERSION, name: name.to_owned(), schema_kind, schema_version, wanted_arena_len }
     }
 
     /// Checks every bound, once. The agent calls it before it uses any field as a file name, a size or a log line.
@@ -64,33 +58,18 @@ impl Hello {
     /// Another protocol version, or a field out of bounds.
     pub fn check(&self) -> Result<(), Error> {
         if self.protocol != PROTOCOL_VERSION {
-            return Err(Error::Version {
-                theirs: self.protocol,
-                ours: PROTOCOL_VERSION,
-            });
+            return Err(Error::Version { theirs: self.protocol, ours: PROTOCOL_VERSION });
         }
         let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
         let name = &self.name;
-        if name.is_empty()
-            || name.len() > MAX_NAME
-            || !name.bytes().all(plain)
-            || name.starts_with('.')
-        {
+        if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(plain) || name.starts_with('.') {
             let value = name.chars().take(MAX_NAME).collect();
             let allowed = "1 to 64 of a-z, 0-9, '-', '_', '.', not starting with a dot";
-            return Err(Error::BadGreeting {
-                field: "name",
-                value,
-                allowed,
-            });
+            return Err(Error::BadGreeting { field: "name", value, allowed });
         }
         if self.wanted_arena_len == 0 || self.wanted_arena_len > mapping::MAX_ARENA {
             let value = self.wanted_arena_len.to_string();
-            return Err(Error::BadGreeting {
-                field: "wanted_arena_len",
-                value,
-                allowed: "1 byte to 1 TiB",
-            });
+            return Err(Error::BadGreeting { field: "wanted_arena_len", value, allowed: "1 byte to 1 TiB" });
         }
         Ok(())
     }
@@ -234,9 +213,7 @@ impl Standing {
         match (self, report) {
             (S::Unknown, R::Hello(_)) => Ok(S::Greeted),
             (S::Preparing, R::Ready) => Ok(S::Ready),
-            (S::Activating(held), R::Activated { epoch, .. }) if *epoch == held => {
-                Ok(S::Serving(held))
-            }
+            (S::Activating(held), R::Activated { epoch, .. }) if *epoch == held => Ok(S::Serving(held)),
             (S::Freezing(held), R::Frozen { epoch, .. }) if *epoch == held => Ok(S::Frozen(held)),
             (_, R::Failed { .. }) => Ok(S::Over),
             (standing, other) => Err(out_of_order(other, standing)),
@@ -266,10 +243,7 @@ pub fn encode_into<T: Serialize>(message: &T, out: &mut Vec<u8>) -> Result<(), E
     let len = out.len() - start - PREFIX;
     if let Err(error) = written {
         out.truncate(start);
-        return Err(Error::NotAMessage {
-            len,
-            why: error.to_string(),
-        });
+        return Err(Error::NotAMessage { len, why: error.to_string() });
     }
     if len > MAX_FRAME {
         out.truncate(start);
@@ -302,10 +276,7 @@ pub struct Inbox {
 
 impl Default for Inbox {
     fn default() -> Self {
-        Self {
-            bytes: Vec::with_capacity(PREFIX + MAX_FRAME),
-            descriptors: VecDeque::new(),
-        }
+        Self { bytes: Vec::with_capacity(PREFIX + MAX_FRAME), descriptors: VecDeque::new() }
     }
 }
 
@@ -327,7 +298,7 @@ impl Inbox {
     ///
     /// # Errors
     /// A frame too long, or one that is no message of type `T`. The connection is then to be closed.
-    pub fn next<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Error> {
+    pub fn take<T: DeserializeOwned>(&mut self) -> Result<Option<T>, Error> {
         let Some(prefix) = self.bytes.first_chunk::<PREFIX>() else {
             return Ok(None);
         };
@@ -338,10 +309,8 @@ impl Inbox {
         let Some(payload) = self.bytes.get(PREFIX..PREFIX + len) else {
             return Ok(None);
         };
-        let message = serde_json::from_slice(payload).map_err(|error| Error::NotAMessage {
-            len,
-            why: error.to_string(),
-        })?;
+        let message =
+            serde_json::from_slice(payload).map_err(|error| Error::NotAMessage { len, why: error.to_string() })?;
         self.bytes.drain(..PREFIX + len);
         Ok(Some(message))
     }
@@ -360,22 +329,12 @@ impl Inbox {
 ///
 /// # Errors
 /// As sendmsg(2).
-pub fn send_with_fd(
-    socket: BorrowedFd<'_>,
-    bytes: &[u8],
-    descriptor: Option<BorrowedFd<'_>>,
-) -> io::Result<usize> {
+pub fn send_with_fd(socket: BorrowedFd<'_>, bytes: &[u8], descriptor: Option<BorrowedFd<'_>>) -> io::Result<usize> {
     let raw = descriptor.map(|fd| [fd.as_raw_fd()]);
     let rights = raw.as_ref().map(|fds| ControlMessage::ScmRights(fds));
     let iov = [IoSlice::new(bytes)];
     loop {
-        match sendmsg::<()>(
-            socket.as_raw_fd(),
-            &iov,
-            rights.as_slice(),
-            MsgFlags::MSG_NOSIGNAL,
-            None,
-        ) {
+        match sendmsg::<()>(socket.as_raw_fd(), &iov, rights.as_slice(), MsgFlags::MSG_NOSIGNAL, None) {
             Err(Errno::EINTR) => {}
             other => return Ok(other?),
         }
@@ -386,20 +345,12 @@ pub fn send_with_fd(
 ///
 /// # Errors
 /// As recvmsg(2); a peer that sends several descriptors at once is refused, and none of them stays open.
-pub fn recv_with_fd(
-    socket: BorrowedFd<'_>,
-    buffer: &mut [u8],
-) -> io::Result<(usize, Option<OwnedFd>)> {
+pub fn recv_with_fd(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(usize, Option<OwnedFd>)> {
     // Room for more than one, so that too many are seen (and closed) instead of being cut off silently.
     let mut space = nix::cmsg_space!([std::os::fd::RawFd; 4]);
     let mut iov = [IoSliceMut::new(buffer)];
     let message = loop {
-        match recvmsg::<()>(
-            socket.as_raw_fd(),
-            &mut iov,
-            Some(&mut space),
-            MsgFlags::MSG_CMSG_CLOEXEC,
-        ) {
+        match recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
             Err(Errno::EINTR) => {}
             other => break other?,
         }
@@ -420,11 +371,7 @@ pub fn recv_with_fd(
 }
 
 /// Sends a whole frame on a socket that may be non-blocking, waiting for room when there is none.
-pub(super) fn send_all(
-    socket: BorrowedFd<'_>,
-    mut bytes: &[u8],
-    mut fd: Option<BorrowedFd<'_>>,
-) -> Result<(), Error> {
+pub(super) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     while !bytes.is_empty() {
         match send_with_fd(socket, bytes, fd) {
             Ok(sent) => {
@@ -455,8 +402,7 @@ pub(super) fn wait(
         let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
         // Rounded up: a wait that ends early would spin through the last millisecond.
         let limit = left.map_or(PollTimeout::NONE, |l| {
-            PollTimeout::try_from(l + std::time::Duration::from_micros(999))
-                .unwrap_or(PollTimeout::MAX)
+            PollTimeout::try_from(l + std::time::Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
         });
         match poll(&mut [PollFd::new(socket.as_fd(), what)], limit) {
             Ok(0) if left.is_some_and(|l| l.is_zero()) => {

@@ -14,8 +14,7 @@ use super::Error;
 use super::agent_end::AgentEnd;
 use super::client::{Client, Order};
 use super::protocol::{
-    Hello, Inbox, MAX_CAUSE, MAX_FRAME, Standing, ToAgent, ToService, bounded_cause, encode,
-    send_with_fd,
+    Hello, Inbox, MAX_CAUSE, MAX_FRAME, Standing, ToAgent, ToService, bounded_cause, encode, send_with_fd,
 };
 
 const KIND: u32 = u32::from_le_bytes(*b"cntr");
@@ -32,8 +31,11 @@ fn hello() -> Hello {
     Hello::new("counter", KIND, 1, LEN)
 }
 
+/// The epoch, and whether the arena was fresh, the service resumed.
+type Activation = (u64, bool, bool);
+
 /// A service that counts its activations in the arena's first byte.
-fn counter(socket: UnixStream) -> Result<Vec<(u64, bool, bool)>, Error> {
+fn counter(socket: UnixStream) -> Result<Vec<Activation>, Error> {
     let mut held_epochs = Vec::new();
     let (mut agent, mut arena) = Client::over(socket, hello())?;
     agent.ready()?;
@@ -47,10 +49,7 @@ fn counter(socket: UnixStream) -> Result<Vec<(u64, bool, bool)>, Error> {
                 agent.activated(&held, u64::from(*count), 7)?;
                 assert_eq!(agent.serving(), Some(held.epoch));
                 held_epochs.push((held.epoch, held.fresh, held.resumed));
-                assert!(matches!(
-                    agent.wait(Some(PATIENCE))?,
-                    Some(Order::Freeze { .. })
-                ));
+                assert!(matches!(agent.wait(Some(PATIENCE))?, Some(Order::Freeze { .. })));
                 assert_eq!(agent.serving(), None);
                 let count = u64::from(arena.memory(&held)[0]);
                 agent.frozen(held, count, 8)?;
@@ -64,10 +63,7 @@ fn counter(socket: UnixStream) -> Result<Vec<(u64, bool, bool)>, Error> {
     Ok(held_epochs)
 }
 
-fn start() -> (
-    AgentEnd,
-    thread::JoinHandle<Result<Vec<(u64, bool, bool)>, Error>>,
-) {
+fn start() -> (AgentEnd, thread::JoinHandle<Result<Vec<Activation>, Error>>) {
     let (ours, theirs) = UnixStream::pair().expect("pair");
     let service = thread::spawn(move || counter(theirs));
     (AgentEnd::accept(ours, PATIENCE).expect("greeting"), service)
@@ -81,14 +77,7 @@ fn state_goes_on_in_the_successor_on_the_same_memory() {
     old.give_arena(file.as_fd(), LEN, true).expect("arena");
     assert_eq!(old.report(PATIENCE).expect("ready"), ToAgent::Ready);
     old.order(&ToService::Serve { epoch: 1 }).expect("serve");
-    assert_eq!(
-        old.report(PATIENCE).expect("serves"),
-        ToAgent::Activated {
-            epoch: 1,
-            items: 1,
-            seal: 7
-        }
-    );
+    assert_eq!(old.report(PATIENCE).expect("serves"), ToAgent::Activated { epoch: 1, items: 1, seal: 7 });
 
     let (mut new, new_service) = start();
     new.give_arena(file.as_fd(), LEN, false).expect("arena");
@@ -96,51 +85,22 @@ fn state_goes_on_in_the_successor_on_the_same_memory() {
     new.order(&ToService::StandBy).expect("stand by");
 
     old.order(&ToService::Freeze { epoch: 1 }).expect("freeze");
-    assert_eq!(
-        old.report(PATIENCE).expect("frozen"),
-        ToAgent::Frozen {
-            epoch: 1,
-            items: 1,
-            seal: 8
-        }
-    );
-    new.order(&ToService::Activate { epoch: 2 })
-        .expect("activate");
-    assert_eq!(
-        new.report(PATIENCE).expect("active"),
-        ToAgent::Activated {
-            epoch: 2,
-            items: 2,
-            seal: 7
-        }
-    );
+    assert_eq!(old.report(PATIENCE).expect("frozen"), ToAgent::Frozen { epoch: 1, items: 1, seal: 8 });
+    new.order(&ToService::Activate { epoch: 2 }).expect("activate");
+    assert_eq!(new.report(PATIENCE).expect("active"), ToAgent::Activated { epoch: 2, items: 2, seal: 7 });
 
     // And back: the incumbent goes on with what the successor wrote.
     new.order(&ToService::Freeze { epoch: 2 }).expect("freeze");
     new.report(PATIENCE).expect("frozen");
-    old.order(&ToService::Unfreeze { epoch: 3 })
-        .expect("unfreeze");
-    assert_eq!(
-        old.report(PATIENCE).expect("active"),
-        ToAgent::Activated {
-            epoch: 3,
-            items: 3,
-            seal: 7
-        }
-    );
+    old.order(&ToService::Unfreeze { epoch: 3 }).expect("unfreeze");
+    assert_eq!(old.report(PATIENCE).expect("active"), ToAgent::Activated { epoch: 3, items: 3, seal: 7 });
     old.order(&ToService::Freeze { epoch: 3 }).expect("freeze");
     old.report(PATIENCE).expect("frozen");
 
     old.order(&ToService::Stop).expect("stop");
     new.order(&ToService::Stop).expect("stop");
-    assert_eq!(
-        old_service.join().expect("no panic").expect("no error"),
-        [(1, true, false), (3, false, true)]
-    );
-    assert_eq!(
-        new_service.join().expect("no panic").expect("no error"),
-        [(2, false, false)]
-    );
+    assert_eq!(old_service.join().expect("no panic").expect("no error"), [(1, true, false), (3, false, true)]);
+    assert_eq!(new_service.join().expect("no panic").expect("no error"), [(2, false, false)]);
 }
 
 #[test]
@@ -150,30 +110,16 @@ fn orders_that_come_together_keep_their_descriptor() {
     let mut greeting = [0; 512];
     let _ = nix::unistd::read(&ours, &mut greeting).expect("greeting");
     let file = memory_file(LEN);
-    let mut bytes = encode(&ToService::Arena {
-        len: LEN,
-        fresh: true,
-    })
-    .expect("fits");
+    let mut bytes = encode(&ToService::Arena { len: LEN, fresh: true }).expect("fits");
     bytes.extend(encode(&ToService::Stop).expect("fits"));
     send_with_fd(ours.as_fd(), &bytes, Some(file.as_fd())).expect("sent");
-    assert!(
-        service
-            .join()
-            .expect("no panic")
-            .expect("no error")
-            .is_empty()
-    );
+    assert!(service.join().expect("no panic").expect("no error").is_empty());
 }
 
 #[test]
 fn an_old_epoch_is_never_obeyed() {
-    let refused = |standing: Standing, order| {
-        assert!(matches!(
-            standing.ordered(&order),
-            Err(Error::OutOfOrder { .. })
-        ))
-    };
+    let refused =
+        |standing: Standing, order| assert!(matches!(standing.ordered(&order), Err(Error::OutOfOrder { .. })));
     refused(Standing::Serving(5), ToService::Freeze { epoch: 4 });
     refused(Standing::Serving(5), ToService::Freeze { epoch: 6 });
     refused(Standing::Serving(5), ToService::Activate { epoch: 6 });
@@ -182,67 +128,28 @@ fn an_old_epoch_is_never_obeyed() {
     refused(Standing::StandingBy, ToService::Activate { epoch: 0 });
     refused(Standing::StandingBy, ToService::Serve { epoch: 1 });
     refused(Standing::Over, ToService::StandBy);
-    assert!(
-        Standing::Activating(5)
-            .reported(&ToAgent::Activated {
-                epoch: 4,
-                items: 0,
-                seal: 0
-            })
-            .is_err()
-    );
-    assert!(
-        Standing::Serving(5)
-            .reported(&ToAgent::Frozen {
-                epoch: 5,
-                items: 0,
-                seal: 0
-            })
-            .is_err()
-    );
-    for silent in [
-        Standing::StandingBy,
-        Standing::Activating(5),
-        Standing::Freezing(5),
-        Standing::Frozen(5),
-        Standing::Over,
-    ] {
+    assert!(Standing::Activating(5).reported(&ToAgent::Activated { epoch: 4, items: 0, seal: 0 }).is_err());
+    assert!(Standing::Serving(5).reported(&ToAgent::Frozen { epoch: 5, items: 0, seal: 0 }).is_err());
+    for silent in
+        [Standing::StandingBy, Standing::Activating(5), Standing::Freezing(5), Standing::Frozen(5), Standing::Over]
+    {
         assert_eq!(silent.serving(), None);
     }
 }
 
 #[test]
 fn an_arena_that_is_not_what_was_announced_is_refused() {
-    for (held, announced) in [
-        (LEN, LEN + 4096),
-        (LEN, 0),
-        (LEN, 100),
-        (0, 4096),
-        (LEN, u64::MAX & !4095),
-    ] {
+    for (held, announced) in [(LEN, LEN + 4096), (LEN, 0), (LEN, 100), (0, 4096), (LEN, !4095)] {
         let (mut agent, service) = start();
-        agent
-            .give_arena(memory_file(held).as_fd(), announced, true)
-            .expect("sent");
+        agent.give_arena(memory_file(held).as_fd(), announced, true).expect("sent");
         let error = service.join().expect("no panic").expect_err("refused");
         assert!(matches!(error, Error::ArenaLength { .. }), "{error}");
     }
     // No descriptor at all.
     let (ours, theirs) = UnixStream::pair().expect("pair");
     let service = thread::spawn(move || counter(theirs));
-    (&ours)
-        .write_all(
-            &encode(&ToService::Arena {
-                len: LEN,
-                fresh: true,
-            })
-            .expect("fits"),
-        )
-        .expect("sent");
-    assert!(matches!(
-        service.join().expect("no panic"),
-        Err(Error::Descriptors(0, 1))
-    ));
+    (&ours).write_all(&encode(&ToService::Arena { len: LEN, fresh: true }).expect("fits")).expect("sent");
+    assert!(matches!(service.join().expect("no panic"), Err(Error::Descriptors(0, 1))));
 }
 
 #[test]
@@ -258,9 +165,7 @@ fn a_service_that_serves_outlives_its_agent_and_a_silent_one_does_not() {
     });
     let (mut client, mut arena) = Client::over(theirs, hello()).expect("arena");
     client.ready().expect("sent");
-    let Some(Order::Serve(held)) = client.wait(Some(PATIENCE)).expect("order") else {
-        panic!("another order")
-    };
+    let Some(Order::Serve(held)) = client.wait(Some(PATIENCE)).expect("order") else { panic!("another order") };
     client.activated(&held, 0, 0).expect("sent");
     agent.join().expect("no panic");
     assert!(client.wait(Some(PATIENCE)).expect("no error").is_none());
@@ -268,15 +173,10 @@ fn a_service_that_serves_outlives_its_agent_and_a_silent_one_does_not() {
     arena.memory(&held)[0] = 1;
 
     let (mut agent, service) = start();
-    agent
-        .give_arena(memory_file(LEN).as_fd(), LEN, false)
-        .expect("arena");
+    agent.give_arena(memory_file(LEN).as_fd(), LEN, false).expect("arena");
     agent.report(PATIENCE).expect("ready");
     drop(agent);
-    assert!(matches!(
-        service.join().expect("no panic"),
-        Err(Error::Closed)
-    ));
+    assert!(matches!(service.join().expect("no panic"), Err(Error::Closed)));
 }
 
 #[test]
@@ -289,20 +189,12 @@ fn a_greeting_is_checked_before_anything_is_done_with_it() {
     assert!(refused(|h| h.protocol = 9).contains("speaks protocol version 9, this agent 1"));
     for name in ["", "../etc", "A", "a b", ".", &"x".repeat(65)] {
         let hello = Hello::new(name, KIND, 1, 1);
-        assert!(
-            matches!(hello.check(), Err(Error::BadGreeting { field: "name", .. })),
-            "{name:?}"
-        );
+        assert!(matches!(hello.check(), Err(Error::BadGreeting { field: "name", .. })), "{name:?}");
     }
     assert!(refused(|h| h.wanted_arena_len = u64::MAX).contains("1 byte to 1 TiB"));
     let (ours, theirs) = UnixStream::pair().expect("pair");
-    (&theirs)
-        .write_all(&encode(&ToAgent::Ready).expect("fits"))
-        .expect("sent");
-    assert!(matches!(
-        AgentEnd::accept(ours, PATIENCE),
-        Err(Error::OutOfOrder { .. })
-    ));
+    (&theirs).write_all(&encode(&ToAgent::Ready).expect("fits")).expect("sent");
+    assert!(matches!(AgentEnd::accept(ours, PATIENCE), Err(Error::OutOfOrder { .. })));
 }
 
 #[test]
@@ -313,20 +205,11 @@ fn a_failure_names_the_service_and_its_cause_always_fits() {
         client.failed(&"\u{1}".repeat(100_000))
     });
     let mut agent = AgentEnd::accept(ours, PATIENCE).expect("greeting");
-    agent
-        .give_arena(memory_file(LEN).as_fd(), LEN, true)
-        .expect("arena");
+    agent.give_arena(memory_file(LEN).as_fd(), LEN, true).expect("arena");
     let error = agent.report(PATIENCE).expect_err("failed").to_string();
     assert!(error.starts_with("the service counter failed: "), "{error}");
     service.join().expect("no panic").expect("sent");
-    assert!(
-        encode(&ToAgent::Failed {
-            cause: bounded_cause(&"\u{1}".repeat(9999))
-        })
-        .expect("fits")
-        .len()
-            < MAX_FRAME
-    );
+    assert!(encode(&ToAgent::Failed { cause: bounded_cause(&"\u{1}".repeat(9999)) }).expect("fits").len() < MAX_FRAME);
     assert_eq!(bounded_cause(&"é".repeat(9999)).chars().count(), MAX_CAUSE);
 }
 
@@ -341,17 +224,9 @@ fn a_silent_peer_is_a_time_out() {
 fn the_wire_is_readable() {
     let frame = encode(&ToService::Freeze { epoch: 3 }).expect("fits");
     assert_eq!(frame, b"\x16\0\0\0{\"Freeze\":{\"epoch\":3}}");
-    let frame = encode(&ToAgent::Frozen {
-        epoch: 3,
-        items: 2,
-        seal: 1,
-    })
-    .expect("fits");
+    let frame = encode(&ToAgent::Frozen { epoch: 3, items: 2, seal: 1 }).expect("fits");
     assert_eq!(&frame[4..], br#"{"Frozen":{"epoch":3,"items":2,"seal":1}}"#);
-    assert_eq!(
-        &encode(&ToService::StandBy).expect("fits")[4..],
-        br#""StandBy""#
-    );
+    assert_eq!(&encode(&ToService::StandBy).expect("fits")[4..], br#""StandBy""#);
 }
 
 proptest! {
@@ -360,7 +235,7 @@ proptest! {
         let mut inbox = Inbox::default();
         for chunk in chunks {
             inbox.push(&chunk, None).expect("no descriptors");
-            while let Ok(Some(_)) = inbox.next::<ToAgent>() {}
+            while let Ok(Some(_)) = inbox.take::<ToAgent>() {}
         }
     }
 
@@ -372,7 +247,7 @@ proptest! {
         let mut read = Vec::new();
         for piece in bytes.chunks(cut) {
             inbox.push(piece, None).expect("no descriptors");
-            while let Some(message) = inbox.next::<ToService>().expect("whole frames only") {
+            while let Some(message) = inbox.take::<ToService>().expect("whole frames only") {
                 read.push(message);
             }
         }

@@ -1,0 +1,154 @@
+//! The service's life: connect to the agent, stand by, serve, freeze, perhaps serve again.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use agent::service::client::{Client, Held, Order};
+use agent::service::mapping::Arena;
+use agent::service::protocol::Hello;
+use handover::arena::store::{SCHEMA_KIND, SCHEMA_VERSION};
+use handover::arena::{ArenaError, SealReceipt, Store, StoreError};
+use state_schemas::arena::ArenaHeader;
+
+use super::server::{Server, Turn};
+
+/// The service's name towards the agent.
+pub const NAME: &str = "baton-kv";
+
+/// What to run.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where to listen; the machine need not have the address yet.
+    pub listen: SocketAddr,
+    /// The agent's socket.
+    pub socket: PathBuf,
+    /// The arena to ask for, in MiB.
+    pub arena_mib: u64,
+    /// Clients at most.
+    pub max_clients: usize,
+}
+
+/// Why the service ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The address could not be bound.
+    #[error("cannot listen on {0}: {1}")]
+    Bind(SocketAddr, io::Error),
+    /// The event loop's own trouble.
+    #[error("the event loop: {0}")]
+    Loop(#[from] io::Error),
+    /// Between service and agent.
+    #[error(transparent)]
+    Agent(#[from] agent::service::Error),
+    /// The arena's content.
+    #[error("the arena: {0}")]
+    Store(#[from] StoreError),
+}
+
+/// Serves under an agent until it says stop.
+///
+/// # Errors
+/// See [`Error`]. What concerns the arena was reported to the agent too.
+pub fn under_agent(options: &Options) -> Result<(), Error> {
+    let mut server = bind(options)?;
+    let hello = Hello::new(NAME, SCHEMA_KIND, SCHEMA_VERSION, options.arena_mib << 20);
+    let (mut agent, mut arena) = Client::connect(&options.socket, hello)?;
+    server.watch(agent.as_raw_fd())?;
+    agent.ready()?;
+    while let Some(order) = agent.wait(None)? {
+        match order {
+            Order::StandBy => {}
+            Order::Serve(held) => match serve(&mut server, &mut agent, &mut arena, held) {
+                Ok(After::Frozen) => {}
+                Ok(After::Stopped) => break,
+                Err(error) => {
+                    // It may be the agent who is gone; the error below says more than this report's.
+                    let _ = agent.failed(&error.to_string());
+                    return Err(error);
+                }
+            },
+            // `serve` takes it where it belongs; the protocol's table refuses it anywhere else.
+            Order::Freeze { .. } => {}
+            Order::Stop => break,
+        }
+    }
+    Ok(())
+}
+
+/// From the order to serve to the report of being frozen.
+fn serve(server: &mut Server, agent: &mut Client, arena: &mut Arena, held: Held) -> Result<After, Error> {
+    let (mut store, seal) = open(arena.memory(&held), &held)?;
+    server.begin(held.epoch)?;
+    agent.activated(&held, store.len()?, seal)?;
+    // An order that came with the one to serve has left the socket already: no readiness will tell of it.
+    let mut order = agent.poll_order()?;
+    while order.is_none() {
+        if server.turn(&mut store, None)? == Turn::Control {
+            order = agent.poll_order()?;
+            if agent.agent_gone() {
+                server.unwatch(agent.as_raw_fd())?;
+            }
+        }
+    }
+    let receipt = store.seal(held.epoch)?;
+    let items = store.len()?;
+    match order {
+        Some(Order::Freeze { .. }) => {
+            agent.frozen(held, items, seal_word(receipt))?;
+            Ok(After::Frozen)
+        }
+        // Told to leave: sealed all the same, so that a successor may attach.
+        _ => Ok(After::Stopped),
+    }
+}
+
+/// What comes after serving.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    Frozen,
+    Stopped,
+}
+
+/// The store, and the seal that was on it (0: fresh), for the agent to compare with the one that the predecessor reported.
+fn open<'m>(memory: &'m mut [u8], held: &Held) -> Result<(Store<'m>, u64), StoreError> {
+    if held.fresh {
+        return Ok((Store::create(memory, NAME, held.epoch, random())?, 0));
+    }
+    // Only alleged here; attaching checks it.
+    let seal = ArenaHeader::read(memory).map_err(ArenaError::from)?.alleged().seal.get();
+    let mut store = Store::attach(memory)?;
+    store.unseal(held.epoch)?;
+    Ok((store, seal.into()))
+}
+
+/// Serves alone, on memory of its own that ends with it.
+///
+/// # Errors
+/// See [`Error`].
+pub fn standalone(options: &Options) -> Result<(), Error> {
+    let len = usize::try_from(options.arena_mib << 20).unwrap_or(usize::MAX);
+    let mut memory = vec![0; len];
+    let mut store = Store::create(&mut memory, NAME, 0, random())?;
+    let mut server = bind(options)?;
+    server.begin(0)?;
+    loop {
+        server.turn(&mut store, None)?;
+    }
+}
+
+fn bind(options: &Options) -> Result<Server, Error> {
+    Server::bind(options.listen, options.max_clients).map_err(|error| Error::Bind(options.listen, error))
+}
+
+fn seal_word(receipt: SealReceipt) -> u64 {
+    receipt.crc.into()
+}
+
+/// A number that nobody outside can know: the standard library's own hash seeds come from the kernel.
+fn random() -> u64 {
+    RandomState::new().build_hasher().finish()
+}
