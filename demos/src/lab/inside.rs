@@ -1,0 +1,189 @@
+//! A place to run the tree's programs in, that cannot be left behind.
+//!
+//! A thread gets a mount namespace of its own (and, if wanted, a network namespace), in which the tree is read-only and has `/proc`,
+//! `/dev`, a fresh `/tmp` and the caller's folder at `/mnt`. Nothing of it has a name outside: mounts, bridge and TAPs last as long as
+//! this thread and the programs that it started, and those are killed by the host's kernel when the thread ends (`host::leashed`). So
+//! ^C, a panic, SIGTERM and kill -9 all leave the host as it was, without a handler, and there is nothing to clean at the next start.
+
+use std::any::Any;
+use std::fs::File;
+use std::net::{SocketAddr, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output};
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use super::error::{Doing, LabError, Result};
+use super::host;
+use super::tree::Tree;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A thread in namespaces of its own; dropped, it takes everything with it.
+#[derive(Debug)]
+pub struct Inside {
+    tree: Tree,
+    jobs: Option<Sender<Job>>,
+    thread: Option<JoinHandle<()>>,
+    door: Option<Door>,
+}
+
+/// A way into the network namespace for other threads; keeps the namespace alive.
+#[derive(Clone, Debug)]
+pub struct Door(Arc<File>);
+
+impl Door {
+    /// Moves the calling thread into the namespace, for good. Sockets stay in the namespace in which they were made, so a thread that
+    /// only needs a socket is better served by [`Inside::run`].
+    pub fn enter(&self) -> Result<()> {
+        setns(&*self.0, CloneFlags::CLONE_NEWNET).doing("entering the lab's network namespace")
+    }
+
+    /// A thread inside the namespace.
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<JoinHandle<Result<T>>> {
+        let door = self.clone();
+        let body = move || {
+            door.enter()?;
+            Ok(work())
+        };
+        std::thread::Builder::new().name(name.to_owned()).spawn(body).doing("starting a thread")
+    }
+}
+
+impl Inside {
+    /// The host's network stays visible: for compilers.
+    pub fn with_host_network(tree: &Tree, folder: &Path) -> Result<Self> {
+        Self::new(tree, folder, false)
+    }
+
+    /// An empty network namespace: for machines and their clients.
+    pub fn with_own_network(tree: &Tree, folder: &Path) -> Result<Self> {
+        Self::new(tree, folder, true)
+    }
+
+    fn new(tree: &Tree, folder: &Path, own_network: bool) -> Result<Self> {
+        if !host::is_root() {
+            return Err(LabError::Prerequisite(
+                "machines need root (mounts, TAPs): run this under `sudo -E env PATH=$PATH`".into(),
+            ));
+        }
+        let (jobs, inbox) = channel::<Job>();
+        let (ready, readiness) = channel();
+        let (root, folder) = (tree.root().to_owned(), folder.to_owned());
+        let body = move || {
+            let entered = settle(&root, &folder, own_network);
+            let go_on = entered.is_ok();
+            // The receiver waits for exactly this message.
+            let _ = ready.send(entered);
+            if go_on {
+                inbox.iter().for_each(|job| job());
+            }
+        };
+        let thread = std::thread::Builder::new().name("inside".into()).spawn(body).doing("starting a thread")?;
+        let door = readiness.recv().map_err(std::io::Error::other).doing("setting up namespaces")??;
+        Ok(Self { tree: tree.clone(), jobs: Some(jobs), thread: Some(thread), door })
+    }
+
+    /// Runs a closure in there and waits for it. One at a time: nothing long belongs here.
+    pub fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let (send, receive) = channel::<std::result::Result<T, Box<dyn Any + Send>>>();
+        let job: Job = Box::new(move || {
+            // The receiver waits for exactly this message.
+            let _ = send.send(catch_unwind(AssertUnwindSafe(work)));
+        });
+        let jobs = self.jobs.as_ref().expect("jobs are taken only by drop");
+        jobs.send(job).expect("the thread ends only when the sender is gone");
+        receive.recv().expect("every job answers").unwrap_or_else(|panic| resume_unwind(panic))
+    }
+
+    /// Starts a program in there. It is killed when this value goes.
+    pub fn spawn(&self, mut command: Command) -> Result<Child> {
+        let name = format!("{command:?}");
+        self.run(move || command.spawn()).doing(format_args!("starting {name}"))
+    }
+
+    /// Runs a program to its end in there; its output. Blocks other users of this value meanwhile.
+    pub fn output(&self, program: &str, mut command: Command) -> Result<Output> {
+        let name = program.to_owned();
+        self.run(move || host::run(&name, &mut command))
+    }
+
+    /// A program of the tree, to be started by [`Inside::spawn`] or [`Inside::output`].
+    #[must_use]
+    pub fn command(&self, program: &str) -> Command {
+        self.tree.command(program)
+    }
+
+    /// The tree that is visible in there.
+    #[must_use]
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// The way in for other threads; `None` when the network is the host's.
+    #[must_use]
+    pub fn door(&self) -> Option<&Door> {
+        self.door.as_ref()
+    }
+
+    /// A connection from in there; the stream may be used from anywhere.
+    pub fn connect(&self, address: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
+        // Connecting may take long, and the thread serves others too: so not there, but in a thread of its own.
+        let door = self.door.clone();
+        let attempt = move || {
+            if let Some(door) = door {
+                door.enter().map_err(std::io::Error::other)?;
+            }
+            TcpStream::connect_timeout(&address, patience)
+        };
+        std::thread::spawn(attempt).join().unwrap_or_else(|panic| resume_unwind(panic))
+    }
+}
+
+impl Drop for Inside {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // It only runs jobs, whose panics went to their callers.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the thread does before it takes jobs.
+fn settle(root: &Path, folder: &Path, own_network: bool) -> Result<Option<Door>> {
+    let namespaces =
+        if own_network { CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET } else { CloneFlags::CLONE_NEWNS };
+    unshare(namespaces).doing("making namespaces (does this container allow it?)")?;
+    let none: Option<&str> = None;
+    let bind = |from: &Path, to: PathBuf| {
+        mount(Some(from), &to, none, MsFlags::MS_BIND | MsFlags::MS_REC, none).doing(format_args!(
+            "mounting {} on {}",
+            from.display(),
+            to.display()
+        ))
+    };
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).doing("making mounts private")?;
+    bind(root, root.to_owned())?;
+    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(none, root, none, read_only, none).doing("making the tree read-only")?;
+    bind(Path::new("/dev"), root.join("dev"))?;
+    bind(Path::new("/proc"), root.join("proc"))?;
+    bind(folder, root.join("mnt"))?;
+    mount(Some("tmpfs"), &root.join("tmp"), Some("tmpfs"), MsFlags::empty(), none).doing("mounting a tmpfs")?;
+    if !own_network {
+        return Ok(None);
+    }
+    let namespace = File::open("/proc/thread-self/ns/net").doing("opening the network namespace")?;
+    Ok(Some(Door(Arc::new(namespace))))
+}

@@ -1,0 +1,324 @@
+//! A machine: a QEMU process inside an [`Inside`], its serial logs, and its end.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde_json::Value;
+
+use super::accel::Accelerator;
+use super::cache;
+use super::error::{Doing, LabError, Result};
+use super::inside::Inside;
+use super::net::{self, NICS, Nic};
+use super::qmp::Qmp;
+use super::serial::{NotSeen, Patience, Serial};
+use super::tree::Tree;
+
+/// Logs of this many machines are kept.
+const RUNS_KEPT: usize = 30;
+const PORTS: [&str; 2] = ["serial0", "serial1"];
+
+/// What machine to make.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineSpec {
+    /// Virtual CPUs, 1 to 8.
+    pub vcpus: u8,
+    /// Memory.
+    pub memory_mib: u32,
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Its initrd.
+    pub initrd: PathBuf,
+    /// Its command line.
+    pub cmdline: String,
+    /// How many of the two NICs it has.
+    pub nics: u8,
+    /// QEMU's CPU model.
+    pub cpu: String,
+    /// How it is run.
+    pub accelerator: Accelerator,
+    /// Whether a reboot starts it again (with the same kernel and initrd) or ends it.
+    pub reboots: bool,
+    /// More words for QEMU's command line.
+    pub extra: Vec<String>,
+}
+
+impl MachineSpec {
+    /// Four CPUs, 2 GiB, two NICs, emulated.
+    #[must_use]
+    pub fn new(kernel: PathBuf, initrd: PathBuf) -> Self {
+        Self {
+            vcpus: 4,
+            memory_mib: 2048,
+            kernel,
+            initrd,
+            cmdline: "console=ttyS0 panic=-1".into(),
+            nics: 2,
+            cpu: "EPYC".into(),
+            accelerator: Accelerator::Tcg,
+            reboots: false,
+            extra: Vec::new(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let refuse = |why: String| Err(LabError::Refused { who: "the lab".into(), why });
+        if !(1..=8).contains(&self.vcpus) {
+            return refuse(format!("a machine has 1 to 8 CPUs, not {}", self.vcpus));
+        }
+        if usize::from(self.nics) > NICS.len() {
+            return refuse(format!("a machine has at most {} NICs, not {}", NICS.len(), self.nics));
+        }
+        Ok(())
+    }
+
+    fn nics(&self) -> &'static [Nic] {
+        &NICS[..usize::from(self.nics)]
+    }
+
+    /// QEMU's arguments. Kernel, initrd and sockets are in the run's folder, which QEMU sees as `/mnt`.
+    fn arguments(&self) -> Vec<String> {
+        let mut words: Vec<String> = Vec::new();
+        let mut add = |line: &str| words.extend(line.split(' ').map(str::to_owned));
+        add("-nodefaults -no-user-config -display none -M q35 -S");
+        add(&format!("-cpu {} -smp {} -m {}", self.cpu, self.vcpus, self.memory_mib));
+        add(&format!("-accel {}", self.accelerator.argument()));
+        add("-kernel /mnt/kernel -initrd /mnt/initrd");
+        add("-chardev stdio,id=qmp,signal=off -mon chardev=qmp,mode=control");
+        for port in PORTS {
+            add(&format!("-chardev socket,id={port},path=/mnt/{port}.sock,server=on,wait=off -serial chardev:{port}"));
+        }
+        for Nic { tap, slot, mac, .. } in self.nics() {
+            add(&format!("-netdev tap,id={tap},ifname={tap},script=no,downscript=no"));
+            add(&format!(
+                "-device virtio-net-pci,netdev={tap},mac={mac},bus=pcie.0,addr={slot:#x},disable-legacy=on,romfile="
+            ));
+        }
+        if !self.reboots {
+            add("-no-reboot");
+        }
+        words.extend(["-append".to_owned(), self.cmdline.clone()]);
+        words.extend(self.extra.iter().cloned());
+        words
+    }
+}
+
+/// A running machine; dropped, it is gone, with its network.
+#[derive(Debug)]
+pub struct Machine {
+    qemu: Child,
+    qmp: Qmp,
+    serials: Vec<Serial>,
+    folder: PathBuf,
+    started: Instant,
+    // Last: QEMU must be gone before its namespaces go.
+    inside: Inside,
+}
+
+impl Machine {
+    /// Starts a machine with a network of its own.
+    pub fn start(tree: &Tree, spec: &MachineSpec) -> Result<Self> {
+        spec.check()?;
+        let folder = new_run()?;
+        link_or_copy(&spec.kernel, &folder.join("kernel"))?;
+        link_or_copy(&spec.initrd, &folder.join("initrd"))?;
+        let inside = Inside::with_own_network(tree, &folder)?;
+        net::lay(&inside, spec.nics())?;
+
+        let log_path = folder.join("qemu.log");
+        let log = File::create(&log_path).doing(format_args!("creating {}", log_path.display()))?;
+        let mut command: Command = inside.command("qemu-system-x86_64");
+        command.args(spec.arguments()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
+        let mut qemu = inside.spawn(command)?;
+        let (Some(to), Some(from)) = (qemu.stdin.take(), qemu.stdout.take()) else {
+            unreachable!("both were asked for as pipes");
+        };
+        // Paused until somebody listens on every port: no byte of a boot is lost.
+        let controlled = Qmp::greet(to, from).and_then(|qmp| Ok((qmp, follow_ports(&folder)?)));
+        let (mut qmp, serials) = match controlled {
+            Ok(both) => both,
+            Err(why) => {
+                let _ = qemu.kill();
+                let status = qemu.wait().doing("waiting for QEMU")?;
+                let said = fs::read_to_string(&log_path).unwrap_or_default();
+                return Err(LabError::Program { program: "QEMU".into(), status, output: format!("{said}{why}") });
+            }
+        };
+        qmp.execute("cont", Value::Null)?;
+        Ok(Self { qemu, qmp, serials, folder, started: Instant::now(), inside })
+    }
+
+    /// Port 0 or 1.
+    #[must_use]
+    pub fn serial(&self, port: usize) -> &Serial {
+        &self.serials[port]
+    }
+
+    /// Where its logs are.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// When its CPUs began to run.
+    #[must_use]
+    pub fn started(&self) -> Instant {
+        self.started
+    }
+
+    /// Its network, and a place for client programs.
+    #[must_use]
+    pub fn inside(&self) -> &Inside {
+        &self.inside
+    }
+
+    /// QEMU's control connection.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// QEMU's process id on the host.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.qemu.id()
+    }
+
+    /// Waits for a text on a port, from a position on; the position behind it.
+    pub fn wait_for(&self, port: usize, wanted: &str, from: usize, patience: Patience) -> Result<usize> {
+        let began = Instant::now();
+        self.serials[port].wait_for(wanted, from, patience).map_err(|why| match why {
+            NotSeen::TimedOut => self.deadline(&format!("{wanted:?} on serial port {port}"), began.elapsed()),
+            NotSeen::Closed => self.gone(&format!("waiting for {wanted:?} on serial port {port}")),
+        })
+    }
+
+    /// The error for something that did not happen in time, with what the machine said last.
+    #[must_use]
+    pub fn deadline(&self, what: &str, waited: Duration) -> LabError {
+        LabError::Deadline { what: what.into(), waited, logs: self.folder.clone(), tail: self.logs(40) }
+    }
+
+    fn gone(&self, doing: &str) -> LabError {
+        LabError::MachineGone {
+            doing: doing.into(),
+            status: "QEMU has ended".into(),
+            logs: self.folder.clone(),
+            tail: self.logs(40),
+        }
+    }
+
+    /// The ends of both serial logs and of QEMU's own, for a failure's message.
+    #[must_use]
+    pub fn logs(&self, lines: usize) -> String {
+        let mut text = String::new();
+        for (port, serial) in self.serials.iter().enumerate() {
+            text += &format!("--- serial port {port}\n{}\n", serial.tail(lines));
+        }
+        let own = fs::read_to_string(self.folder.join("qemu.log")).unwrap_or_default();
+        let own: Vec<_> = own.lines().filter(|l| !l.contains("TCG doesn't support requested feature")).collect();
+        if !own.is_empty() {
+            text += &format!("--- QEMU\n{}\n", own.join("\n"));
+        }
+        text
+    }
+
+    /// Waits until QEMU ends by itself (a guest that powers off, or reboots without leave to).
+    pub fn wait_end(&mut self, patience: Patience) -> Result<()> {
+        let began = Instant::now();
+        match self.serials[0].wait_closed(patience) {
+            Ok(()) => self.qemu.wait().map(drop).doing("waiting for QEMU"),
+            Err(_) => Err(self.deadline("the machine's end", began.elapsed())),
+        }
+    }
+
+    /// A TCP connection from the lab's client address.
+    pub fn connect(&self, address: SocketAddr, patience: Duration) -> std::io::Result<std::net::TcpStream> {
+        self.inside.connect(address, patience)
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // Both fail only if it is gone already.
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+        for large in ["kernel", "initrd"] {
+            let _ = fs::remove_file(self.folder.join(large));
+        }
+    }
+}
+
+fn follow_ports(folder: &Path) -> Result<Vec<Serial>> {
+    // A socket's path has 108 bytes at most, a cache folder's name may have more: go through the folder's descriptor.
+    let dir = File::open(folder).doing(format_args!("opening {}", folder.display()))?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+    PORTS
+        .iter()
+        .map(|port| {
+            let stream =
+                UnixStream::connect(short.join(format!("{port}.sock"))).doing(format_args!("connecting to {port}"))?;
+            Serial::follow(stream, &folder.join(format!("{port}.log")))
+        })
+        .collect()
+}
+
+/// A folder for a new machine's logs; the oldest make way.
+fn new_run() -> Result<PathBuf> {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let runs = cache::root()?.join("runs");
+    fs::create_dir_all(&runs).doing(format_args!("creating {}", runs.display()))?;
+    let mut old: Vec<_> = fs::read_dir(&runs)
+        .doing(format_args!("listing {}", runs.display()))?
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .collect();
+    old.sort();
+    for stale in old.iter().take(old.len().saturating_sub(RUNS_KEPT - 1)) {
+        // Another lab may remove the same one at the same time.
+        let _ = fs::remove_dir_all(stale);
+    }
+    let millis = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+    let folder = runs.join(format!("{millis}-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
+    fs::create_dir(&folder).doing(format_args!("creating {}", folder.display()))?;
+    Ok(folder)
+}
+
+fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+    fs::hard_link(from, to).or_else(|_| fs::copy(from, to).map(drop)).doing(format_args!(
+        "copying {} to {}",
+        from.display(),
+        to.display()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn impossible_machines_are_refused() {
+        let spec = |vcpus, nics| MachineSpec { vcpus, nics, ..MachineSpec::new("k".into(), "i".into()) };
+        assert!(spec(4, 2).check().is_ok());
+        assert!(spec(0, 2).check().unwrap_err().to_string().contains("1 to 8 CPUs, not 0"));
+        assert!(spec(9, 2).check().is_err());
+        assert!(spec(2, 3).check().is_err());
+    }
+
+    #[test]
+    fn arguments_keep_a_command_line_in_one_word() {
+        let mut spec = MachineSpec::new("k".into(), "i".into());
+        spec.cmdline = "console=ttyS0 quiet".into();
+        let words = spec.arguments();
+        assert_eq!(
+            words.iter().position(|w| w == "-append").map(|at| words[at + 1].as_str()),
+            Some("console=ttyS0 quiet")
+        );
+        assert!(words.iter().any(|w| w.contains("mac=52:54:00:77:00:0c") && w.contains("addr=0x4")));
+        assert!(words.contains(&"-no-reboot".to_owned()));
+    }
+}

@@ -1,0 +1,63 @@
+//! The lab: QEMU machines with stock Debian kernels on a network of their own, for demos and for whole-machine tests.
+//!
+//! Reading order: [`Lab`] (what is set up once) → [`machine`] (what runs) → [`net`] and [`inside`] (where it runs) → [`guest`] (how to
+//! speak with it). What it never does: leave processes, mounts, namespaces or interfaces behind, whatever kills it (`inside` says how).
+
+pub mod accel;
+pub mod apt_sources;
+pub mod cache;
+pub mod error;
+pub mod host;
+pub mod initrd;
+pub mod inside;
+pub mod machine;
+pub mod net;
+pub mod progress;
+pub mod qmp;
+pub mod serial;
+pub mod tree;
+
+pub use accel::Accelerator;
+pub use error::{LabError, Result};
+pub use initrd::Initrd;
+pub use inside::{Door, Inside};
+pub use machine::{Machine, MachineSpec};
+pub use progress::Progress;
+pub use serial::Patience;
+pub use tree::{Kernel, Tree};
+
+use cache::Lock;
+
+/// Everything that is set up once and then shared by machines; keeps `lab --clean` away while it lives.
+#[derive(Debug)]
+pub struct Lab {
+    tree: Tree,
+    progress: Progress,
+    _in_use: Lock,
+}
+
+impl Lab {
+    /// Sets up what is missing (minutes, once) or finds it (milliseconds).
+    pub fn open(progress: Progress) -> Result<Self> {
+        let in_use = Lock::shared(&cache::root()?.join("in-use.lock"))?;
+        let tree = Tree::open(progress)?;
+        Ok(Self { tree, progress, _in_use: in_use })
+    }
+
+    /// The Debian tree.
+    #[must_use]
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// Where this lab shows what it does.
+    #[must_use]
+    pub fn progress(&self) -> Progress {
+        self.progress
+    }
+
+    /// Starts a machine.
+    pub fn start(&self, spec: &MachineSpec) -> Result<Machine> {
+        Machine::start(&self.tree, spec)
+    }
+}

@@ -1,0 +1,1 @@
+//! Clients that keep a machine busy and remember which writes were acknowledged.
