@@ -68,3 +68,18 @@ fn both_stock_kernels_boot_and_answer_on_both_nics() {
         machine.wait_end(Patience::of(Duration::from_secs(60))).unwrap();
     }
 }
+
+#[test]
+fn the_module_builds_for_both_kernels() {
+    if !demos::lab::host::is_root() {
+        eprintln!("skipped: needs root");
+        return;
+    }
+    let lab = Lab::open(Progress::auto()).unwrap();
+    for kernel in lab.tree().kernels() {
+        let first = demos::lab::kmod::module_for(lab.tree(), kernel, Progress::auto()).unwrap();
+        let began = std::time::Instant::now();
+        assert_eq!(demos::lab::kmod::module_for(lab.tree(), kernel, Progress::auto()).unwrap(), first);
+        assert!(began.elapsed() < Duration::from_secs(1), "the second time it is only found");
+    }
+}

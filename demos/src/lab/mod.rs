@@ -10,6 +10,7 @@ pub mod error;
 pub mod host;
 pub mod initrd;
 pub mod inside;
+pub mod kmod;
 pub mod machine;
 pub mod net;
 pub mod progress;
