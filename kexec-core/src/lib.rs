@@ -1,1 +1,14 @@
-//! TODO
+#![doc = include_str!("../README.md")]
+
+pub mod acpi;
+pub mod boot_params;
+pub mod cmdline;
+pub mod cpus;
+pub mod device;
+pub mod image;
+pub mod layout;
+pub mod memory_map;
+pub mod page_tables;
+pub mod placement;
+pub mod registry;
+pub mod sys;

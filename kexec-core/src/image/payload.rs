@@ -1,0 +1,264 @@
+//! What only the kernel inside the image knows.
+//!
+//! `/boot/config-RELEASE` may be missing or belong to another build; the image is the truth. So the compressed vmlinux
+//! is unpacked piece by piece (never as a whole: 60 MB) and searched for string literals that exist only with
+//! the feature in question. It stops as soon as every question has its answer.
+
+use std::io::Read;
+
+use memchr::memmem::Finder;
+use ruzstd::decoding::StreamingDecoder;
+use serde::{Deserialize, Serialize};
+
+use super::BzImage;
+
+/// Largest vmlinux that is unpacked. Debian's are 57 to 63 MB; with debug symbols left in they reach several hundred.
+pub const MAX_UNPACKED: u64 = 1 << 30;
+/// Largest window that a frame may ask for: the kernel build uses `zstd -22 --ultra`, 128 MiB.
+const MAX_WINDOW: u64 = 128 << 20;
+const PIECE: usize = 256 << 10;
+
+/// Why an image could not be looked into.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PayloadError {
+    /// A compression that we cannot read.
+    #[error("the kernel is compressed with {method}, which cannot be looked into: only zstd can (CONFIG_KERNEL_ZSTD)")]
+    Compression {
+        /// Which, by its magic number.
+        method: &'static str,
+    },
+    /// Not a compressed kernel.
+    #[error("the kernel's payload of {len} bytes has no known compression: it starts with {start}")]
+    Unknown {
+        /// Its length.
+        len: usize,
+        /// Its first bytes, in hex.
+        start: String,
+    },
+    /// The compressed data is damaged.
+    #[error("the kernel's payload is damaged after {unpacked} bytes: {reason}")]
+    Damaged {
+        /// How much came out before.
+        unpacked: u64,
+        /// What the decoder said.
+        reason: String,
+    },
+    /// It grows beyond all measure.
+    #[error("the kernel unpacks to more than {max} bytes")]
+    TooLarge {
+        /// Limit.
+        max: u64,
+    },
+}
+
+/// One thing to look for.
+#[derive(Debug, Clone, Copy)]
+pub struct Question<'a> {
+    /// What to look for.
+    pub text: &'a [u8],
+    /// How many bytes behind it belong to the answer; fewer at the end of the kernel.
+    pub tail: usize,
+    /// Judges those bytes; the search goes on when it says no.
+    pub accept: fn(tail: &[u8]) -> bool,
+}
+
+impl<'a> Question<'a> {
+    /// Is it there at all?
+    pub fn contains(text: &'a [u8]) -> Question<'a> {
+        Question { text, tail: 0, accept: |_| true }
+    }
+}
+
+/// Searches the kernel for all questions at once. An answer is the text with its tail.
+pub fn search(image: &BzImage<'_>, questions: &[Question<'_>]) -> Result<Vec<Option<Vec<u8>>>, PayloadError> {
+    search_stream(unpack(image.payload())?, questions, MAX_UNPACKED)
+}
+
+/// Whether the kernel contains this text.
+pub fn contains(image: &BzImage<'_>, text: &[u8]) -> Result<bool, PayloadError> {
+    Ok(search(image, &[Question::contains(text)])?[0].is_some())
+}
+
+fn unpack(payload: &[u8]) -> Result<impl Read + '_, PayloadError> {
+    const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
+    const OTHERS: [(&[u8], &str); 6] = [
+        (b"\x1f\x8b", "gzip"),
+        (b"BZh", "bzip2"),
+        (b"\x5d\x00\x00", "lzma"),
+        (b"\xfd7zXZ", "xz"),
+        (b"\x89LZO", "lzo"),
+        (b"\x02\x21\x4c\x18", "lz4"),
+    ];
+    if let Some((_, method)) = OTHERS.iter().find(|(magic, _)| payload.starts_with(magic)) {
+        return Err(PayloadError::Compression { method });
+    }
+    if !payload.starts_with(ZSTD) {
+        let start = payload.iter().take(4).map(|b| format!("{b:02x}")).collect();
+        return Err(PayloadError::Unknown { len: payload.len(), start });
+    }
+    StreamingDecoder::new_with_max_window_size(payload, MAX_WINDOW)
+        .map_err(|error| PayloadError::Damaged { unpacked: 0, reason: error.to_string() })
+}
+
+/// Keeps the end of each piece, so that a text across the border of two pieces is found.
+fn search_stream(
+    mut stream: impl Read,
+    questions: &[Question<'_>],
+    max: u64,
+) -> Result<Vec<Option<Vec<u8>>>, PayloadError> {
+    let finders: Vec<Finder<'_>> = questions.iter().map(|q| Finder::new(q.text)).collect();
+    let mut answers: Vec<Option<Vec<u8>>> = vec![None; questions.len()];
+    let longest = questions.iter().map(|q| q.text.len() + q.tail).max().unwrap_or(0);
+    let mut window: Vec<u8> = Vec::with_capacity(longest + PIECE);
+    let mut unpacked = 0u64;
+    let mut more = true;
+    while more && answers.iter().any(Option::is_none) {
+        let kept = window.len();
+        window.resize(kept + PIECE, 0);
+        let mut filled = kept;
+        while filled < window.len() {
+            match stream.read(&mut window[filled..]) {
+                Ok(0) => {
+                    more = false;
+                    break;
+                }
+                Ok(n) => filled += n,
+                Err(error) => return Err(PayloadError::Damaged { unpacked, reason: error.to_string() }),
+            }
+        }
+        unpacked += (filled - kept) as u64;
+        if unpacked > max {
+            return Err(PayloadError::TooLarge { max });
+        }
+        window.truncate(filled);
+        for ((question, finder), answer) in questions.iter().zip(&finders).zip(&mut answers) {
+            if answer.is_some() {
+                continue;
+            }
+            *answer = finder.find_iter(&window).find_map(|at| {
+                let tail_at = at + question.text.len();
+                let end = (tail_at + question.tail).min(window.len());
+                // An incomplete tail is judged with the next piece, unless there is none.
+                let complete = end == tail_at + question.tail || !more;
+                (complete && (question.accept)(&window[tail_at..end])).then(|| window[at..end].to_vec())
+            });
+        }
+        let keep = longest.saturating_sub(1).min(window.len());
+        window.drain(..window.len() - keep);
+    }
+    Ok(answers)
+}
+
+/// What an update has to know of a kernel. Costs seconds where the machine is emulated: ask once for each image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KernelFacts {
+    /// It can take CPUs through the ACPI mailbox **and** give them back through the reset vector: Linux 6.10 or newer with
+    /// `CONFIG_ACPI_MADT_WAKEUP`.
+    pub mailbox_reset_vector: bool,
+    /// The KHO format it reads ("kho-v4"), if it was built with `CONFIG_KEXEC_HANDOVER`.
+    pub kho: Option<String>,
+}
+
+impl KernelFacts {
+    /// Looks into the image.
+    pub fn of(image: &BzImage<'_>) -> Result<KernelFacts, PayloadError> {
+        const KHO_DIGITS: usize = 4;
+        let questions = [
+            // acpi_parse_mp_wake(): printed when the version 1 structure cannot be set up.
+            Question::contains(b"Failed to setup MADT reset vector"),
+            Question { text: b"kho-v", tail: KHO_DIGITS, accept: is_number_and_nul },
+        ];
+        let [reset_vector, kho] = <[_; 2]>::try_from(search(image, &questions)?).expect("one answer for each question");
+        Ok(KernelFacts {
+            mailbox_reset_vector: reset_vector.is_some(),
+            kho: kho.map(|text| {
+                let text: Vec<u8> = text.into_iter().take_while(|&b| b != 0).collect();
+                String::from_utf8_lossy(&text).into_owned()
+            }),
+        })
+    }
+}
+
+/// Digits, then the NUL of the string literal: "kho-v4" and not "kho-vmalloc".
+fn is_number_and_nul(tail: &[u8]) -> bool {
+    let digits = tail.iter().take_while(|b| b.is_ascii_digit()).count();
+    digits > 0 && tail.get(digits) == Some(&0)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Gives out its bytes in pieces of the given sizes.
+    struct Drip<'a>(&'a [u8], Vec<usize>);
+
+    impl Read for Drip<'_> {
+        fn read(&mut self, into: &mut [u8]) -> std::io::Result<usize> {
+            let n = self.1.pop().unwrap_or(usize::MAX).clamp(1, into.len().max(1)).min(self.0.len()).min(into.len());
+            into[..n].copy_from_slice(&self.0[..n]);
+            self.0 = &self.0[n..];
+            Ok(n)
+        }
+    }
+
+    #[test]
+    fn finds_text_across_pieces_and_judges_the_tail() {
+        let mut kernel = vec![b'x'; 2 * PIECE + 100];
+        kernel[PIECE - 3..PIECE + 3].copy_from_slice(b"needle");
+        kernel[10..15].copy_from_slice(b"kho-v");
+        let late = 2 * PIECE - 6;
+        kernel[late..late + 7].copy_from_slice(b"kho-v4\0");
+        let questions = [
+            Question::contains(b"needle"),
+            Question { text: b"kho-v", tail: 4, accept: is_number_and_nul },
+            Question::contains(b"absent"),
+        ];
+        let answers = search_stream(kernel.as_slice(), &questions, MAX_UNPACKED).unwrap();
+        assert_eq!(answers[0].as_deref(), Some(b"needle".as_slice()));
+        assert_eq!(answers[1].as_deref(), Some(b"kho-v4\0xx".as_slice()));
+        assert_eq!(answers[2], None);
+    }
+
+    #[test]
+    fn a_tail_cut_by_the_end_is_judged_as_it_is() {
+        let questions = [Question { text: b"kho-v", tail: 4, accept: is_number_and_nul }];
+        assert!(search_stream(b"..kho-v4\0".as_slice(), &questions, 100).unwrap()[0].is_some());
+        assert!(search_stream(b"..kho-v4".as_slice(), &questions, 100).unwrap()[0].is_none());
+    }
+
+    #[test]
+    fn growth_is_bounded() {
+        let questions = [Question::contains(b"absent")];
+        let error = search_stream(std::io::repeat(0), &questions, 1 << 20).unwrap_err();
+        assert_eq!(error.to_string(), "the kernel unpacks to more than 1048576 bytes");
+    }
+
+    #[test]
+    fn other_compressions_are_named() {
+        let name = |payload: &[u8]| unpack(payload).map(|_| ()).unwrap_err().to_string();
+        assert!(name(b"\x1f\x8b\x08").contains("gzip"));
+        assert!(name(b"\xfd7zXZ\0").contains("xz"));
+        assert!(name(b"\x02\x21\x4c\x18").contains("lz4"));
+        assert_eq!(
+            name(b"garbage"),
+            "the kernel's payload of 7 bytes has no known compression: it starts with 67617262"
+        );
+        assert!(matches!(unpack(b"\x28\xb5\x2f\xfd").map(|_| ()), Err(PayloadError::Damaged { .. })));
+    }
+
+    proptest! {
+        #[test]
+        fn how_the_stream_is_cut_does_not_matter(
+            kernel in prop::collection::vec(prop::sample::select(b"abn".as_slice()), 0..400),
+            cuts in prop::collection::vec(1usize..50, 0..20),
+        ) {
+            let questions = [Question::contains(b"banana"), Question { text: b"nab", tail: 3, accept: |t| t == b"baa" }];
+            let cut = search_stream(Drip(&kernel, cuts), &questions, MAX_UNPACKED).unwrap();
+            let find = |text: &[u8]| kernel.windows(6).any(|w| w == text);
+            prop_assert_eq!(cut[0].is_some(), find(b"banana"));
+            prop_assert_eq!(cut[1].is_some(), find(b"nabbaa"));
+        }
+    }
+}

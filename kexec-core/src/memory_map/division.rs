@@ -1,0 +1,204 @@
+//! By which road each byte of the machine's RAM reaches the successor.
+//!
+//! ```text
+//! low        below 1 MiB: the SIPI page and the low slots; the rest stays unused
+//! region     the successor's own RAM from the start
+//! arenas     shared while both run, never copied: e820 RAM, reserved by a SETUP_INDIRECT node
+//! blocks     whole memory blocks of nothing else: hot-added after commit (BATON_IOC_MEM_ADOPT)
+//! fragments  what is left in blocks that are not whole: e820 RAM, reserved like an arena, released after commit
+//! ```
+//!
+//! Why two roads for the bulk: hot-add takes whole memory blocks only; a fragment costs struct pages in the region from
+//! the start ([`struct_page_bytes`](super::struct_page_bytes)). So: fragments where it must be, blocks where it can.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Range, RangeSet};
+use crate::layout::{LOW_MEMORY_END, PAGE, REGION_ALIGN};
+
+/// Every page of the machine's RAM, in exactly one class.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Division {
+    /// RAM below 1 MiB.
+    pub low: RangeSet,
+    /// The successor's region.
+    pub region: Range,
+    /// The arenas.
+    pub arenas: RangeSet,
+    /// RAM that the successor knows from its e820 and keeps reserved until commit.
+    pub fragments: RangeSet,
+    /// RAM that is hot-added after commit; every end is a multiple of `block_size`.
+    pub blocks: RangeSet,
+    /// The grain of hot-add.
+    pub block_size: u64,
+}
+
+/// Why a machine cannot be divided so.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum DivisionError {
+    /// Not a grain.
+    #[error("memory block size {size:#x} is not a power of two of at least 2 MiB")]
+    BlockSize {
+        /// Given.
+        size: u64,
+    },
+    /// The region is misplaced.
+    #[error("region {region} is not RAM above 1 MiB on 2 MiB boundaries")]
+    Region {
+        /// Given.
+        region: Range,
+    },
+    /// An arena is misplaced.
+    #[error("arena {arena} is not page-aligned RAM above 1 MiB, outside of region {region}")]
+    Arena {
+        /// Given.
+        arena: Range,
+        /// Given.
+        region: Range,
+    },
+}
+
+impl Division {
+    /// Divides `ram` (what is not a whole page is no RAM).
+    pub fn new(ram: &RangeSet, region: Range, arenas: &RangeSet, block_size: u64) -> Result<Division, DivisionError> {
+        if !block_size.is_power_of_two() || block_size < REGION_ALIGN {
+            return Err(DivisionError::BlockSize { size: block_size });
+        }
+        let ram = ram.shrink_to(PAGE);
+        let low_memory = RangeSet::from(Range::new(0, LOW_MEMORY_END));
+        let low = ram.intersect(&low_memory);
+        let high = ram.subtract(&low_memory);
+        if region.is_empty() || region != region.shrink_to(REGION_ALIGN) || !high.contains(region) {
+            return Err(DivisionError::Region { region });
+        }
+        let available = high.subtract(&region.into());
+        for arena in arenas {
+            if arena != arena.shrink_to(PAGE) || !available.contains(arena) {
+                return Err(DivisionError::Arena { arena, region });
+            }
+        }
+        let rest = available.subtract(arenas);
+        // `rest` holds neither low memory nor region nor arenas, so a block that lies wholly in it is free of them.
+        let blocks = rest.shrink_to(block_size);
+        let fragments = rest.subtract(&blocks);
+        Ok(Division { low, region, arenas: arenas.clone(), fragments, blocks, block_size })
+    }
+
+    /// What the successor's e820 shows as RAM, and its setup_data reserves: fragments and arenas, touching ones as one.
+    pub fn reserved_in_successor(&self) -> RangeSet {
+        self.fragments.union(&self.arenas)
+    }
+
+    /// The blocks one by one, highest first: the order in which a failure part-way leaves the least behind for a
+    /// kernel whose own allocations gather low.
+    pub fn single_blocks(&self) -> impl Iterator<Item = Range> + '_ {
+        let size = self.block_size;
+        self.blocks.iter().rev().flat_map(move |r| {
+            (0..r.len() / size).rev().map(move |i| Range::new(r.start() + i * size, r.start() + (i + 1) * size))
+        })
+    }
+
+    /// Bytes that the successor has in the end: all but low memory.
+    pub fn total_after_commit(&self) -> u64 {
+        self.region.len() + self.arenas.total() + self.fragments.total() + self.blocks.total()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+    const BLOCK: u64 = 128 * MIB;
+
+    #[test]
+    fn a_machine_of_two_gib() {
+        let ram = RangeSet::from(vec![Range::new(0x1000, 0x9fc00), Range::new(MIB, 0x7ffd_e000)]);
+        let region = Range::new(11 * BLOCK, 15 * BLOCK);
+        let arenas = RangeSet::from(Range::new(10 * BLOCK, 10 * BLOCK + 64 * MIB));
+        let division = Division::new(&ram, region, &arenas, BLOCK).unwrap();
+        assert_eq!(division.low.to_string(), "0x1000-0x9efff");
+        // block 0 (low memory), the rest of the arena's block, the last block (its end is the firmware's)
+        assert_eq!(division.fragments.to_string(), "0x100000-0x7ffffff, 0x54000000-0x57ffffff, 0x78000000-0x7ffddfff");
+        assert_eq!(division.blocks, RangeSet::from(Range::new(BLOCK, 10 * BLOCK)));
+        assert_eq!(division.single_blocks().count(), 9);
+        assert_eq!(division.single_blocks().next().unwrap().start(), 9 * BLOCK);
+        assert_eq!(division.reserved_in_successor().count(), 3);
+    }
+
+    #[test]
+    fn misplaced_ranges_are_refused() {
+        let ram = RangeSet::from(Range::new(0, 1024 * MIB));
+        let region = Range::new(128 * MIB, 256 * MIB);
+        let none = RangeSet::new();
+        let refused = |region, arenas: &RangeSet, block| Division::new(&ram, region, arenas, block).unwrap_err();
+        assert!(matches!(refused(Range::new(0, 128 * MIB), &none, BLOCK), DivisionError::Region { .. }));
+        assert!(matches!(refused(Range::new(960 * MIB, 1088 * MIB), &none, BLOCK), DivisionError::Region { .. }));
+        assert!(matches!(refused(region, &none, 3 * MIB), DivisionError::BlockSize { .. }));
+        let inside = RangeSet::from(Range::new(255 * MIB, 257 * MIB));
+        assert_eq!(
+            refused(region, &inside, BLOCK).to_string(),
+            "arena 0xff00000-0x100fffff is not page-aligned RAM above 1 MiB, outside of region 0x8000000-0xfffffff"
+        );
+    }
+
+    /// Any machine: RAM with ragged ends, a region and arenas cut out of it.
+    fn machines() -> impl Strategy<Value = (RangeSet, Range, RangeSet, u64)> {
+        let ram = prop::collection::vec((0u64..4096, 1u64..2048, 0u64..4096), 1..6).prop_map(|v| {
+            v.into_iter().map(|(start, len, ragged)| Range::new(start * MIB + ragged, (start + len) * MIB)).collect()
+        });
+        (
+            ram,
+            any::<prop::sample::Index>(),
+            1u64..16,
+            prop::collection::vec((0u64..(1 << 20), 1u64..4096), 0..4),
+            0u32..4,
+        )
+            .prop_filter_map(
+                "no room for a region",
+                |(ram, at, size, arenas, shift): (RangeSet, _, _, Vec<_>, _)| {
+                    let above = ram.subtract(&Range::new(0, MIB).into()).shrink_to(2 * MIB);
+                    let places: Vec<u64> = above
+                        .iter()
+                        .filter(|r| r.len() >= size * 2 * MIB)
+                        .flat_map(|r| (r.start()..=r.end() - size * 2 * MIB).step_by(2 * MIB as usize))
+                        .collect();
+                    if places.is_empty() {
+                        return None;
+                    }
+                    let start = places[at.index(places.len())];
+                    let region = Range::new(start, start + size * 2 * MIB);
+                    let wished: RangeSet =
+                        arenas.into_iter().map(|(page, n)| Range::new(page * PAGE, (page + n) * PAGE)).collect();
+                    let arenas = wished.intersect(&above).subtract(&region.into());
+                    Some((ram, region, arenas, BLOCK << shift))
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_is_in_exactly_one_class((ram, region, arenas, block) in machines()) {
+            let d = Division::new(&ram, region, &arenas, block).unwrap();
+            let classes = [&d.low, &RangeSet::from(d.region), &d.arenas, &d.fragments, &d.blocks];
+            let pages = ram.shrink_to(PAGE);
+            // None twice: the sizes add up. None left out, none invented: the union is the RAM.
+            let union = classes.iter().fold(RangeSet::new(), |all, class| all.union(class));
+            prop_assert_eq!(&union, &pages);
+            prop_assert_eq!(classes.iter().map(|c| c.total()).sum::<u64>(), pages.total());
+            prop_assert_eq!(d.low.total() + d.total_after_commit(), pages.total());
+            for r in &d.blocks {
+                prop_assert_eq!(r, r.shrink_to(block));
+            }
+            // No whole block hides among the fragments.
+            prop_assert!(d.fragments.shrink_to(block).is_empty());
+            prop_assert_eq!(&d.single_blocks().collect::<RangeSet>(), &d.blocks);
+            for r in &d.fragments {
+                prop_assert_eq!(r, r.shrink_to(PAGE));
+                prop_assert!(r.start() >= LOW_MEMORY_END);
+            }
+        }
+    }
+}
