@@ -7,6 +7,7 @@
 
 use std::any::Any;
 use std::fs::File;
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
@@ -31,7 +32,6 @@ pub struct Inside {
     tree: Tree,
     jobs: Option<Sender<Job>>,
     thread: Option<JoinHandle<()>>,
-    door: Option<Door>,
 }
 
 /// A way into the network namespace for other threads; keeps the namespace alive.
@@ -43,6 +43,13 @@ impl Door {
     /// only needs a socket is better served by [`Inside::run`].
     pub fn enter(&self) -> Result<()> {
         setns(&*self.0, CloneFlags::CLONE_NEWNET).doing("entering the lab's network namespace")
+    }
+
+    /// A connection made inside the namespace; the stream may be used from anywhere.
+    pub fn connect(&self, address: SocketAddr, patience: Duration) -> io::Result<TcpStream> {
+        let attempt = self.spawn("connect", move || TcpStream::connect_timeout(&address, patience));
+        let ended = attempt.map_err(io::Error::other)?.join().unwrap_or_else(|panic| resume_unwind(panic));
+        ended.map_err(io::Error::other)?
     }
 
     /// A thread inside the namespace.
@@ -63,15 +70,17 @@ impl Door {
 impl Inside {
     /// The host's network stays visible: for compilers.
     pub fn with_host_network(tree: &Tree, folder: &Path) -> Result<Self> {
-        Self::new(tree, folder, false)
+        Self::new(tree, folder, CloneFlags::CLONE_NEWNS)
     }
 
-    /// An empty network namespace: for machines and their clients.
-    pub fn with_own_network(tree: &Tree, folder: &Path) -> Result<Self> {
-        Self::new(tree, folder, true)
+    /// An empty network namespace, and the way into it: for machines and their clients.
+    pub fn with_own_network(tree: &Tree, folder: &Path) -> Result<(Self, Door)> {
+        let inside = Self::new(tree, folder, CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET)?;
+        let namespace = inside.run(|| File::open("/proc/thread-self/ns/net")).doing("opening the network namespace")?;
+        Ok((inside, Door(Arc::new(namespace))))
     }
 
-    fn new(tree: &Tree, folder: &Path, own_network: bool) -> Result<Self> {
+    fn new(tree: &Tree, folder: &Path, namespaces: CloneFlags) -> Result<Self> {
         if !host::is_root() {
             return Err(LabError::Prerequisite(
                 "machines need root (mounts, TAPs): run this under `sudo -E env PATH=$PATH`".into(),
@@ -81,17 +90,17 @@ impl Inside {
         let (ready, readiness) = channel();
         let (root, folder) = (tree.root().to_owned(), folder.to_owned());
         let body = move || {
-            let entered = settle(&root, &folder, own_network);
-            let go_on = entered.is_ok();
+            let settled = settle(&root, &folder, namespaces);
+            let go_on = settled.is_ok();
             // The receiver waits for exactly this message.
-            let _ = ready.send(entered);
+            let _ = ready.send(settled);
             if go_on {
                 inbox.iter().for_each(|job| job());
             }
         };
         let thread = std::thread::Builder::new().name("inside".into()).spawn(body).doing("starting a thread")?;
-        let door = readiness.recv().map_err(std::io::Error::other).doing("setting up namespaces")??;
-        Ok(Self { tree: tree.clone(), jobs: Some(jobs), thread: Some(thread), door })
+        readiness.recv().map_err(std::io::Error::other).doing("setting up namespaces")??;
+        Ok(Self { tree: tree.clone(), jobs: Some(jobs), thread: Some(thread) })
     }
 
     /// Runs a closure in there and waits for it. One at a time: nothing long belongs here.
@@ -129,25 +138,6 @@ impl Inside {
     pub fn tree(&self) -> &Tree {
         &self.tree
     }
-
-    /// The way in for other threads; `None` when the network is the host's.
-    #[must_use]
-    pub fn door(&self) -> Option<&Door> {
-        self.door.as_ref()
-    }
-
-    /// A connection from in there; the stream may be used from anywhere.
-    pub fn connect(&self, address: SocketAddr, patience: Duration) -> std::io::Result<TcpStream> {
-        // Connecting may take long, and the thread serves others too: so not there, but in a thread of its own.
-        let door = self.door.clone();
-        let attempt = move || {
-            if let Some(door) = door {
-                door.enter().map_err(std::io::Error::other)?;
-            }
-            TcpStream::connect_timeout(&address, patience)
-        };
-        std::thread::spawn(attempt).join().unwrap_or_else(|panic| resume_unwind(panic))
-    }
 }
 
 impl Drop for Inside {
@@ -161,9 +151,7 @@ impl Drop for Inside {
 }
 
 /// What the thread does before it takes jobs.
-fn settle(root: &Path, folder: &Path, own_network: bool) -> Result<Option<Door>> {
-    let namespaces =
-        if own_network { CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET } else { CloneFlags::CLONE_NEWNS };
+fn settle(root: &Path, folder: &Path, namespaces: CloneFlags) -> Result<()> {
     unshare(namespaces).doing("making namespaces (does this container allow it?)")?;
     let none: Option<&str> = None;
     let bind = |from: &Path, to: PathBuf| {
@@ -180,10 +168,5 @@ fn settle(root: &Path, folder: &Path, own_network: bool) -> Result<Option<Door>>
     bind(Path::new("/dev"), root.join("dev"))?;
     bind(Path::new("/proc"), root.join("proc"))?;
     bind(folder, root.join("mnt"))?;
-    mount(Some("tmpfs"), &root.join("tmp"), Some("tmpfs"), MsFlags::empty(), none).doing("mounting a tmpfs")?;
-    if !own_network {
-        return Ok(None);
-    }
-    let namespace = File::open("/proc/thread-self/ns/net").doing("opening the network namespace")?;
-    Ok(Some(Door(Arc::new(namespace))))
+    mount(Some("tmpfs"), &root.join("tmp"), Some("tmpfs"), MsFlags::empty(), none).doing("mounting a tmpfs")
 }

@@ -84,7 +84,10 @@ fn read_sources(folder: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     }
     found.sort();
     if found.is_empty() {
-        return Err(LabError::Refused { who: folder.display().to_string(), why: "no sources of a module in it".into() });
+        return Err(LabError::Refused {
+            who: folder.display().to_string(),
+            why: "no sources of a module in it".into(),
+        });
     }
     Ok(found)
 }

@@ -1,7 +1,7 @@
 //! A machine: a QEMU process inside an [`Inside`], its serial logs, and its end.
 
 use std::fs::{self, File};
-use std::net::SocketAddr;
+use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,8 @@ use serde_json::Value;
 use super::accel::Accelerator;
 use super::cache;
 use super::error::{Doing, LabError, Result};
-use super::inside::Inside;
+use super::guest::Guest;
+use super::inside::{Door, Inside};
 use super::net::{self, NICS, Nic};
 use super::qmp::Qmp;
 use super::serial::{NotSeen, Patience, Serial};
@@ -117,6 +118,7 @@ pub struct Machine {
     serials: Vec<Serial>,
     folder: PathBuf,
     started: Instant,
+    door: Door,
     // Last: QEMU must be gone before its namespaces go.
     inside: Inside,
 }
@@ -128,7 +130,7 @@ impl Machine {
         let folder = new_run()?;
         link_or_copy(&spec.kernel, &folder.join("kernel"))?;
         link_or_copy(&spec.initrd, &folder.join("initrd"))?;
-        let inside = Inside::with_own_network(tree, &folder)?;
+        let (inside, door) = Inside::with_own_network(tree, &folder)?;
         net::lay(&inside, spec.nics())?;
 
         let log_path = folder.join("qemu.log");
@@ -151,7 +153,7 @@ impl Machine {
             }
         };
         qmp.execute("cont", Value::Null)?;
-        Ok(Self { qemu, qmp, serials, folder, started: Instant::now(), inside })
+        Ok(Self { qemu, qmp, serials, folder, started: Instant::now(), door, inside })
     }
 
     /// Port 0 or 1.
@@ -237,9 +239,16 @@ impl Machine {
         }
     }
 
-    /// A TCP connection from the lab's client address.
-    pub fn connect(&self, address: SocketAddr, patience: Duration) -> std::io::Result<std::net::TcpStream> {
-        self.inside.connect(address, patience)
+    /// The kernel behind one of the machine's management addresses.
+    #[must_use]
+    pub fn guest(&self, address: Ipv4Addr) -> Guest {
+        Guest::new(self.door.clone(), address)
+    }
+
+    /// The way into its network, for clients.
+    #[must_use]
+    pub fn door(&self) -> &Door {
+        &self.door
     }
 }
 
