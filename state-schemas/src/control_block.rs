@@ -66,7 +66,7 @@ pub const RING_TO_SUCCESSOR: Piece = Piece::after(HANDOVER, 128 * KIB);
 /// Ring from the successor to the incumbent.
 pub const RING_TO_INCUMBENT: Piece = Piece::after(RING_TO_SUCCESSOR, 128 * KIB);
 
-const _: () = assert!(TRANSITION_TABLE.offset % 0x2000 == 0);
+const _: () = assert!(TRANSITION_TABLE.offset.is_multiple_of(0x2000));
 const _: () = assert!(SETUP_DATA.end() == 0x10000);
 const _: () = assert!(PAGE_TABLES.offset == 0x20000);
 const _: () = assert!(HANDOVER.offset == 0x40000);

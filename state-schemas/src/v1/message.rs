@@ -1,0 +1,225 @@
+//! What the two agents say to each other over the channel.
+//!
+//! ```text
+//! incumbent                        successor
+//!    |  <--- Hello                     |     its agent runs, has read the record
+//!    |  StandBy --->                   |     services attach to their arenas
+//!    |  <--- Standing                  |
+//!    |  CheckHealth --->  <--- Healthy |
+//!    |  Activate{epoch} --->           |     the blackout ends with the service's first answer
+//!    |  <--- Activated{epoch, tsc}     |
+//!    |  CpuParked{id} ---> <--- CpuOnline   for each CPU
+//!    |  Commit ---> <--- Committed     |     the point of no return is the answer
+//!    |  LastCpu{id} --->               |     the incumbent is gone
+//! ```
+//! Backwards: `ReleaseCpu` is answered by `CpuReleased`, `StandDown` by `StoodDown`; `Abort` is not answered. Anything
+//! may be answered by `Failed`.
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use super::record::{PhaseMark, Program};
+use crate::checked::Check;
+
+/// Words of the incumbent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToSuccessor {
+    /// 0: attach the services to their arenas, and wait.
+    StandBy,
+    /// 1: say how you are.
+    CheckHealth,
+    /// 2: unseal the arenas for this epoch, take the address, answer clients.
+    Activate {
+        /// The successor's epoch.
+        epoch: u64,
+    },
+    /// 3: this CPU is parked at your mailbox: take it online.
+    CpuParked {
+        /// Its APIC id.
+        apic_id: u32,
+    },
+    /// 4: take this CPU offline again; it parks.
+    ReleaseCpu {
+        /// Its APIC id.
+        apic_id: u32,
+    },
+    /// 5: stop answering, seal the arenas, drop the address: the incumbent takes over again.
+    StandDown {
+        /// The epoch that ends.
+        epoch: u64,
+    },
+    /// 6: you stay. Nothing that follows is taken back.
+    Commit {
+        /// The update so far.
+        timeline: Vec<PhaseMark>,
+    },
+    /// 7: the incumbent's last CPU parks next; then its memory is yours.
+    LastCpu {
+        /// Its APIC id.
+        apic_id: u32,
+    },
+    /// 8: it is over, you are about to be fenced.
+    Abort {
+        /// Why, for the successor's log.
+        reason: String,
+    },
+    /// 9: answer with [`ToIncumbent::Pong`].
+    Ping {
+        /// To be sent back.
+        nonce: u64,
+    },
+}
+
+/// Words of the successor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToIncumbent {
+    /// 0: the agent runs, and has read and checked the record.
+    Hello {
+        /// Which kernel and agent.
+        program: Program,
+        /// Version of the handover that it speaks.
+        abi: u32,
+    },
+    /// 1: the services are attached and wait.
+    Standing {
+        /// Their names.
+        services: Vec<String>,
+    },
+    /// 2: all is well.
+    Healthy,
+    /// 3: the services answer.
+    Activated {
+        /// The epoch they hold.
+        epoch: u64,
+        /// When the address was taken, on the TSC.
+        tsc: u64,
+    },
+    /// 4: the CPU is online.
+    CpuOnline {
+        /// Its APIC id.
+        apic_id: u32,
+        /// Its number in the successor.
+        cpu: u32,
+    },
+    /// 5: the CPU is offline and parked.
+    CpuReleased {
+        /// Its APIC id.
+        apic_id: u32,
+    },
+    /// 6: the services have stopped; the arenas are sealed.
+    StoodDown {
+        /// The epoch that ended.
+        epoch: u64,
+    },
+    /// 7: understood.
+    Committed,
+    /// 8: this was asked for, and cannot be done.
+    Failed {
+        /// What was asked.
+        what: String,
+        /// Why not.
+        cause: String,
+    },
+    /// 9: the answer to a ping.
+    Pong {
+        /// From the ping.
+        nonce: u64,
+    },
+}
+
+/// Why a message is not believed.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum MessageError {
+    /// A text is too long to be logged.
+    #[error("{what} of {len} bytes, at most {limit} are allowed")]
+    TooLong {
+        /// Which text.
+        what: &'static str,
+        /// Its length.
+        len: usize,
+        /// Most allowed.
+        limit: usize,
+    },
+    /// Too many of something.
+    #[error("{count} {what}, at most {limit} are allowed")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        count: usize,
+        /// Most allowed.
+        limit: usize,
+    },
+}
+
+/// Longest text in a message, in bytes.
+pub const TEXT_LIMIT: usize = 1024;
+/// Most items in a message.
+pub const ITEM_LIMIT: usize = 1024;
+
+fn short(what: &'static str, text: &str) -> Result<(), MessageError> {
+    if text.len() <= TEXT_LIMIT {
+        return Ok(());
+    }
+    Err(MessageError::TooLong { what, len: text.len(), limit: TEXT_LIMIT })
+}
+
+fn few(what: &'static str, count: usize) -> Result<(), MessageError> {
+    if count <= ITEM_LIMIT {
+        return Ok(());
+    }
+    Err(MessageError::TooMany { what, count, limit: ITEM_LIMIT })
+}
+
+impl Check for ToSuccessor {
+    type Against = ();
+    type Error = MessageError;
+
+    fn check(&self, (): &()) -> Result<(), MessageError> {
+        match self {
+            ToSuccessor::Commit { timeline } => {
+                few("phase marks", timeline.len())?;
+                timeline.iter().try_for_each(|mark| short("phase name", &mark.phase))
+            }
+            ToSuccessor::Abort { reason } => short("reason", reason),
+            ToSuccessor::StandBy
+            | ToSuccessor::CheckHealth
+            | ToSuccessor::Activate { .. }
+            | ToSuccessor::CpuParked { .. }
+            | ToSuccessor::ReleaseCpu { .. }
+            | ToSuccessor::StandDown { .. }
+            | ToSuccessor::LastCpu { .. }
+            | ToSuccessor::Ping { .. } => Ok(()),
+        }
+    }
+}
+
+impl Check for ToIncumbent {
+    type Against = ();
+    type Error = MessageError;
+
+    fn check(&self, (): &()) -> Result<(), MessageError> {
+        match self {
+            ToIncumbent::Hello { program, .. } => {
+                short("release", &program.release)?;
+                short("agent version", &program.agent_version)
+            }
+            ToIncumbent::Standing { services } => {
+                few("services", services.len())?;
+                services.iter().try_for_each(|name| short("service name", name))
+            }
+            ToIncumbent::Failed { what, cause } => {
+                short("what failed", what)?;
+                short("cause", cause)
+            }
+            ToIncumbent::Healthy
+            | ToIncumbent::Activated { .. }
+            | ToIncumbent::CpuOnline { .. }
+            | ToIncumbent::CpuReleased { .. }
+            | ToIncumbent::StoodDown { .. }
+            | ToIncumbent::Committed
+            | ToIncumbent::Pong { .. } => Ok(()),
+        }
+    }
+}

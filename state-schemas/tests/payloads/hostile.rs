@@ -1,0 +1,184 @@
+//! Bytes from a kernel that lies: refused with a type, never a panic, never more memory than the limit.
+
+use crate::samples;
+use proptest::prelude::*;
+use proptest::sample::Index;
+use state_schemas::arena::ArenaHeader;
+use state_schemas::convert::PayloadError;
+use state_schemas::handover_record::{HandoverRecord, PhysRange, RecordError};
+use state_schemas::header::{FRAME_LIMIT, Frame, HEADER_LEN, HeaderError, Kind};
+use state_schemas::message::{MessageError, ToIncumbent, ToSuccessor};
+use state_schemas::{CodecError, Payload};
+
+/// A frame whose header and CRC are right, around any payload: a liar computes checksums, too.
+fn framed(kind: Kind, version: u32, payload: &[u8]) -> Vec<u8> {
+    Frame { kind: kind as u16, version, payload }.to_bytes()
+}
+
+fn read_all(bytes: &[u8]) {
+    let _ = Frame::read(bytes);
+    if let Ok(record) = HandoverRecord::from_frame(bytes) {
+        let _ = record.check(&samples::REGION);
+    }
+    if let Ok(message) = ToSuccessor::from_frame(bytes) {
+        let _ = message.check(&());
+    }
+    if let Ok(message) = ToIncumbent::from_frame(bytes) {
+        let _ = message.check(&());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 2000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
+        read_all(&bytes);
+    }
+
+    #[test]
+    fn any_payload_in_a_correct_frame(kind in 0u16..5, version in 0u32..3, payload in proptest::collection::vec(any::<u8>(), 0..300)) {
+        read_all(&Frame { kind, version, payload: &payload }.to_bytes());
+    }
+
+    #[test]
+    fn a_changed_record_with_a_correct_crc(
+        changes in proptest::collection::vec((any::<Index>(), any::<u8>()), 1..6),
+        cut in any::<Index>(),
+        cuts in any::<bool>(),
+    ) {
+        let mut payload = Frame::read(&samples::record().to_frame(1).unwrap()).unwrap().payload.to_vec();
+        for (at, value) in changes {
+            let at = at.index(payload.len());
+            payload[at] = value;
+        }
+        if cuts {
+            payload.truncate(cut.index(payload.len()));
+        }
+        read_all(&framed(Kind::HandoverRecord, 1, &payload));
+    }
+
+    #[test]
+    fn a_changed_frame_is_never_taken_for_whole(at in any::<Index>(), bit in 0u8..8) {
+        let mut frame = samples::record().to_frame(1).unwrap();
+        let at = at.index(frame.len());
+        frame[at] ^= 1 << bit;
+        prop_assert!(Frame::read(&frame).is_err());
+    }
+
+    #[test]
+    fn a_checked_header_page_has_its_offsets_inside(page in proptest::collection::vec(any::<u8>(), 4096), fields in any::<[u64; 3]>()) {
+        use zerocopy::{FromBytes, IntoBytes};
+        let mut header = ArenaHeader::read_from_bytes(&page).unwrap();
+        header.magic = state_schemas::arena::MAGIC;
+        header.version = 1.into();
+        header.header_len = 4096.into();
+        header.length = (1 << 20).into();
+        header.state = 1.into();
+        header.name = ArenaHeader::pad_name("fuzz").unwrap();
+        [header.top, header.used, header.root] = fields.map(|field| (field % (2 << 20)).into());
+        header.mutations = 0.into();
+        if let Ok(header) = ArenaHeader::read(header.as_bytes()).unwrap().check(&(1 << 20)) {
+            prop_assert!(header.top.get() <= 1 << 20);
+            prop_assert!(header.root.get() < header.top.get());
+        }
+    }
+}
+
+/// A count of 2^64-1 in front of nothing.
+#[test]
+fn absurd_counts_allocate_nothing() {
+    let mut payload = 1u32.to_le_bytes().to_vec(); // Standing
+    payload.extend_from_slice(&u64::MAX.to_le_bytes());
+    let error = ToIncumbent::from_frame(&framed(Kind::ToIncumbent, 1, &payload)).unwrap_err();
+    assert!(matches!(error, PayloadError::Codec(CodecError::Decode { len: 12, .. })), "{error:?}");
+
+    // As many empty strings as the limit lets in, from a payload that has them all: decoded, then refused.
+    let many = (FRAME_LIMIT - HEADER_LEN - 12) / 8;
+    let mut payload = 1u32.to_le_bytes().to_vec();
+    payload.extend_from_slice(&(many as u64).to_le_bytes());
+    payload.resize(12 + many * 8, 0);
+    let refused = match ToIncumbent::from_frame(&framed(Kind::ToIncumbent, 1, &payload)) {
+        Err(PayloadError::Codec(CodecError::Decode { .. })) => true,
+        Ok(message) => matches!(message.check(&()), Err(MessageError::TooMany { .. })),
+        Err(_) => false,
+    };
+    assert!(refused);
+}
+
+#[test]
+fn each_lie_about_a_frame_has_its_name() {
+    let frame = ToSuccessor::StandBy.to_frame(1).unwrap();
+    let with = |at: usize, bytes: &[u8]| {
+        let mut lie = frame.clone();
+        lie[at..at + bytes.len()].copy_from_slice(bytes);
+        lie
+    };
+    assert!(matches!(Frame::read(&frame[..31]), Err(HeaderError::TooShort { have: 31 })));
+    assert!(matches!(Frame::read(&frame[..35]), Err(HeaderError::Length { length: 36, have: 35, .. })));
+    assert!(matches!(Frame::read(&with(0, b"X")), Err(HeaderError::Magic { .. })));
+    assert!(matches!(Frame::read(&with(8, &[2])), Err(HeaderError::Format { found: 2 })));
+    assert!(matches!(Frame::read(&with(16, &[255; 8])), Err(HeaderError::Length { length: u64::MAX, .. })));
+    assert!(matches!(Frame::read(&with(16, &[31])), Err(HeaderError::Length { length: 31, .. })));
+    assert!(matches!(Frame::read(&with(32, &[1])), Err(HeaderError::Crc { .. })));
+    assert!(matches!(ToIncumbent::from_frame(&frame), Err(PayloadError::Kind { found: 2, .. })));
+    assert!(matches!(
+        ToSuccessor::from_frame(&framed(Kind::ToSuccessor, 2, &[0; 4])),
+        Err(PayloadError::Version { found: 2, newest: 1, .. })
+    ));
+    assert!(matches!(
+        ToSuccessor::from_frame(&framed(Kind::ToSuccessor, 1, &[0; 5])),
+        Err(PayloadError::Codec(CodecError::Trailing { consumed: 4, len: 5 }))
+    ));
+    assert!(matches!(ToSuccessor::StandBy.to_frame(2), Err(PayloadError::Version { found: 2, .. })));
+}
+
+#[test]
+fn an_unknown_kind_is_carried_through_untouched() {
+    let stranger = Frame { kind: 900, version: 17, payload: b"what is this" };
+    let bytes = stranger.to_bytes();
+    let read = Frame::read(&bytes).unwrap();
+    assert_eq!(read, stranger);
+    assert_eq!(read.to_bytes(), bytes);
+}
+
+#[test]
+fn a_message_too_long_is_refused_by_its_writer() {
+    let message = ToSuccessor::Abort { reason: "x".repeat(FRAME_LIMIT) };
+    assert!(matches!(message.to_frame(1), Err(PayloadError::Codec(CodecError::TooLong { .. }))));
+}
+
+#[test]
+fn each_lie_in_a_record_has_its_name() {
+    let refusal = |lie: &dyn Fn(&mut HandoverRecord)| {
+        let mut record = samples::record();
+        lie(&mut record);
+        let frame = record.to_frame(1).unwrap();
+        HandoverRecord::from_frame(&frame).unwrap().check(&samples::REGION).unwrap_err()
+    };
+    let range = |start, len| PhysRange { start, len };
+    let place = |error| matches!(error, RecordError::Place { .. });
+    let bounds = |error| matches!(error, RecordError::Bounds { .. });
+    let bad_range = |error| matches!(error, RecordError::Range { .. });
+    let name = |error| matches!(error, RecordError::Name { .. });
+    assert!(bounds(refusal(&|r| r.hop = 0)));
+    assert!(bounds(refusal(&|r| r.epoch = u64::MAX)));
+    assert!(bounds(refusal(&|r| r.clock.tsc_khz = 0)));
+    assert!(bounds(refusal(&|r| r.machine.memory_block = 3 << 26)));
+    assert!(bounds(refusal(&|r| r.network.service.as_mut().unwrap().prefix = 33)));
+    assert!(bounds(refusal(&|r| r.arenas[0].len = 1 << 40)));
+    assert!(bounds(refusal(&|r| r.machine.cpus.clear())));
+    assert!(matches!(refusal(&|r| r.grant.region.start = 0), RecordError::Region { record: 0, .. }));
+    assert!(bad_range(refusal(&|r| r.grant.fragments[0] = range(u64::MAX - 4095, 8192))));
+    assert!(bad_range(refusal(&|r| r.grant.low_slot.len = 0)));
+    assert!(bad_range(refusal(&|r| r.grant.blocks[0].start += 4096)));
+    assert!(place(refusal(&|r| r.machine.ram.reverse())));
+    assert!(place(refusal(&|r| r.grant.fragments[0] = samples::REGION)));
+    assert!(place(refusal(&|r| r.grant.blocks.push(range(1 << 40, 128 << 20)))));
+    assert!(place(refusal(&|r| r.arenas[0].ranges[0] = range(1024 << 20, 4096))));
+    assert!(place(refusal(&|r| r.arenas[0].ranges[1] = r.arenas[0].ranges[0])));
+    assert!(name(refusal(&|r| r.machine.cpus[1].apic_id = 0)));
+    assert!(name(refusal(&|r| r.grant.boot_cpu = 9)));
+    assert!(name(refusal(&|r| r.services[0].arena = 9)));
+    assert!(matches!(refusal(&|r| r.services[0].name = "a\nb".into()), RecordError::Text { .. }));
+}

@@ -1,0 +1,6 @@
+//! The bytes that cross: the same as ever (`golden`), and whatever a lying kernel makes of them (`hostile`).
+
+mod golden;
+mod hostile;
+mod samples;
+mod table;

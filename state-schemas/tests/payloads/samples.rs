@@ -1,0 +1,92 @@
+//! The values whose bytes are golden: every field and every variant is in one of them.
+
+use state_schemas::handover_record::*;
+use state_schemas::message::{ToIncumbent, ToSuccessor};
+
+const MIB: u64 = 1 << 20;
+
+pub const REGION: PhysRange = PhysRange { start: 512 * MIB, len: 256 * MIB };
+
+pub fn record() -> HandoverRecord {
+    let range = |start, len| PhysRange { start, len };
+    HandoverRecord {
+        update: UpdateId(*b"0123456789abcdef"),
+        hop: 3,
+        epoch: 7,
+        incumbent: Program { release: "6.12.95+deb13-cloud-amd64".into(), agent_version: "0.1.0".into() },
+        clock: ClockPair { tsc: 0x1122_3344_5566_7788, unix_ns: 1_795_000_000_000_000_000, tsc_khz: 2_400_000 },
+        machine: Machine {
+            ram: vec![range(0x1000, 0x9e000), range(MIB, 2047 * MIB)],
+            memory_block: 128 * MIB,
+            cpus: (0..4).map(|apic_id| Cpu { apic_id, firmware_boot: apic_id == 0 }).collect(),
+        },
+        grant: Grant {
+            instance: 2,
+            boot_cpu: 3,
+            region: REGION,
+            low_slot: range(0x10000, 0x20000),
+            fragments: vec![range(768 * MIB, 64 * MIB)],
+            blocks: vec![range(1024 * MIB, 128 * MIB), range(1152 * MIB, 128 * MIB)],
+        },
+        arenas: vec![Arena {
+            id: 1,
+            name: "kv".into(),
+            ranges: vec![range(768 * MIB, 16 * MIB), range(800 * MIB, 16 * MIB)],
+            len: 20 * MIB,
+        }],
+        services: vec![Service {
+            name: "kv".into(),
+            schema_kind: u32::from_le_bytes(*b"KVST"),
+            schema_version: 1,
+            arena: 1,
+            port: 6379,
+        }],
+        network: Network {
+            service: Some(IpNet { address: Ip::V4([10, 77, 0, 10]), prefix: 24 }),
+            gateway: None,
+            management: Some(IpNet { address: Ip::V6([0xfd; 16]), prefix: 64 }),
+            functions: vec![PciFunction {
+                bus: 0,
+                devfn: 0x18,
+                role: Role::Service,
+                mac: Some([0x52, 0x54, 0, 1, 2, 3]),
+            }],
+        },
+        ecam: Some(Ecam { address: 0xb000_0000, segment: 0, bus_end: 255 }),
+        retired: vec![Retired { instance: 1, memory: range(0, MIB) }],
+        journal: vec![PhaseMark { phase: "granted".into(), start_tsc: 10, end_tsc: 20 }],
+    }
+}
+
+pub fn to_successor() -> Vec<ToSuccessor> {
+    vec![
+        ToSuccessor::StandBy,
+        ToSuccessor::CheckHealth,
+        ToSuccessor::Activate { epoch: 8 },
+        ToSuccessor::CpuParked { apic_id: 2 },
+        ToSuccessor::ReleaseCpu { apic_id: 2 },
+        ToSuccessor::StandDown { epoch: 8 },
+        ToSuccessor::Commit { timeline: record().journal },
+        ToSuccessor::LastCpu { apic_id: 0 },
+        ToSuccessor::Abort { reason: "the operator asked".into() },
+        ToSuccessor::Ping { nonce: u64::MAX },
+    ]
+}
+
+pub fn to_incumbent() -> Vec<ToIncumbent> {
+    vec![
+        ToIncumbent::Hello {
+            program: Program { release: "7.3.4+deb13-cloud-amd64".into(), agent_version: "0.1.0".into() },
+            abi: 1,
+        },
+        ToIncumbent::Standing { services: vec!["kv".into()] },
+        ToIncumbent::Healthy,
+        ToIncumbent::Activated { epoch: 8, tsc: 99 },
+        ToIncumbent::CpuOnline { apic_id: 2, cpu: 1 },
+        ToIncumbent::CpuReleased { apic_id: 2 },
+        ToIncumbent::StoodDown { epoch: 8 },
+        ToIncumbent::Committed,
+        ToIncumbent::Failed { what: "activate".into(), cause: "address in use".into() },
+        ToIncumbent::Pong { nonce: u64::MAX },
+    ]
+}
