@@ -205,7 +205,8 @@ mod tests {
             let tables = match PageTables::identity(ROOM, &ranges, gigabyte_pages) {
                 Ok(tables) => tables,
                 Err(error) => {
-                    prop_assert!(matches!(error, PageTablesError::NoRoom { .. }));
+                    let no_room = matches!(error, PageTablesError::NoRoom { .. });
+                    prop_assert!(no_room, "{}", error);
                     return Ok(());
                 }
             };

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "the door: ioctl, mmap, and memory that another kernel writes")]
 
 use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr::NonNull;
@@ -28,6 +29,29 @@ pub const IMAGE_LEN: usize = 64;
 pub const PCI_MAX: usize = 32;
 /// `BATON_SELF`.
 pub const SELF: u32 = 0;
+
+/// Every number of the header but the calls', under its name there, without `BATON_`.
+pub const ALL_NUMBERS: &[(&str, u64)] = &[
+    ("ABI_VERSION", ABI_VERSION as u64),
+    ("NAME_LEN", NAME_LEN as u64),
+    ("IMAGE_LEN", IMAGE_LEN as u64),
+    ("PCI_MAX", PCI_MAX as u64),
+    ("SELF", SELF as u64),
+    ("INFO_X2APIC", INFO_X2APIC as u64),
+    ("INFO_LA57", INFO_LA57 as u64),
+    ("INFO_LOCKDOWN", INFO_LOCKDOWN as u64),
+    ("CPU_PRESENT", CPU_PRESENT as u64),
+    ("CPU_ONLINE", CPU_ONLINE as u64),
+    ("MEM_ALLOC", MEM_ALLOC as u64),
+    ("MEM_OUTSIDE", MEM_OUTSIDE as u64),
+    ("MEM_RESERVED", MEM_RESERVED as u64),
+    ("MEM_BORROW", MEM_BORROW as u64),
+    ("FD_READONLY", FD_READONLY as u64),
+    ("FD_PAGES", FD_PAGES as u64),
+    ("CPU_RECORD", CPU_RECORD as u64),
+    ("CPU_START", CPU_START as u64),
+    ("CPU_FENCE", CPU_FENCE as u64),
+];
 
 /// `BATON_INFO_X2APIC`.
 pub const INFO_X2APIC: u32 = 1 << 0;
@@ -64,8 +88,24 @@ pub trait Message: Copy + FromBytes + IntoBytes + Immutable + KnownLayout {
     fn set_size(&mut self, size: u32);
 }
 
+/// What the compiler made of a [`Message`], for the comparison with the header.
+#[derive(Debug, Clone, Copy)]
+pub struct Layout {
+    /// The struct's name in the header.
+    pub name: &'static str,
+    /// Its size.
+    pub size: usize,
+    /// Name, offset and size of each field.
+    pub fields: &'static [(&'static str, usize, usize)],
+}
+
+/// Size of the field that this closure would give.
+const fn field_size<M, F>(_: fn(&M) -> &F) -> usize {
+    size_of::<F>()
+}
+
 macro_rules! messages {
-    ($($(#[$doc:meta])* $name:ident { $($field:ident: $type:ty),* $(,)? })*) => { $(
+    ($($(#[$doc:meta])* $name:ident = $c_name:literal { $($field:ident: $type:ty),* $(,)? })*) => { $(
         $(#[$doc])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
         #[repr(C)]
@@ -79,32 +119,42 @@ macro_rules! messages {
         impl Default for $name {
             fn default() -> Self { Self::new_zeroed() }
         }
-    )* };
+    )*
+        /// Every struct of the header.
+        pub const ALL_MESSAGES: &[Layout] = &[$(Layout {
+            name: $c_name,
+            size: size_of::<$name>(),
+            fields: &[
+                ("size", offset_of!($name, size), 4),
+                $((stringify!($field), offset_of!($name, $field), field_size(|m: &$name| &m.$field))),*
+            ],
+        }),*];
+    };
 }
 
 messages! {
     /// `struct baton_info`.
-    Info { abi: u32, flags: u32, tsc_khz: u32, memory_block_size: u64, possible_cpus: u32, instances: u32 }
+    Info = "baton_info" { abi: u32, flags: u32, tsc_khz: u32, memory_block_size: u64, possible_cpus: u32, instances: u32 }
     /// `struct baton_cpu_info`.
-    CpuInfo { cpu: u32, apic_id: u32, flags: u32 }
+    CpuInfo = "baton_cpu_info" { cpu: u32, apic_id: u32, flags: u32 }
     /// `struct baton_instance`.
-    Instance { id: u32, state: u32, reserved: u32, name: [u8; NAME_LEN], image: [u8; IMAGE_LEN] }
+    Instance = "baton_instance" { id: u32, state: u32, reserved: u32, name: [u8; NAME_LEN], image: [u8; IMAGE_LEN] }
     /// `struct baton_mem`.
-    Mem { instance: u32, how: u32, reserved: u32, start: u64, len: u64 }
+    Mem = "baton_mem" { instance: u32, how: u32, reserved: u32, start: u64, len: u64 }
     /// `struct baton_mem_fd`.
-    MemFd { flags: u32, start: u64, len: u64, fd: i32, reserved: u32 }
+    MemFd = "baton_mem_fd" { flags: u32, start: u64, len: u64, fd: i32, reserved: u32 }
     /// `struct baton_adopt`.
-    Adopt { reserved: u32, start: u64, len: u64 }
+    Adopt = "baton_adopt" { reserved: u32, start: u64, len: u64 }
     /// `struct baton_cpu`.
-    Cpu { instance: u32, apic_id: u32, how: u32, start_pa: u64 }
+    Cpu = "baton_cpu" { instance: u32, apic_id: u32, how: u32, start_pa: u64 }
     /// `struct baton_doorbell`.
-    Doorbell { eventfd: i32, apic_id: u32, vector: u32 }
+    Doorbell = "baton_doorbell" { eventfd: i32, apic_id: u32, vector: u32 }
     /// `struct baton_yield`.
-    Yield { reserved: u32, entry_pa: u64, arg_pa: u64, table_pa: u64, ident_pa: u64, away_tsc: u64 }
+    Yield = "baton_yield" { reserved: u32, entry_pa: u64, arg_pa: u64, table_pa: u64, ident_pa: u64, away_tsc: u64 }
     /// `struct baton_pci`.
-    Pci { domain: u32, ecam_pa: u64, bus_end: u32, functions: u32, bdf: [u16; PCI_MAX] }
+    Pci = "baton_pci" { domain: u32, ecam_pa: u64, bus_end: u32, functions: u32, bdf: [u16; PCI_MAX] }
     /// `struct baton_panic_notice`.
-    PanicNotice { apic_id: u32, vector: u32, reserved: u32, pa: u64, value: u64 }
+    PanicNotice = "baton_panic_notice" { apic_id: u32, vector: u32, reserved: u32, pa: u64, value: u64 }
 }
 
 const _: () = assert!(size_of::<Info>() == 32);
