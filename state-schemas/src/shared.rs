@@ -17,3 +17,39 @@ pub trait SharedMemory {
     /// Stores an 8-aligned word with release ordering.
     fn store(&self, offset: u64, value: u64);
 }
+
+impl<T: SharedMemory + ?Sized> SharedMemory for &T {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+    fn read(&self, offset: u64, into: &mut [u8]) {
+        (**self).read(offset, into);
+    }
+    fn write(&self, offset: u64, from: &[u8]) {
+        (**self).write(offset, from);
+    }
+    fn load(&self, offset: u64) -> u64 {
+        (**self).load(offset)
+    }
+    fn store(&self, offset: u64, value: u64) {
+        (**self).store(offset, value);
+    }
+}
+
+impl<T: SharedMemory + ?Sized> SharedMemory for std::sync::Arc<T> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+    fn read(&self, offset: u64, into: &mut [u8]) {
+        (**self).read(offset, into);
+    }
+    fn write(&self, offset: u64, from: &[u8]) {
+        (**self).write(offset, from);
+    }
+    fn load(&self, offset: u64) -> u64 {
+        (**self).load(offset)
+    }
+    fn store(&self, offset: u64, value: u64) {
+        (**self).store(offset, value);
+    }
+}
