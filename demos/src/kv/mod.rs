@@ -32,3 +32,5 @@ pub mod connection;
 pub mod resp;
 pub mod run;
 pub mod server;
+#[cfg(test)]
+pub(crate) mod tests;

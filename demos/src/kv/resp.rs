@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn each_hostile_form_has_its_answer() {
-        let limits = Limits { line: 16, bulk: 8, request: 40, args: 3 };
+        let limits = Limits { line: 24, bulk: 8, request: 40, args: 3 };
         let refused = |input: &[u8]| requests(input, 1, &limits).expect_err("refused").to_string();
         assert_eq!(refused(b"*4\r\n"), "Protocol error: invalid multibulk length");
         assert_eq!(refused(b"*99999999999999999999\r\n"), "Protocol error: invalid multibulk length");
@@ -294,7 +294,7 @@ mod tests {
             refused(b"*3\r\n$8\r\n12345678\r\n$8\r\n12345678\r\n$8\r\n"),
             "Protocol error: request of more than 40 bytes"
         );
-        assert_eq!(refused(&[b'x'; 17]), "Protocol error: too big inline request");
+        assert_eq!(refused(&[b'x'; 25]), "Protocol error: too big inline request");
         assert_eq!(refused(b"SET a \"b\"\r\n"), "Protocol error: quotes in an inline request are not supported");
     }
 
