@@ -72,12 +72,7 @@ struct MkinitrdArgs {
 
 impl From<UpgradeArgs> for Upgrade {
     fn from(args: UpgradeArgs) -> Upgrade {
-        Upgrade {
-            kernel: args.kernel,
-            initrd: args.initrd,
-            cmdline: args.cmdline,
-            cpu: args.cpu,
-        }
+        Upgrade { kernel: args.kernel, initrd: args.initrd, cmdline: args.cmdline, cpu: args.cpu }
     }
 }
 
@@ -88,11 +83,7 @@ pub fn run(cli: Cli) -> ExitCode {
         Ok(code) => code,
         Err(failure) => {
             if json {
-                print_json(&Failed {
-                    schema_version: 1,
-                    outcome: "failed",
-                    failure: &failure,
-                });
+                print_json(&Failed { schema_version: 1, outcome: "failed", failure: &failure });
             }
             eprintln!("baton: {}", failure.cause);
             if !failure.advice.is_empty() {
@@ -183,11 +174,7 @@ fn check(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
             possible: bool,
             findings: &'a [Finding],
         }
-        print_json(&Checked {
-            schema_version: 1,
-            possible: refused.is_none(),
-            findings: &findings,
-        });
+        print_json(&Checked { schema_version: 1, possible: refused.is_none(), findings: &findings });
     } else {
         for finding in &findings {
             let mark = if finding.refusal.is_some() { "NO" } else { "ok" };
@@ -198,9 +185,7 @@ fn check(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
             }
         }
     }
-    Ok(refused.map_or(ExitCode::SUCCESS, |f| {
-        ExitCode::from(f.class.exit_code())
-    }))
+    Ok(refused.map_or(ExitCode::SUCCESS, |f| ExitCode::from(f.class.exit_code())))
 }
 
 fn status(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
@@ -221,12 +206,7 @@ fn print_status(status: &Status) {
     println!("epoch     {}", status.epoch);
     println!("updates   {} since the firmware booted", status.hops);
     for service in &status.services {
-        println!(
-            "service   {} {} ({} KiB)",
-            service.name,
-            service.state,
-            service.arena_bytes / 1024
-        );
+        println!("service   {} {} ({} KiB)", service.name, service.state, service.arena_bytes / 1024);
     }
     let Some(update) = &status.update else { return };
     println!(
@@ -239,7 +219,7 @@ fn print_status(status: &Status) {
         update.cpus_total
     );
     for span in &update.timeline {
-        println!("          {:<20} {:>10.3} ms", span.name, span.ms());
+        println!("          {:<20} {:>10.3} ms", span.name, span.ms);
     }
     for left in &update.left_undone {
         println!("          left undone: {left}");

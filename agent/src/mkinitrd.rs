@@ -17,7 +17,7 @@ use crate::initrd::Initrd;
 /// The agent's own programs, taken from the folder of the running one.
 const OWN_PROGRAMS: [&str; 3] = ["baton", "batond", "baton-init"];
 /// The module's place below `/lib/modules/RELEASE` (DKMS's folder).
-const OWN_MODULE: &str = "updates/dkms/baton.ko";
+pub const OWN_MODULE: &str = "updates/dkms/baton.ko";
 
 /// Makes the archive for a kernel of this `release`.
 pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u8>> {

@@ -3,6 +3,7 @@
 //! [`Link::claim`] and [`Link::release`] are in the blackout, so the socket and the frame to send are made beforehand.
 
 use std::net::Ipv4Addr;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::TryStreamExt;
@@ -31,6 +32,7 @@ pub fn parse_mac(text: &str) -> Result<Mac> {
 pub struct Netlink {
     runtime: tokio::runtime::Runtime,
     handle: Handle,
+    withdrawn: Mutex<Option<Link>>,
 }
 
 impl Netlink {
@@ -42,7 +44,7 @@ impl Netlink {
             rtnetlink::new_connection().context("cannot open a netlink socket")?
         };
         runtime.spawn(connection);
-        Ok(Netlink { runtime, handle })
+        Ok(Netlink { runtime, handle, withdrawn: Mutex::new(None) })
     }
 
     fn links(&self) -> Result<Vec<LinkMessage>> {
@@ -115,6 +117,41 @@ impl Netlink {
             self.handle.address().del(found).execute().await?;
             Ok(())
         })
+    }
+
+    /// Takes an address off whatever link holds it, remembering which for [`Netlink::restore`].
+    pub fn withdraw(&self, cidr: Cidr) -> Result<()> {
+        let index = self.holder(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
+        let link = self.by_index(index)?;
+        self.remove(&link, cidr)?;
+        *self.withdrawn.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(link);
+        Ok(())
+    }
+
+    /// Gives an address back to the link that [`Netlink::withdraw`] took it from, and announces it.
+    pub fn restore(&self, cidr: Cidr) -> Result<()> {
+        let withdrawn = self.withdrawn.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        let Some(link) = withdrawn else { return Ok(()) };
+        self.add(&link, cidr)?;
+        Announcer::new(&link, cidr.address)?.announce()
+    }
+
+    fn by_index(&self, index: u32) -> Result<Link> {
+        let all = self.links()?;
+        all.into_iter()
+            .find(|message| message.header.index == index)
+            .and_then(|message| {
+                let name = message.attributes.iter().find_map(|a| match a {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                })?;
+                let mac = message.attributes.iter().find_map(|a| match a {
+                    LinkAttribute::Address(bytes) => Mac::try_from(bytes.as_slice()).ok(),
+                    _ => None,
+                })?;
+                Some(Link { index, name, mac })
+            })
+            .with_context(|| format!("interface {index} is gone"))
     }
 
     /// The link that holds `address` now.

@@ -4,6 +4,12 @@
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+/// The time stamp counter now. It is the same on all CPUs of a machine that Baton runs on, and no kernel sets it back.
+pub fn tsc() -> u64 {
+    // SAFETY: RDTSC exists on every x86-64 CPU; Linux forbids it to user space only for those who ask (prctl).
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 /// A raw socket that sends whole Ethernet frames on one interface and receives nothing.
 pub struct PacketSocket {
     fd: OwnedFd,

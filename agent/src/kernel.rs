@@ -1,0 +1,209 @@
+//! This kernel, as batond holds it: the device, the services, the machine's facts, and how far an update has come.
+//!
+//! Shared by all threads. What changes is behind one lock ([`State`]); nothing waits while it holds it.
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+use anyhow::{Context, Result};
+use kexec_core::device::{self, Device, DeviceError, FileFlags, TakeMemory};
+use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
+
+use crate::birth::Birth;
+use crate::config::Config;
+use crate::control::{Status, UpdateStatus};
+use crate::facts::{Facts, managed_memory};
+use crate::net::Netlink;
+use crate::outcome::Failure;
+use crate::services::{Arena, Services};
+
+/// Arenas start and end here, so that the successor can map them by large pages.
+const ARENA_GRAIN: u64 = 2 << 20;
+
+/// What changes.
+#[derive(Debug)]
+pub struct State {
+    /// Not yet drained.
+    pub successor: bool,
+    /// The machine.
+    pub facts: Facts,
+    /// The update that brought this kernel here, or the one that runs.
+    pub update: Option<UpdateStatus>,
+}
+
+/// This kernel.
+pub struct Kernel {
+    /// The configuration.
+    pub config: Config,
+    /// Where it was read from.
+    pub config_path: PathBuf,
+    /// Interfaces and addresses.
+    pub netlink: Netlink,
+    /// The services.
+    pub services: Services,
+    /// How this kernel came to be: nothing when the firmware booted it.
+    pub birth: Option<Birth>,
+    /// Held by the update that runs.
+    pub updating: Mutex<()>,
+    device: OnceLock<Device>,
+    release: String,
+    state: Mutex<State>,
+}
+
+impl Kernel {
+    /// Opens the device and finds out what this kernel is.
+    pub fn open(config: Config, config_path: PathBuf) -> Result<Kernel> {
+        let netlink = Netlink::open()?;
+        let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+        let device = OnceLock::new();
+        let birth = Birth::find()?.map(|(birth, opened)| {
+            device.get_or_init(|| opened);
+            birth
+        });
+        let (facts, update) = match &birth {
+            Some(birth) => (birth.facts(), Some(birth.update_status(&release))),
+            None => {
+                if config.network.configure {
+                    configure_network(&config, &netlink)?;
+                }
+                (Facts::explore(&config, &netlink)?, None)
+            }
+        };
+        let successor = birth.is_some();
+        let state = Mutex::new(State { successor, facts, update });
+        let (services, updating) = (Services::default(), Mutex::new(()));
+        Ok(Kernel { config, config_path, netlink, services, birth, updating, device, release, state })
+    }
+
+    /// The module. Opened at first use, so that batond runs, and says what is missing, on a machine without it.
+    pub fn device(&self) -> Result<&Device> {
+        if let Some(device) = self.device.get() {
+            return Ok(device);
+        }
+        let opened = Device::open().map_err(|error| Failure::precondition(error.to_string(), advice(&error)))?;
+        Ok(self.device.get_or_init(|| opened))
+    }
+
+    /// The lock on what changes.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        // Each change is a whole one, so a panicked holder leaves nothing half done.
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Release of this kernel.
+    pub fn release(&self) -> &str {
+        &self.release
+    }
+
+    /// Whether this kernel has not finished taking over.
+    pub fn is_successor(&self) -> bool {
+        self.state().successor
+    }
+
+    /// The role by its name.
+    pub fn role(&self) -> &'static str {
+        if self.is_successor() { "successor" } else { "incumbent" }
+    }
+
+    /// The machine, as known now.
+    pub fn facts(&self) -> Facts {
+        self.state().facts.clone()
+    }
+
+    /// Notes how far the update has come.
+    pub fn set_phase(&self, phase: &str) {
+        if let Some(update) = &mut self.state().update {
+            phase.clone_into(&mut update.phase);
+        }
+    }
+
+    /// Changes what is told of the update.
+    pub fn note(&self, change: impl FnOnce(&mut UpdateStatus)) {
+        if let Some(update) = &mut self.state().update {
+            change(update);
+        }
+    }
+
+    /// How things stand.
+    pub fn status(&self) -> Status {
+        let services = self.services.status();
+        let state = self.state();
+        Status {
+            schema_version: 1,
+            kernel_release: self.release.clone(),
+            role: if state.successor { "successor" } else { "incumbent" }.to_owned(),
+            epoch: state.facts.epoch,
+            hops: state.facts.hops,
+            services,
+            update: state.update.clone(),
+        }
+    }
+
+    /// Takes a service in. In a successor it stands by, whatever it asks.
+    pub fn admit(&self, stream: UnixStream) -> Result<String> {
+        let epoch = {
+            let state = self.state();
+            (!state.successor).then_some(state.facts.epoch)
+        };
+        self.services.admit(stream, epoch, |len| self.allocate_arena(len))
+    }
+
+    fn allocate_arena(&self, len: u64) -> Result<Arena> {
+        let len = len.max(kexec_core::layout::REGION_MIN).next_multiple_of(ARENA_GRAIN);
+        let range = self.take_contiguous(device::SELF, len, ARENA_GRAIN, &RangeSet::new())?;
+        let file = self.device()?.memory_file(range, FileFlags::PAGES)?;
+        Ok(Arena { range, file, fresh: true })
+    }
+
+    /// Takes `len` contiguous bytes out of this kernel's allocator, wherever they can be had.
+    pub fn take_contiguous(&self, instance: u32, len: u64, grain: u64, avoid: &RangeSet) -> Result<Range> {
+        let device = self.device()?;
+        let wish = Wish { size: len, grain, below: None };
+        let mut tried = 0;
+        for range in candidates(&managed_memory()?, avoid, &wish)? {
+            tried += 1;
+            match device.take_memory(instance, range, TakeMemory::Alloc) {
+                Ok(()) => return Ok(range),
+                Err(error) if error.is_busy() => {}
+                Err(DeviceError::Exists { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Err(Failure::precondition(
+            format!(
+                "no {} MiB of contiguous memory: {tried} places tried, in each of them something cannot be moved",
+                len >> 20
+            ),
+            "free memory (stop a program, drop caches), ask for a smaller update.region_mib, or reserve memory at boot \
+             with memmap=SIZE$ADDRESS",
+        ))
+        .context("cannot take memory")
+    }
+}
+
+/// What to do about a module that cannot be used.
+fn advice(error: &DeviceError) -> &'static str {
+    match error {
+        DeviceError::ModuleMissing { .. } => "load it with `modprobe baton`; `dkms install baton` builds it",
+        DeviceError::OtherVersion { .. } | DeviceError::NotBaton { .. } => {
+            "install the module of the same version as this agent, and load it"
+        }
+        DeviceError::Lockdown => "boot without lockdown (it follows Secure Boot): baton does not get around it",
+        _ => "run batond as root",
+    }
+}
+
+/// Gives every configured interface its own address, and the first of them the service address.
+fn configure_network(config: &Config, netlink: &Netlink) -> Result<()> {
+    let mut service = config.network.service_address;
+    for nic in &config.network.nic {
+        let Some(link) = netlink.find(crate::net::parse_mac(&nic.mac)?)? else { continue };
+        netlink.link_up(&link)?;
+        netlink.add(&link, nic.address)?;
+        if let Some(cidr) = service.take() {
+            netlink.add(&link, cidr)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,182 @@
+//! The line between the two kernels as one end sees it: typed messages over the channel, the doorbell that announces
+//! them, and the peer's panic word. Waiting is poll(2) on the doorbell's eventfd, so a message costs one interrupt.
+
+use std::marker::PhantomData;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use handover::channel::{Channel, Side};
+use kexec_core::device::{Bell, Device, Mapping};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use state_schemas::Payload;
+use state_schemas::checked::Check;
+use state_schemas::control_block::words;
+use state_schemas::latest::message::MessageError;
+use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
+use state_schemas::shared::SharedMemory;
+
+/// A bell is rung again after this long without an answer: an interrupt that comes while the other side takes its
+/// vector over is lost, a message is not.
+const RING_AGAIN: Duration = Duration::from_millis(250);
+
+/// What a panicking kernel writes; anything but zero.
+const PANICKED: u64 = 1;
+
+/// Which side this is, and what that means for the words in the control block.
+pub trait End {
+    /// What this side says.
+    type Out;
+    /// What this side hears.
+    type In;
+    /// For the rings.
+    const SIDE: Side;
+    /// Where this side says where its bell is.
+    const OWN_BELL_AT: u64;
+    /// Where the other side says so.
+    const PEER_BELL_AT: u64;
+    /// Where this side's module says that this kernel panicked.
+    const OWN_PANIC_AT: u64;
+    /// Where the other side says that it panicked.
+    const PEER_PANIC_AT: u64;
+    /// What the other side is called.
+    const PEER: &'static str;
+}
+
+/// The incumbent's end.
+pub struct Incumbent;
+/// The successor's end.
+pub struct Successor;
+
+impl End for Incumbent {
+    type Out = ToSuccessor;
+    type In = ToIncumbent;
+    const SIDE: Side = Side::Incumbent;
+    const OWN_BELL_AT: u64 = words::INCUMBENT_BELL_AT;
+    const PEER_BELL_AT: u64 = words::SUCCESSOR_BELL_AT;
+    const OWN_PANIC_AT: u64 = words::INCUMBENT_PANIC_AT;
+    const PEER_PANIC_AT: u64 = words::SUCCESSOR_PANIC_AT;
+    const PEER: &'static str = "successor";
+}
+
+impl End for Successor {
+    type Out = ToIncumbent;
+    type In = ToSuccessor;
+    const SIDE: Side = Side::Successor;
+    const OWN_BELL_AT: u64 = words::SUCCESSOR_BELL_AT;
+    const PEER_BELL_AT: u64 = words::INCUMBENT_BELL_AT;
+    const OWN_PANIC_AT: u64 = words::SUCCESSOR_PANIC_AT;
+    const PEER_PANIC_AT: u64 = words::INCUMBENT_PANIC_AT;
+    const PEER: &'static str = "incumbent";
+}
+
+/// One end of the line.
+pub struct Line<E: End> {
+    device: Device,
+    bell: EventFd,
+    memory: Arc<Mapping>,
+    channel: Channel<Arc<Mapping>>,
+    end: PhantomData<E>,
+}
+
+impl Line<Incumbent> {
+    /// Opens the incumbent's end: empties the rings first. Before the successor starts.
+    pub fn open(control: Mapping, base: u64) -> Result<Line<Incumbent>> {
+        let memory = Arc::new(control);
+        Channel::reset(&memory)?;
+        Line::attach(memory, base)
+    }
+}
+
+impl<E: End> Line<E>
+where
+    E::Out: Payload + std::fmt::Debug,
+    E::In: Payload + Check<Against = (), Error = MessageError> + std::fmt::Debug,
+{
+    /// Takes this side's end: publishes the bell, and leaves word where to write when this kernel panics. The doorbell
+    /// belongs to an open file of the device, so the line has one of its own. `base` is the control block's address.
+    pub fn attach(memory: Arc<Mapping>, base: u64) -> Result<Line<E>> {
+        let device = Device::open()?;
+        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
+        let own = device.open_doorbell(bell.as_fd())?;
+        memory.store(E::OWN_BELL_AT, own.to_word());
+        let peer = Bell::from_word(memory.load(E::PEER_BELL_AT));
+        device.panic_notice(base + E::OWN_PANIC_AT, PANICKED, peer)?;
+        let channel = Channel::attach(memory.clone(), E::SIDE)?;
+        Ok(Line { device, bell, memory, channel, end: PhantomData })
+    }
+
+    /// The control block.
+    pub fn memory(&self) -> &Mapping {
+        &self.memory
+    }
+
+    /// Sends a message and rings.
+    pub fn send(&mut self, message: &E::Out) -> Result<()> {
+        self.channel.send(message)?;
+        self.ring();
+        Ok(())
+    }
+
+    /// Rings, if the other side has a bell yet. What was sent can be read without it, so a bell that cannot be rung now
+    /// is rung again while an answer is awaited.
+    fn ring(&self) {
+        if let Some(peer) = Bell::from_word(self.memory.load(E::PEER_BELL_AT))
+            && let Err(error) = self.device.ring(peer)
+        {
+            tracing::warn!("cannot ring the {}: {error}", E::PEER);
+        }
+    }
+
+    /// The next message, waiting for it.
+    pub fn receive(&mut self, patience: Duration) -> Result<E::In> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(message) = self.channel.receive()? {
+                return Ok(message);
+            }
+            if self.memory.load(E::PEER_PANIC_AT) != 0 {
+                bail!("the {} panicked", E::PEER);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("the {} was silent for {patience:?}", E::PEER);
+            }
+            self.wait(left.min(RING_AGAIN))?;
+        }
+    }
+
+    fn wait(&self, patience: Duration) -> Result<()> {
+        let timeout = PollTimeout::try_from(patience.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, timeout) {
+            Ok(0) => self.ring(),
+            // Rung, maybe more than once; the ring says what there is.
+            Ok(_) => drop(self.bell.read()),
+            Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(errno).context("cannot wait for the doorbell"),
+        }
+        Ok(())
+    }
+}
+
+impl Line<Incumbent> {
+    /// Sends a message and waits for its answer. Everything else that arrives is refused: one thing at a time.
+    pub fn ask<T>(
+        &mut self,
+        message: &ToSuccessor,
+        patience: Duration,
+        answer: impl Fn(ToIncumbent) -> Option<T>,
+    ) -> Result<T> {
+        self.send(message)?;
+        match self.receive(patience).with_context(|| format!("no answer to {message:?}"))? {
+            ToIncumbent::Failed { what, cause } => bail!("the successor cannot {what}: {cause}"),
+            other => {
+                let shown = format!("{other:?}");
+                answer(other).with_context(|| format!("the successor answered {message:?} with {shown}"))
+            }
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! The services of this kernel, as batond holds them: who is connected, where each one's arena is, and how it stands.
+//!
+//! A service's thread of life is its connection ([`crate::service::AgentEnd`]); orders inside the blackout are sent to all
+//! services first and their answers gathered after, so that they work at the same time.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use kexec_core::memory_map::Range;
+
+use crate::control::ServiceStatus;
+use crate::service::agent_end::AgentEnd;
+use crate::service::protocol::{Hello, Standing, ToAgent, ToService};
+
+/// How long a service may take to answer where nobody waits for it.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The memory of one service.
+#[derive(Debug)]
+pub struct Arena {
+    /// Which part of physical memory.
+    pub range: Range,
+    /// The memory file that is given to the service.
+    pub file: OwnedFd,
+    /// Nothing was ever written to it.
+    pub fresh: bool,
+}
+
+/// One service.
+#[derive(Debug, Default)]
+struct Slot {
+    end: Option<AgentEnd>,
+    hello: Option<Hello>,
+    arena: Option<Arena>,
+}
+
+/// What a service reported when it was sealed or activated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Seal {
+    /// How many items are in its arena.
+    pub items: u64,
+    /// The seal it computed.
+    pub seal: u64,
+}
+
+/// What a service must know about an arena that crosses to another kernel.
+#[derive(Debug, Clone)]
+pub struct Crossing {
+    /// The service's name.
+    pub name: String,
+    /// Kind of its state.
+    pub schema_kind: u32,
+    /// Version of its state.
+    pub schema_version: u32,
+    /// Where its arena lies.
+    pub range: Range,
+}
+
+/// All services of this kernel.
+#[derive(Debug, Default)]
+pub struct Services {
+    slots: Mutex<BTreeMap<String, Slot>>,
+    changed: Condvar,
+}
+
+impl Services {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
+        // A panic while the lock was held has already ended the update; the map itself is always whole.
+        self.slots.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// An arena that came from the predecessor waits for its service here.
+    pub fn expect(&self, name: &str, arena: Arena) {
+        self.lock().entry(name.to_owned()).or_default().arena = Some(arena);
+    }
+
+    /// Takes a service in: greeting, arena (made by `allocate` when there is none yet), readiness; then tells it to serve
+    /// in `epoch`, or to stand by when there is none.
+    pub fn admit(
+        &self,
+        socket: UnixStream,
+        epoch: Option<u64>,
+        allocate: impl FnOnce(u64) -> Result<Arena>,
+    ) -> Result<String> {
+        let mut end = AgentEnd::accept(socket, PATIENCE)?;
+        let hello = end.hello().clone();
+        let name = hello.name.clone();
+        {
+            let mut slots = self.lock();
+            let slot = slots.entry(name.clone()).or_default();
+            if slot.end.as_ref().is_some_and(|end| end.standing() != Standing::Over) {
+                bail!("service {name} is connected already");
+            }
+            let arena = match &mut slot.arena {
+                Some(arena) => arena,
+                none => none.insert(allocate(hello.wanted_arena_len)?),
+            };
+            end.give_arena(arena.file.as_fd(), arena.range.len(), arena.fresh)?;
+            arena.fresh = false;
+        }
+        expect_report(&mut end, "to get ready", PATIENCE, |report| matches!(report, ToAgent::Ready).then_some(()))?;
+        match epoch {
+            None => end.order(&ToService::StandBy)?,
+            Some(epoch) => {
+                end.order(&ToService::Serve { epoch })?;
+                expect_report(&mut end, "to serve", PATIENCE, activated)?;
+            }
+        }
+        let mut slots = self.lock();
+        let slot = slots.entry(name.clone()).or_default();
+        slot.end = Some(end);
+        slot.hello = Some(hello);
+        self.changed.notify_all();
+        Ok(name)
+    }
+
+    /// A service's connection ended or failed; its arena stays, so that the program may come back to it.
+    pub fn lose(&self, name: &str) {
+        if let Some(slot) = self.lock().get_mut(name) {
+            slot.end = None;
+        }
+        self.changed.notify_all();
+    }
+
+    /// Waits until every service with an arena stands by.
+    pub fn await_standby(&self, patience: Duration) -> Result<Vec<String>> {
+        let deadline = Instant::now() + patience;
+        let mut slots = self.lock();
+        loop {
+            let missing: Vec<&str> = slots
+                .iter()
+                .filter(|(_, slot)| slot.end.as_ref().is_none_or(|end| end.standing() != Standing::StandingBy))
+                .map(|(name, _)| name.as_str())
+                .collect();
+            if missing.is_empty() {
+                return Ok(slots.keys().cloned().collect());
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("services do not stand by after {patience:?}: {}", missing.join(", "));
+            }
+            slots = self
+                .changed
+                .wait_timeout(slots, left)
+                .map_or_else(|poisoned| poisoned.into_inner().0, |(guard, _)| guard);
+        }
+    }
+
+    /// Freezes all services; on an error some may be frozen, and [`Services::unfreeze`] is due.
+    pub fn freeze(&self, epoch: u64, patience: Duration) -> Result<BTreeMap<String, Seal>> {
+        self.order_all(
+            |standing| standing == Standing::Serving(epoch),
+            &ToService::Freeze { epoch },
+            "to freeze",
+            patience,
+            |report| match report {
+                ToAgent::Frozen { items, seal, .. } => Some(Seal { items, seal }),
+                _ => None,
+            },
+        )
+    }
+
+    /// Lets every frozen service go on in the same epoch.
+    pub fn unfreeze(&self, epoch: u64, patience: Duration) -> Result<BTreeMap<String, Seal>> {
+        let frozen = |standing| matches!(standing, Standing::Frozen(_));
+        self.order_all(frozen, &ToService::Unfreeze { epoch }, "to go on", patience, activated)
+    }
+
+    /// Lets every standby service serve.
+    pub fn activate(&self, epoch: u64, patience: Duration) -> Result<BTreeMap<String, Seal>> {
+        let standby = |standing| standing == Standing::StandingBy;
+        self.order_all(standby, &ToService::Activate { epoch }, "to take over", patience, activated)
+    }
+
+    /// Ends all services' connections: they are told to leave.
+    pub fn stop(&self) {
+        for slot in self.lock().values_mut() {
+            if let Some(mut end) = slot.end.take() {
+                // A service that cannot be told is gone anyway.
+                let _ = end.order(&ToService::Stop);
+            }
+        }
+    }
+
+    fn order_all<T>(
+        &self,
+        who: impl Fn(Standing) -> bool,
+        order: &ToService,
+        what: &str,
+        patience: Duration,
+        answer: impl Fn(ToAgent) -> Option<T>,
+    ) -> Result<BTreeMap<String, T>> {
+        let mut slots = self.lock();
+        let mut chosen: Vec<(&String, &mut AgentEnd)> = slots
+            .iter_mut()
+            .filter_map(|(name, slot)| slot.end.as_mut().map(|end| (name, end)))
+            .filter(|(_, end)| who(end.standing()))
+            .collect();
+        for (name, end) in &mut chosen {
+            end.order(order).with_context(|| format!("cannot tell service {name} {what}"))?;
+        }
+        let mut answers = BTreeMap::new();
+        for (name, end) in chosen {
+            let value = expect_report(end, what, patience, &answer)
+                .with_context(|| format!("service {name} was told {what}"))?;
+            answers.insert(name.clone(), value);
+        }
+        Ok(answers)
+    }
+
+    /// Arenas that must cross, with what is in them.
+    pub fn crossings(&self) -> Vec<Crossing> {
+        self.lock()
+            .iter()
+            .filter_map(|(name, slot)| {
+                let (arena, hello) = (slot.arena.as_ref()?, slot.hello.as_ref()?);
+                Some(Crossing {
+                    name: name.clone(),
+                    schema_kind: hello.schema_kind,
+                    schema_version: hello.schema_version,
+                    range: arena.range,
+                })
+            })
+            .collect()
+    }
+
+    /// For `baton status`.
+    pub fn status(&self) -> Vec<ServiceStatus> {
+        self.lock()
+            .iter()
+            .map(|(name, slot)| ServiceStatus {
+                name: name.clone(),
+                state: match slot.end.as_ref().map(AgentEnd::standing) {
+                    None | Some(Standing::Over) => "absent",
+                    Some(Standing::Serving(_)) => "serving",
+                    Some(Standing::StandingBy) => "standby",
+                    Some(Standing::Frozen(_) | Standing::Freezing(_)) => "frozen",
+                    Some(_) => "starting",
+                }
+                .to_owned(),
+                arena_bytes: slot.arena.as_ref().map_or(0, |arena| arena.range.len()),
+            })
+            .collect()
+    }
+}
+
+fn activated(report: ToAgent) -> Option<Seal> {
+    match report {
+        ToAgent::Activated { items, seal, .. } => Some(Seal { items, seal }),
+        _ => None,
+    }
+}
+
+fn expect_report<T>(
+    end: &mut AgentEnd,
+    what: &str,
+    patience: Duration,
+    answer: impl Fn(ToAgent) -> Option<T>,
+) -> Result<T> {
+    let report = end.report(patience)?;
+    let shown = format!("{report:?}");
+    answer(report).with_context(|| format!("it was told {what} and answered {shown}"))
+}

@@ -1,0 +1,300 @@
+//! The successor's side of an update: what this kernel does from its agent's first moment until the machine is its own.
+//!
+//! ```text
+//! attach ─► clock ─► arenas ─► interface ─► Hello ─┬─ StandBy ──► Standing
+//!                                                  ├─ CheckHealth ► Healthy
+//!                                                  ├─ Activate ─► address, services ─► Activated     the blackout ends
+//!                                                  ├─ CpuParked ► online it ─► CpuOnline
+//!                                                  ├─ Commit ───► Committed
+//!                                                  └─ LastCpu ──► online it, adopt memory ─► incumbent
+//! ```
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use kexec_core::cpus::ParkedCpus;
+use kexec_core::device::{Device, FileFlags, PciFunction, SELF, TakeMemory};
+use kexec_core::memory_map::{Range, RangeSet};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use state_schemas::control_block::{MAILBOX, words};
+use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
+use state_schemas::shared::SharedMemory;
+
+use crate::birth::{Birth, range};
+use crate::kernel::Kernel;
+use crate::line::{Line, Successor};
+use crate::net::{Announcer, Link};
+use crate::services::Arena;
+use crate::sysfs;
+use crate::timeline::{Timeline, tsc};
+
+/// Domain number of our PCI root bus: not 0, which is the firmware's.
+const PCI_DOMAIN: u32 = 1;
+/// How long the driver may take to bring up the interface.
+const LINK_PATIENCE: Duration = Duration::from_secs(20);
+/// How long an incumbent may be silent before its last word, before it counts as gone.
+const INCUMBENT_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long the last CPU may take to leave the incumbent.
+const LAST_CPU_PATIENCE: Duration = Duration::from_secs(120);
+
+/// The service address, ready to be taken.
+struct Address {
+    link: Link,
+    cidr: crate::config::Cidr,
+    announcer: Announcer,
+}
+
+/// This kernel while it takes over.
+struct Heir<'k> {
+    kernel: &'k Kernel,
+    birth: &'k Birth,
+    device: &'k Device,
+    line: Line<Successor>,
+    address: Option<Address>,
+    timeline: Timeline,
+}
+
+/// Takes the machine over; returns when it is this kernel's own.
+pub fn run(kernel: &Kernel) -> Result<()> {
+    let birth = kernel.birth.as_ref().context("the firmware booted this kernel: it takes over from nobody")?;
+    let mut heir = Heir::prepare(kernel, birth)?;
+    heir.line.send(&ToIncumbent::Hello {
+        program: state_schemas::latest::handover_record::Program {
+            release: kernel.release().to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        abi: words::VERSION,
+    })?;
+    let last = heir.serve()?;
+    heir.drain(last)
+}
+
+impl<'k> Heir<'k> {
+    fn prepare(kernel: &'k Kernel, birth: &'k Birth) -> Result<Heir<'k>> {
+        let device = kernel.device()?;
+        let started = tsc();
+        set_clock(birth)?;
+        let line = Line::attach(birth.control.clone(), birth.base)?;
+        expect_arenas(kernel, device, birth)?;
+        let address = attach_network(kernel, device, birth)?;
+        let mut timeline = Timeline::continue_from(birth.record.journal.clone());
+        timeline.add("successor: prepare", started, tsc());
+        Ok(Heir { kernel, birth, device, line, address, timeline })
+    }
+
+    /// Does what the incumbent says, until its last word: the APIC id of its last CPU.
+    fn serve(&mut self) -> Result<u32> {
+        loop {
+            let message = self.line.receive(INCUMBENT_PATIENCE)?;
+            if let ToSuccessor::LastCpu { apic_id } = message {
+                return Ok(apic_id);
+            }
+            let what = format!("{message:?}");
+            let answer = self.obey(message).unwrap_or_else(|error| {
+                tracing::error!("{what}: {error:#}");
+                ToIncumbent::Failed { what, cause: format!("{error:#}") }
+            });
+            self.line.send(&answer)?;
+        }
+    }
+
+    fn obey(&mut self, message: ToSuccessor) -> Result<ToIncumbent> {
+        match message {
+            ToSuccessor::StandBy => {
+                self.kernel.set_phase("trial");
+                let services = self.kernel.services.await_standby(Duration::from_secs(60))?;
+                Ok(ToIncumbent::Standing { services })
+            }
+            ToSuccessor::CheckHealth => self.check_health(),
+            ToSuccessor::Activate { epoch } => self.activate(epoch),
+            ToSuccessor::CpuParked { apic_id } => {
+                self.kernel.set_phase("probation");
+                let cpu = self.online(apic_id)?;
+                Ok(ToIncumbent::CpuOnline { apic_id, cpu })
+            }
+            ToSuccessor::Commit { timeline } => {
+                self.kernel.set_phase("commit");
+                let own = self.timeline.marks()[self.birth.record.journal.len()..].to_vec();
+                self.timeline = Timeline::continue_from(timeline);
+                for mark in own {
+                    self.timeline.add(&mark.phase, mark.start_tsc, mark.end_tsc);
+                }
+                Ok(ToIncumbent::Committed)
+            }
+            ToSuccessor::Ping { nonce } => Ok(ToIncumbent::Pong { nonce }),
+            ToSuccessor::Abort { reason } => bail!("the incumbent gives up: {reason}"),
+            ToSuccessor::ReleaseCpu { .. } | ToSuccessor::StandDown { .. } => {
+                bail!("this release cannot hand back after the cutover")
+            }
+            ToSuccessor::LastCpu { .. } => Err(anyhow!("the last CPU is not expected here")),
+        }
+    }
+
+    fn check_health(&self) -> Result<ToIncumbent> {
+        let status = self.kernel.services.status();
+        if let Some(service) = status.iter().find(|service| service.state != "standby") {
+            bail!("service {} is {}", service.name, service.state);
+        }
+        Ok(ToIncumbent::Healthy)
+    }
+
+    /// In the blackout: nothing here allocates more than a few words, and nothing depends on the arenas' size.
+    fn activate(&mut self, epoch: u64) -> Result<ToIncumbent> {
+        let started = tsc();
+        if self.birth.control.load(words::EPOCH_AT) != epoch {
+            bail!("epoch {epoch} is not the current one");
+        }
+        self.kernel.services.activate(epoch, Duration::from_secs(5))?;
+        if let Some(address) = &self.address {
+            self.kernel.netlink.add(&address.link, address.cidr)?;
+            address.announcer.announce()?;
+        }
+        let tsc = tsc();
+        self.kernel.state().facts.epoch = epoch;
+        self.timeline.add("successor: activate", started, tsc);
+        Ok(ToIncumbent::Activated { epoch, tsc })
+    }
+
+    /// Onlines a CPU that waits in our park page.
+    fn online(&mut self, apic_id: u32) -> Result<u32> {
+        let parked = ParkedCpus::new(&*self.birth.control, MAILBOX.offset);
+        if !parked.is_parked(apic_id) {
+            bail!("CPU with APIC id {apic_id} is not parked here");
+        }
+        let cpu = self
+            .device
+            .cpus()?
+            .into_iter()
+            .find(|cpu| cpu.apic_id == apic_id)
+            .with_context(|| format!("this kernel has no CPU with APIC id {apic_id}"))?;
+        let started = tsc();
+        sysfs::online_cpu(cpu.cpu)?;
+        self.timeline.add(&format!("successor: online cpu {}", cpu.cpu), started, tsc());
+        self.kernel.note(|update| update.cpus_moved += 1);
+        Ok(cpu.cpu)
+    }
+
+    /// The incumbent is gone: its last CPU, its memory. What cannot be had is reported, and the rest goes on.
+    fn drain(&mut self, last: u32) -> Result<()> {
+        let started = tsc();
+        let deadline = Instant::now() + LAST_CPU_PATIENCE;
+        while !ParkedCpus::new(&*self.birth.control, MAILBOX.offset).is_parked(last) {
+            if Instant::now() > deadline {
+                bail!("the incumbent's last CPU (APIC id {last}) did not arrive in {LAST_CPU_PATIENCE:?}");
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut left = Vec::new();
+        if let Err(error) = self.online(last) {
+            left.push(format!("CPU with APIC id {last}: {error:#}"));
+        }
+        let adopting = tsc();
+        left.extend(self.adopt_memory());
+        self.timeline.add("adopt memory", adopting, tsc());
+        self.timeline.add("drained", started, tsc());
+        let khz = self.birth.record.clock.tsc_khz;
+        let timeline = self.timeline.spans(khz);
+        let mut state = self.kernel.state();
+        state.successor = false;
+        if let Some(update) = &mut state.update {
+            "drained".clone_into(&mut update.phase);
+            update.timeline = timeline;
+            update.left_undone = left;
+        }
+        tracing::info!("drained: this kernel has the machine");
+        Ok(())
+    }
+
+    /// Whole blocks by hot-add; fragments, arenas excepted, page by page. Says what could not be had.
+    fn adopt_memory(&self) -> Vec<String> {
+        let record = &self.birth.record;
+        let mut left = Vec::new();
+        if let Err(error) = sysfs::set_auto_online("online_movable") {
+            left.push(format!("movable memory: {error:#}"));
+        }
+        let block = record.machine.memory_block;
+        for blocks in record.grant.blocks.iter().map(|blocks| range(*blocks)) {
+            let mut start = blocks.start();
+            while start < blocks.end() {
+                let one = Range::new(start, start + block);
+                if let Err(error) = self.device.adopt_memory(one) {
+                    left.push(format!("memory block {one}: {error}"));
+                }
+                start += block;
+            }
+        }
+        let arenas: RangeSet =
+            record.arenas.iter().flat_map(|arena| arena.ranges.iter().map(|piece| range(*piece))).collect();
+        let fragments: RangeSet = record.grant.fragments.iter().map(|fragment| range(*fragment)).collect();
+        for free in fragments.subtract(&arenas).iter() {
+            let released = self
+                .device
+                .take_memory(SELF, free, TakeMemory::Reserved)
+                .and_then(|()| self.device.give_back_memory(SELF, free));
+            if let Err(error) = released {
+                left.push(format!("memory fragment {free}: {error}"));
+            }
+        }
+        left
+    }
+}
+
+/// There is no RTC: the wall clock goes on from the incumbent's, by the TSC.
+fn set_clock(birth: &Birth) -> Result<()> {
+    let clock = birth.record.clock;
+    let ticks = tsc().saturating_sub(clock.tsc);
+    let elapsed_ns = u128::from(ticks) * 1_000_000 / u128::from(clock.tsc_khz);
+    let now = u128::from(clock.unix_ns) + elapsed_ns;
+    let seconds = i64::try_from(now / 1_000_000_000).context("the handed-over time is absurd")?;
+    let nanoseconds = i64::try_from(now % 1_000_000_000)?;
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanoseconds)).context("cannot set the wall clock")
+}
+
+/// The arenas become memory of this kernel's, with their content, and wait for their services.
+fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> {
+    for service in &birth.record.services {
+        let arena = birth
+            .record
+            .arenas
+            .iter()
+            .find(|arena| arena.id == service.arena)
+            .with_context(|| format!("service {} has no arena", service.name))?;
+        let [piece] = arena.ranges[..] else {
+            bail!("arena {} has {} pieces, this agent maps one", arena.name, arena.ranges.len());
+        };
+        let range = range(piece);
+        device.take_memory(SELF, range, TakeMemory::Reserved)?;
+        let file = device.memory_file(range, FileFlags::PAGES)?;
+        kernel.services.expect(&service.name, Arena { range, file, fresh: false });
+    }
+    Ok(())
+}
+
+/// Binds the granted function and gives its interface its own address; the service address waits.
+fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Option<Address>> {
+    let Some((bdf, mac)) = birth.service_function() else { return Ok(None) };
+    let ecam = birth.record.ecam.context("a PCI function is granted, but no configuration space")?;
+    let function = PciFunction { bus: (bdf >> 8) as u8, device: (bdf >> 3) as u8 & 0x1f, function: bdf as u8 & 7 };
+    device.add_pci(PCI_DOMAIN, ecam.address, ecam.bus_end, &[function])?;
+    let deadline = Instant::now() + LINK_PATIENCE;
+    let link = loop {
+        if let Some(link) = kernel.netlink.find(mac)? {
+            break link;
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "no interface appeared on PCI function {function} in {LINK_PATIENCE:?}: is its driver in initrd.modules?"
+            );
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    kernel.netlink.link_up(&link)?;
+    let own = kernel.config.network.nic.iter().find(|nic| crate::net::parse_mac(&nic.mac).is_ok_and(|m| m == mac));
+    if let Some(nic) = own {
+        kernel.netlink.add(&link, nic.address)?;
+    }
+    let Some(cidr) = birth.service_address() else { return Ok(None) };
+    let announcer = Announcer::new(&link, cidr.address)?;
+    Ok(Some(Address { link, cidr, announcer }))
+}
