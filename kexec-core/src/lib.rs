@@ -12,3 +12,6 @@ pub mod page_tables;
 pub mod placement;
 pub mod registry;
 pub mod sys;
+
+/// The code that this crate puts in place, for whoever writes its pages and arguments: agents depend on this crate only.
+pub use trampoline;
