@@ -2,7 +2,7 @@
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
-use std::io;
+use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
@@ -135,6 +135,8 @@ pub fn standalone(options: &Options) -> Result<(), Error> {
     let mut store = Store::create(&mut memory, NAME, 0, random())?;
     let mut server = bind(options)?;
     server.begin(0)?;
+    // For whoever let the kernel choose the port. Nobody may be reading.
+    let _ = writeln!(io::stdout(), "listening on {}", server.address()?);
     loop {
         server.turn(&mut store, None)?;
     }

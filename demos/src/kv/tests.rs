@@ -265,14 +265,14 @@ fn the_redis_crate_works_with_it() {
 }
 
 /// A service under an agent, as on one kernel; each kernel has an address of its own here.
-struct Kernel {
-    agent: AgentEnd,
+pub(crate) struct Kernel {
+    pub(crate) agent: AgentEnd,
     service: JoinHandle<Result<(), super::run::Error>>,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
 }
 
 impl Kernel {
-    fn boot(folder: &Path, number: u8, arena: &File, fresh: bool) -> Self {
+    pub(crate) fn boot(folder: &Path, number: u8, arena: &File, fresh: bool) -> Self {
         let socket = folder.join(format!("{number}.sock"));
         let listener = UnixListener::bind(&socket).expect("bound");
         // 127.0.0.0/8 is all ours: an address nobody else in this machine's tests has.
@@ -287,7 +287,7 @@ impl Kernel {
         Self { agent, service, address }
     }
 
-    fn order(&mut self, order: ToService) -> ToAgent {
+    pub(crate) fn order(&mut self, order: ToService) -> ToAgent {
         self.agent.order(&order).expect("in order");
         self.agent.report(PATIENCE).expect("obeyed")
     }
@@ -313,7 +313,7 @@ impl Kernel {
         socket.read(&mut [0; 16]).is_err() && self.answers_probes().is_none()
     }
 
-    fn stop(mut self) {
+    pub(crate) fn stop(mut self) {
         self.agent.order(&ToService::Stop).expect("in order");
         self.service.join().expect("no panic").expect("no error");
     }

@@ -1,16 +1,21 @@
 //! A checker that cannot complain is worth nothing: against a server that keeps its word it must be content, and against one that
 //! forgets, it must say so, each kind of forgetting by itself.
 
+use std::fs::File;
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent::service::protocol::{ToAgent, ToService};
 use handover::arena::Store;
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 
 use super::client::Reply;
 use super::ledger::{Found, Ledger, Op};
 use super::{Load, LoadOptions, LoadReport};
-use crate::kv::tests::Local;
+use crate::kv::tests::{Kernel, Local};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -101,28 +106,70 @@ fn lost_connections_are_counted_and_leave_questions_open() {
 
 #[test]
 fn a_service_that_cannot_be_read_is_an_error_and_not_clean() {
-    let gone = std::net::TcpListener::bind("127.0.0.1:0").expect("bound").local_addr().expect("bound");
+    let gone = TcpListener::bind("127.0.0.1:0").expect("bound").local_addr().expect("bound");
     let load = Load::start(LoadOptions::new(gone)).expect("started");
     let error = load.finish(Duration::from_millis(50)).expect_err("nobody there").to_string();
     assert!(error.starts_with("the service could not be read back within 50ms: "), "{error}");
     assert!(!LoadReport::default().is_clean(), "nothing written, nothing proved");
 }
 
+/// The checker, the freeze and the arena together: the service goes back and forth between two kernels while it is written to,
+/// and its address with it (each move resets the connections). Nothing that was acknowledged may be missing.
+#[test]
+fn no_acknowledged_write_is_lost_by_ten_moves_under_load() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let arena = File::from(memfd_create(c"arena", MFdFlags::MFD_CLOEXEC).expect("memfd"));
+    arena.set_len(8 << 20).expect("room");
+    let mut old = Kernel::boot(folder.path(), 4, &arena, true);
+    let mut new = Kernel::boot(folder.path(), 5, &arena, false);
+    old.order(ToService::Serve { epoch: 1 });
+    new.agent.order(&ToService::StandBy).expect("in order");
+    let mut proxy = Proxy::start(old.address);
+    let load = Load::start(LoadOptions {
+        target: proxy.address,
+        connections: 4,
+        ops_per_second: 4000,
+        pipeline: 4,
+        timeout: Duration::from_secs(10),
+        ..LoadOptions::new(proxy.address)
+    })
+    .expect("started");
+    for epoch in 1..=10 {
+        wait_for(&load, epoch * 200);
+        let ToAgent::Frozen { items, seal, .. } = old.order(ToService::Freeze { epoch }) else { panic!("frozen") };
+        *proxy.to.lock().expect("no panic") = new.address;
+        proxy.cut();
+        let epoch = epoch + 1;
+        let order = if epoch == 2 { ToService::Activate { epoch } } else { ToService::Unfreeze { epoch } };
+        assert_eq!(new.order(order), ToAgent::Activated { epoch, items, seal });
+        std::mem::swap(&mut old, &mut new);
+    }
+    wait_for(&load, 2200);
+    let report = load.finish(PATIENCE).expect("readable");
+    assert!(report.is_clean() && report.acknowledged >= 2200, "{report:#?}");
+    assert!(report.connections.kept == 0 && report.connections.reset >= 4, "{report:#?}");
+    old.stop();
+    new.stop();
+}
+
 /// Forwards connections, until they are cut.
 struct Proxy {
-    address: std::net::SocketAddr,
-    sockets: std::sync::Arc<std::sync::Mutex<Vec<std::net::TcpStream>>>,
+    address: SocketAddr,
+    to: Arc<Mutex<SocketAddr>>,
+    sockets: Arc<Mutex<Vec<TcpStream>>>,
 }
 
 impl Proxy {
-    fn start(to: std::net::SocketAddr) -> Self {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bound");
+    fn start(to: SocketAddr) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bound");
         let address = listener.local_addr().expect("bound");
-        let sockets = std::sync::Arc::<std::sync::Mutex<Vec<std::net::TcpStream>>>::default();
+        let sockets = Arc::<Mutex<Vec<TcpStream>>>::default();
         let kept = sockets.clone();
+        let to = Arc::new(Mutex::new(to));
+        let towards = to.clone();
         thread::spawn(move || {
             for near in listener.incoming().flatten() {
-                let far = std::net::TcpStream::connect(to).expect("connected");
+                let far = TcpStream::connect(*towards.lock().expect("no panic")).expect("connected");
                 kept.lock().expect("no panic").push(near.try_clone().expect("cloned"));
                 for (mut from, mut to) in [(near.try_clone(), far.try_clone()), (Ok(far), Ok(near))]
                     .map(|(a, b)| (a.expect("cloned"), b.expect("cloned")))
@@ -134,7 +181,7 @@ impl Proxy {
                 }
             }
         });
-        Self { address, sockets }
+        Self { address, to, sockets }
     }
 
     fn cut(&mut self) {
