@@ -162,6 +162,7 @@ fn park_page_needs_only_itself_until_its_tables_are_loaded() {
     // rax: the handler's pointer to the mailbox.
     operands_are_relative(&code, &[Register::RSI, Register::RAX]);
     assert_eq!(code[0].code(), Code::Endbr64);
+    assert_eq!(code[1].code(), Code::Cli);
 
     // Before CR3 nothing is written, and only the arguments are read.
     let cr3 = code
@@ -268,6 +269,7 @@ fn yield_page_touches_its_arguments_and_the_apic_only() {
     branches_are_local(&code);
     operands_are_relative(&code, &[Register::RSI, Register::RDX]);
     assert_eq!(code[0].code(), Code::Endbr64);
+    assert_eq!(code[1].code(), Code::Cli);
     assert!(!code.iter().any(touches_stack), "the kernel's stack stays as it is");
 
     // Registers that the way back promises to leave alone.

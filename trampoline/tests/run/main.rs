@@ -275,6 +275,55 @@ fn requests_for_others_are_left_alone() {
     run(&image.build(&boot), cpus(2));
 }
 
+/// A CPU that took its neighbour's command together with its own id would go to the neighbour's vector.
+#[test]
+fn a_neighbours_command_is_never_taken_for_ones_own() {
+    const FAILED: u64 = 3;
+    let mut image = Image::new();
+    let woken = image.script(&Script::new().exit(FAILED));
+    let boot = image
+        .park(Script::new(), PARK)
+        .start(1, SIPI)
+        .parked(0b10)
+        .next(1, woken)
+        .ask(9, mailbox_command::NOOP, probe())
+        .tease(200_000)
+        .parked(0b10)
+        .pass();
+    run(&image.build(&boot), cpus(2));
+}
+
+/// Ids past 255 exist in x2APIC mode only; leaf 1 of CPUID shows their low byte, here 0: the boot CPU's.
+#[test]
+fn apic_ids_are_not_cut_to_a_byte() {
+    const ID: u32 = 256;
+    let parked = MAILBOX + (offset_of!(Mailbox, parked) + 256 / 8) as u64;
+    let mut image = Image::new();
+    let halt = image.script(&Script::new().halt());
+    let boot = image
+        .park(Script::new().x2apic(), PARK)
+        .start(ID, SIPI)
+        .until(parked, u64::MAX, 1)
+        .parked_count(1)
+        .next(0, halt)
+        .wake(ID, probe())
+        .arrived(0, 2) // the probe goes by leaf 1
+        .until(parked, u64::MAX, 0)
+        .parked_count(0)
+        .pass();
+    let machine = Machine {
+        cpu: "EPYC,+x2apic",
+        more: &[
+            "-smp",
+            "1,sockets=2,cores=129,threads=1,maxcpus=258",
+            "-device",
+            "EPYC-x86_64-cpu,x2apic=on,socket-id=1,core-id=0,thread-id=0",
+        ],
+        ..Machine::default()
+    };
+    run(&image.build(&boot), machine);
+}
+
 /// Requests to different CPUs as close together as can be: a CPU that takes its neighbour's command together with its
 /// own id would go before it is asked, and the request would stand for ever.
 #[test]

@@ -16,11 +16,13 @@ pub struct Machine {
     pub cpu: &'static str,
     pub cpus: u32,
     pub mib: u32,
+    /// More of QEMU's arguments; `-smp` among them replaces ours.
+    pub more: &'static [&'static str],
 }
 
 impl Default for Machine {
     fn default() -> Machine {
-        Machine { cpu: "EPYC", cpus: 1, mib: 16 }
+        Machine { cpu: "EPYC", cpus: 1, mib: 16, more: &[] }
     }
 }
 
@@ -78,6 +80,7 @@ pub fn run(image: &[u8], machine: Machine) -> Vec<u8> {
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
         .args(["-debugcon", "stdio"])
+        .args(machine.more)
         .arg("-bios")
         .arg(&seen)
         .stdin(Stdio::null())

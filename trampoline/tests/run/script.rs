@@ -30,6 +30,7 @@ enum Op {
     Die,
     La57,
     Summon,
+    Tease,
 }
 
 /// Exit code that means: the script ran to its end. QEMU turns it into 2 * 16 + 1.
@@ -64,6 +65,10 @@ impl Script {
     /// The test has passed as far as the machine can tell.
     pub fn pass(self) -> Script {
         self.op(Op::Exit, PASSED, 0, 0)
+    }
+    /// Any other end is a failure.
+    pub fn exit(self, code: u64) -> Script {
+        self.op(Op::Exit, code, 0, 0)
     }
     pub fn halt(self) -> Script {
         self.op(Op::Halt, 0, 0, 0)
@@ -156,6 +161,10 @@ impl Script {
             .store(MAILBOX + offset_of!(Mailbox, wakeup_vector) as u64, vector)
             .store16(MAILBOX + offset_of!(Mailbox, command) as u64, command)
     }
+    /// So many times: wakes CPU 9, acknowledges that for it, and tests CPU 1 without a moment between.
+    pub fn tease(self, times: u64) -> Script {
+        self.op(Op::Tease, MAILBOX, times, 0)
+    }
     /// Waits for the acknowledgement.
     pub fn acknowledged(self) -> Script {
         self.until(MAILBOX + offset_of!(Mailbox, command) as u64, 0xffff, 0)
@@ -165,11 +174,11 @@ impl Script {
     }
     /// Waits until exactly these CPUs are parked (a bit each).
     pub fn parked(self, cpus: u64) -> Script {
-        self.until(MAILBOX + offset_of!(Mailbox, parked) as u64, u64::MAX, cpus).until(
-            MAILBOX + offset_of!(Mailbox, parked_count) as u64,
-            0xffff_ffff,
-            cpus.count_ones().into(),
-        )
+        self.until(MAILBOX + offset_of!(Mailbox, parked) as u64, u64::MAX, cpus).parked_count(cpus.count_ones())
+    }
+    pub fn parked_count(self, count: u32) -> Script {
+        let at = MAILBOX + offset_of!(Mailbox, parked_count) as u64;
+        self.until(at, 0xffff_ffff, count.into())
     }
     /// Waits until parked CPUs have taken so many NMIs in all.
     pub fn nmis(self, count: u64) -> Script {
