@@ -4,38 +4,36 @@
 use std::process::Stdio;
 use std::time::Duration;
 
+use agent::initrd::Initrd;
 use demos::lab::net::NICS;
-use demos::lab::{Initrd, Lab, MachineSpec, Patience, Progress, initrd};
+use demos::lab::{Kernel, Lab, MachineSpec, Patience, Progress, guest_programs, incumbent, kmod};
 
 const INIT: &str = "#!/bin/sh
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
-for m in $(cat /modules); do insmod $m; done
+for m in $(cat /etc/baton/modules.*); do case $m in *virtio*|*failover*) insmod $m;; esac; done
 for n in /sys/class/net/eth*; do
   case $(cat $n/address) in *:0b) a=10.77.0.11;; *:0c) a=10.77.0.12;; esac
   ip addr add $a/24 dev ${n##*/}; ip link set ${n##*/} up
 done
 echo ADDRESSES UP
-cat /proc/sys/kernel/osrelease; nproc
+cat /proc/sys/kernel/osrelease
+/usr/sbin/labd &
 read x < /dev/ttyS0
 poweroff -f
 ";
 
-fn busybox_initrd(lab: &Lab, kernel: &demos::lab::Kernel) -> Initrd {
-    let tree = lab.tree();
-    let mut archive = Initrd::new();
-    archive.directory("/proc", 0o555).directory("/sys", 0o555).character_device("/dev/console", 0o600, 5, 1);
-    archive.file("/init", 0o755, INIT).copy("/bin/busybox", &tree.root().join("usr/bin/busybox")).unwrap();
-    for applet in ["sh", "mount", "insmod", "cat", "ip", "nproc", "poweroff"] {
-        archive.symlink(&format!("/bin/{applet}"), "busybox");
-    }
-    let mut order = String::new();
-    for module in initrd::modules_for(&tree.modules(kernel), "virtio_net").unwrap() {
-        let name = format!("/{}", module.rsplit('/').next().unwrap().trim_end_matches(".xz"));
-        archive.file(&name, 0o644, initrd::module_bytes(&tree.modules(kernel).join(&module)).unwrap());
-        order += &format!("{name} ");
-    }
-    archive.file("/modules", 0o644, order);
-    archive
+fn small_machine(lab: &Lab, kernel: &Kernel) -> MachineSpec {
+    let mut initrd = Initrd::new();
+    incumbent::skeleton(&mut initrd);
+    incumbent::busybox(&mut initrd, lab.tree()).unwrap();
+    let module = kmod::module_for(lab.tree(), kernel, lab.progress()).unwrap();
+    incumbent::modules(&mut initrd, lab.tree(), kernel, &module).unwrap();
+    let programs = guest_programs::build(&["labd"], lab.progress()).unwrap_or_else(|e| panic!("{e}"));
+    initrd.copy_from(&programs.join("labd"), "/usr/sbin/labd").unwrap();
+    initrd.file("/init", 0o755, INIT);
+    let mut spec = MachineSpec::new(lab.tree().vmlinuz(kernel), incumbent::write(&initrd).unwrap());
+    (spec.vcpus, spec.memory_mib) = (2, 512);
+    spec
 }
 
 #[test]
@@ -46,11 +44,7 @@ fn both_stock_kernels_boot_and_answer_on_both_nics() {
     }
     let lab = Lab::open(Progress::auto()).unwrap();
     for kernel in lab.tree().kernels() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("initrd");
-        busybox_initrd(&lab, kernel).write_to(&image).unwrap();
-        let mut spec = MachineSpec::new(lab.tree().vmlinuz(kernel), image);
-        (spec.vcpus, spec.memory_mib) = (2, 512);
+        let spec = small_machine(&lab, kernel);
         let mut machine = lab.start(&spec).unwrap();
         machine.wait_for(0, "ADDRESSES UP", 0, Patience::BOOT).unwrap();
         eprintln!(
@@ -77,9 +71,9 @@ fn the_module_builds_for_both_kernels() {
     }
     let lab = Lab::open(Progress::auto()).unwrap();
     for kernel in lab.tree().kernels() {
-        let first = demos::lab::kmod::module_for(lab.tree(), kernel, Progress::auto()).unwrap();
+        let first = kmod::module_for(lab.tree(), kernel, Progress::auto()).unwrap();
         let began = std::time::Instant::now();
-        assert_eq!(demos::lab::kmod::module_for(lab.tree(), kernel, Progress::auto()).unwrap(), first);
+        assert_eq!(kmod::module_for(lab.tree(), kernel, Progress::auto()).unwrap(), first);
         assert!(began.elapsed() < Duration::from_secs(1), "the second time it is only found");
     }
 }

@@ -14,7 +14,7 @@ pub fn run(arguments: &LabArguments) -> anyhow::Result<()> {
     if arguments.clean {
         return Ok(tree::clean(Progress::auto())?);
     }
-    let lab = Lab::open(Progress::auto())?;
+    let lab = Lab::set_up(Progress::auto())?;
     println!("tree: {}", lab.tree().root().display());
     for kernel in lab.tree().kernels() {
         println!("kernel: {} ({})", kernel.release, kernel.version);

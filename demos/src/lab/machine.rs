@@ -6,10 +6,12 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
+use tempfile::TempPath;
 
 use super::accel::Accelerator;
 use super::cache;
@@ -25,17 +27,49 @@ use super::tree::Tree;
 const RUNS_KEPT: usize = 30;
 const PORTS: [&str; 2] = ["serial0", "serial1"];
 
+/// A file that a machine boots from. One that was made for the purpose goes when the last that mention it have gone.
+#[derive(Clone, Debug)]
+pub enum BootFile {
+    /// Somebody else's.
+    Lasting(PathBuf),
+    /// Made for a machine.
+    Made(Arc<TempPath>),
+}
+
+impl From<PathBuf> for BootFile {
+    fn from(path: PathBuf) -> Self {
+        Self::Lasting(path)
+    }
+}
+
+impl From<TempPath> for BootFile {
+    fn from(path: TempPath) -> Self {
+        Self::Made(Arc::new(path))
+    }
+}
+
+impl BootFile {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Lasting(path) => path,
+            Self::Made(path) => path,
+        }
+    }
+}
+
 /// What machine to make.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct MachineSpec {
     /// Virtual CPUs, 1 to 8.
     pub vcpus: u8,
     /// Memory.
     pub memory_mib: u32,
     /// Kernel image.
-    pub kernel: PathBuf,
+    pub kernel: BootFile,
     /// Its initrd.
-    pub initrd: PathBuf,
+    pub initrd: BootFile,
     /// Its command line.
     pub cmdline: String,
     /// How many of the two NICs it has.
@@ -53,19 +87,25 @@ pub struct MachineSpec {
 impl MachineSpec {
     /// Four CPUs, 2 GiB, two NICs, emulated.
     #[must_use]
-    pub fn new(kernel: PathBuf, initrd: PathBuf) -> Self {
+    pub fn new(kernel: impl Into<BootFile>, initrd: impl Into<BootFile>) -> Self {
         Self {
             vcpus: 4,
             memory_mib: 2048,
-            kernel,
-            initrd,
+            kernel: kernel.into(),
+            initrd: initrd.into(),
             cmdline: "console=ttyS0 panic=-1".into(),
             nics: 2,
-            cpu: "EPYC".into(),
+            cpu: Accelerator::Tcg.cpu().into(),
             accelerator: Accelerator::Tcg,
             reboots: false,
             extra: Vec::new(),
         }
+    }
+
+    /// Has it run by this accelerator, with the CPU model that goes with it.
+    pub fn run_by(&mut self, accelerator: Accelerator) {
+        self.accelerator = accelerator;
+        self.cpu = accelerator.cpu().into();
     }
 
     fn check(&self) -> Result<()> {
@@ -128,8 +168,8 @@ impl Machine {
     pub fn start(tree: &Tree, spec: &MachineSpec) -> Result<Self> {
         spec.check()?;
         let folder = new_run()?;
-        link_or_copy(&spec.kernel, &folder.join("kernel"))?;
-        link_or_copy(&spec.initrd, &folder.join("initrd"))?;
+        link_or_copy(spec.kernel.path(), &folder.join("kernel"))?;
+        link_or_copy(spec.initrd.path(), &folder.join("initrd"))?;
         let (inside, door) = Inside::with_own_network(tree, &folder)?;
         net::lay(&inside, spec.nics())?;
 
@@ -311,7 +351,8 @@ mod tests {
 
     #[test]
     fn impossible_machines_are_refused() {
-        let spec = |vcpus, nics| MachineSpec { vcpus, nics, ..MachineSpec::new("k".into(), "i".into()) };
+        let spec =
+            |vcpus, nics| MachineSpec { vcpus, nics, ..MachineSpec::new(PathBuf::from("k"), PathBuf::from("i")) };
         assert!(spec(4, 2).check().is_ok());
         assert!(spec(0, 2).check().unwrap_err().to_string().contains("1 to 8 CPUs, not 0"));
         assert!(spec(9, 2).check().is_err());
@@ -320,7 +361,7 @@ mod tests {
 
     #[test]
     fn arguments_keep_a_command_line_in_one_word() {
-        let mut spec = MachineSpec::new("k".into(), "i".into());
+        let mut spec = MachineSpec::new(PathBuf::from("k"), PathBuf::from("i"));
         spec.cmdline = "console=ttyS0 quiet".into();
         let words = spec.arguments();
         assert_eq!(

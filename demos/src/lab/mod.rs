@@ -8,8 +8,9 @@ pub mod apt_sources;
 pub mod cache;
 pub mod error;
 pub mod guest;
+pub mod guest_programs;
 pub mod host;
-pub mod initrd;
+pub mod incumbent;
 pub mod inside;
 pub mod kmod;
 pub mod machine;
@@ -23,12 +24,14 @@ pub mod wire;
 pub use accel::Accelerator;
 pub use error::{LabError, Result};
 pub use guest::Guest;
-pub use initrd::Initrd;
 pub use inside::{Door, Inside};
-pub use machine::{Machine, MachineSpec};
+pub use machine::{BootFile, Machine, MachineSpec};
 pub use progress::Progress;
 pub use serial::Patience;
 pub use tree::{Kernel, Tree};
+
+use std::panic::resume_unwind;
+use std::thread;
 
 use cache::Lock;
 
@@ -41,11 +44,25 @@ pub struct Lab {
 }
 
 impl Lab {
-    /// Sets up what is missing (minutes, once) or finds it (milliseconds).
+    /// The tree, built now if it is not there (a minute, once) or found (milliseconds).
     pub fn open(progress: Progress) -> Result<Self> {
         let in_use = Lock::shared(&cache::root()?.join("in-use.lock"))?;
         let tree = Tree::open(progress)?;
         Ok(Self { tree, progress, _in_use: in_use })
+    }
+
+    /// Everything that machines need, now: what is slow and independent goes on side by side.
+    pub fn set_up(progress: Progress) -> Result<Self> {
+        thread::scope(|scope| {
+            let programs = scope.spawn(move || guest_programs::build(&guest_programs::PROGRAMS, progress));
+            let lab = Self::open(progress)?;
+            for kernel in lab.tree.kernels() {
+                kmod::module_for(&lab.tree, kernel, progress)?;
+            }
+            accel::choose(&lab.tree, progress)?;
+            programs.join().unwrap_or_else(|panic| resume_unwind(panic))?;
+            Ok(lab)
+        })
     }
 
     /// The Debian tree.
@@ -58,6 +75,13 @@ impl Lab {
     #[must_use]
     pub fn progress(&self) -> Progress {
         self.progress
+    }
+
+    /// A machine that waits to be updated: this kernel, the incumbent's initrd with this configuration.
+    pub fn incumbent(&self, kernel: &Kernel, config: &str) -> Result<MachineSpec> {
+        let mut spec = MachineSpec::new(self.tree.vmlinuz(kernel), incumbent::image(self, config)?);
+        spec.run_by(accel::choose(&self.tree, self.progress)?);
+        Ok(spec)
     }
 
     /// Starts a machine.
