@@ -3,7 +3,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, PipeReader, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -22,6 +22,8 @@ use nix::unistd::Pid;
 
 /// Input for a command that is held here while the command does not read it.
 const INPUT_HELD: usize = 1 << 20;
+/// How long the lab may take to hang up once it has its answer.
+const LINGER: Duration = Duration::from_secs(10);
 /// Bytes read at once.
 const PIECE: usize = 64 << 10;
 /// Enough pieces to empty the largest pipe that an unprivileged program can have.
@@ -44,6 +46,10 @@ fn serve(mut stream: TcpStream) {
         // Whoever is gone does not read it.
         let _ = wire::send(&mut stream, Kind::Failed, why.to_string().as_bytes());
     }
+    // Closing while input is still unread would reset the connection and take the last frames with it.
+    let hung_up = stream.shutdown(Shutdown::Write).and_then(|()| stream.set_read_timeout(Some(LINGER)));
+    let mut rest = [0; PIECE];
+    while hung_up.is_ok() && matches!(stream.read(&mut rest), Ok(1..)) {}
 }
 
 fn answer(stream: &mut TcpStream) -> io::Result<()> {

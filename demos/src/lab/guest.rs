@@ -1,7 +1,7 @@
 //! Speaking with a kernel in a machine, through the `labd` that runs on it: commands and files.
 
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -156,17 +156,20 @@ impl Guest {
                 // A command may end without reading its input; how it ended is told by the reply.
                 let _ = send_input(&mut sender, input);
             });
-            loop {
-                let (kind, bytes) = wire::receive(&mut stream).doing(&speaking)?;
-                match kind {
-                    Kind::Exit => return wire::parse_json(&bytes).doing(&speaking),
-                    Kind::Failed => {
+            let last = loop {
+                match wire::receive(&mut stream) {
+                    Ok((Kind::Exit, bytes)) => break wire::parse_json(&bytes).doing(&speaking),
+                    Ok((Kind::Failed, bytes)) => {
                         let why = String::from_utf8_lossy(&bytes).into_owned();
-                        return Err(LabError::Refused { who: format!("labd at {}", self.address), why });
+                        break Err(LabError::Refused { who: format!("labd at {}", self.address), why });
                     }
-                    _ => each(kind, &bytes),
+                    Ok((kind, bytes)) => each(kind, &bytes),
+                    Err(why) => break Err(why).doing(&speaking),
                 }
-            }
+            };
+            // The sender may still be busy with input that nobody wants any more; a dead connection is shut down already.
+            let _ = stream.shutdown(Shutdown::Both);
+            last
         })
     }
 }
