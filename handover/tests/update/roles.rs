@@ -1,0 +1,147 @@
+//! The successor's role, against the words of the incumbent in and out of their order.
+
+use handover::successor::{Answer, Order, Stage, Successor, Unheard};
+use proptest::prelude::*;
+use state_schemas::handover_record::*;
+use state_schemas::message::{ToIncumbent, ToSuccessor};
+
+fn record() -> HandoverRecord {
+    let range = |start, len| PhysRange { start, len };
+    HandoverRecord {
+        update: UpdateId([1; 16]),
+        hop: 1,
+        epoch: 7,
+        incumbent: Program { release: "6.12".into(), agent_version: "0.1".into() },
+        clock: ClockPair { tsc: 0, unix_ns: 0, tsc_khz: 1_000_000 },
+        machine: Machine {
+            ram: vec![range(0, 1 << 30)],
+            memory_block: 128 << 20,
+            cpus: (0..3).map(|apic_id| Cpu { apic_id, firmware_boot: apic_id == 0 }).collect(),
+        },
+        grant: Grant {
+            instance: 1,
+            boot_cpu: 2,
+            region: range(256 << 20, 128 << 20),
+            low_slot: range(0x10000, 0x20000),
+            fragments: vec![],
+            blocks: vec![],
+        },
+        arenas: vec![],
+        services: vec![],
+        network: Network { service: None, gateway: None, management: None, functions: vec![] },
+        ecam: None,
+        retired: vec![],
+        journal: vec![],
+    }
+}
+
+fn good_answer(order: &Order) -> Answer {
+    match order {
+        Order::StandBy => Answer::Services(vec!["kv".into()]),
+        Order::Activate { .. } => Answer::AnsweringSince(5),
+        Order::OnlineCpu { .. } | Order::Drain { .. } => Answer::Online(1),
+        _ => Answer::Done,
+    }
+}
+
+#[test]
+fn word_by_word_to_the_end() {
+    let mut successor = Successor::new(&record());
+    let mut say = |word: ToSuccessor| {
+        let order = successor.hear(&word)?;
+        let reply = successor.answer(&order, good_answer(&order))?;
+        Ok::<_, Unheard>((reply, successor.stage()))
+    };
+    let expected = [
+        (ToSuccessor::StandBy, Some(ToIncumbent::Standing { services: vec!["kv".into()] }), Stage::Standing),
+        (ToSuccessor::CheckHealth, Some(ToIncumbent::Healthy), Stage::Standing),
+        (ToSuccessor::Activate { epoch: 8 }, Some(ToIncumbent::Activated { epoch: 8, tsc: 5 }), Stage::Active),
+        (ToSuccessor::CpuParked { apic_id: 1 }, Some(ToIncumbent::CpuOnline { apic_id: 1, cpu: 1 }), Stage::Active),
+        (ToSuccessor::ReleaseCpu { apic_id: 1 }, Some(ToIncumbent::CpuReleased { apic_id: 1 }), Stage::Active),
+        (ToSuccessor::CpuParked { apic_id: 1 }, Some(ToIncumbent::CpuOnline { apic_id: 1, cpu: 1 }), Stage::Active),
+        (ToSuccessor::Ping { nonce: 3 }, Some(ToIncumbent::Pong { nonce: 3 }), Stage::Active),
+        (ToSuccessor::Commit { timeline: vec![] }, Some(ToIncumbent::Committed), Stage::Committed),
+        (ToSuccessor::LastCpu { apic_id: 0 }, None, Stage::Alone),
+    ];
+    for (word, reply, stage) in expected {
+        assert_eq!(say(word).unwrap(), (reply, stage));
+    }
+    let drain = Order::Drain { last: 0 };
+    assert_eq!(successor.answer(&drain, Answer::Done).unwrap(), None);
+    assert_eq!(successor.stage(), Stage::Drained);
+}
+
+#[test]
+fn what_does_not_belong_is_refused_and_changes_nothing() {
+    let successor = Successor::new(&record());
+    let refused = |word| successor.hear(&word).unwrap_err();
+    assert!(matches!(refused(ToSuccessor::Activate { epoch: 8 }), Unheard::Stage { stage: Stage::Born, .. }));
+    assert!(matches!(refused(ToSuccessor::Activate { epoch: 7 }), Unheard::Epoch { given: 7, own: 8, .. }));
+    assert!(matches!(refused(ToSuccessor::CpuParked { apic_id: 2 }), Unheard::Cpu { apic_id: 2, .. }));
+    assert!(matches!(refused(ToSuccessor::ReleaseCpu { apic_id: 1 }), Unheard::Cpu { apic_id: 1, .. }));
+    assert!(matches!(refused(ToSuccessor::LastCpu { apic_id: 0 }), Unheard::Stage { .. }));
+}
+
+#[test]
+fn a_failure_is_told_and_changes_nothing() {
+    let mut successor = Successor::new(&record());
+    let before = successor.clone();
+    let reply = successor.answer(&Order::StandBy, Answer::Failed("no arena".into())).unwrap();
+    assert_eq!(reply, Some(ToIncumbent::Failed { what: "stand by".into(), cause: "no arena".into() }));
+    assert_eq!(successor, before);
+    assert!(matches!(successor.answer(&Order::StandBy, Answer::Online(1)), Err(Unheard::Answer { .. })));
+    assert_eq!(successor, before);
+}
+
+fn word() -> impl Strategy<Value = ToSuccessor> {
+    prop_oneof![
+        2 => Just(ToSuccessor::StandBy),
+        1 => Just(ToSuccessor::CheckHealth),
+        3 => (7u64..10).prop_map(|epoch| ToSuccessor::Activate { epoch }),
+        3 => (0u32..4).prop_map(|apic_id| ToSuccessor::CpuParked { apic_id }),
+        2 => (0u32..4).prop_map(|apic_id| ToSuccessor::ReleaseCpu { apic_id }),
+        1 => (7u64..10).prop_map(|epoch| ToSuccessor::StandDown { epoch }),
+        1 => Just(ToSuccessor::Commit { timeline: vec![] }),
+        1 => (0u32..4).prop_map(|apic_id| ToSuccessor::LastCpu { apic_id }),
+        1 => Just(ToSuccessor::Abort { reason: String::new() }),
+    ]
+}
+
+proptest! {
+    /// A lying incumbent cannot make the successor serve in another epoch, hold a CPU twice, or end before it served.
+    #[test]
+    fn any_words_in_any_order(words in proptest::collection::vec((word(), any::<bool>()), 0..60)) {
+        let mut successor = Successor::new(&record());
+        let mut online = vec![2];
+        let mut served = false;
+        for (word, works) in words {
+            let before = successor.clone();
+            let Ok(order) = successor.hear(&word) else {
+                prop_assert_eq!(&successor, &before);
+                continue;
+            };
+            let answer = if works { good_answer(&order) } else { Answer::Failed("no".into()) };
+            successor.answer(&order, answer).unwrap();
+            if !works {
+                prop_assert_eq!(&successor, &before);
+                continue;
+            }
+            match order {
+                Order::Activate { epoch } => {
+                    prop_assert_eq!(epoch, 8);
+                    served = true;
+                }
+                Order::OnlineCpu { apic_id } | Order::Drain { last: apic_id } => {
+                    prop_assert!(!online.contains(&apic_id) && apic_id < 3);
+                    online.push(apic_id);
+                }
+                Order::OfflineCpu { apic_id } => {
+                    prop_assert!(online.contains(&apic_id) && apic_id != 2);
+                    online.retain(|&id| id != apic_id);
+                }
+                _ => {}
+            }
+            prop_assert!(served || successor.stage() <= Stage::Standing);
+        }
+    }
+}

@@ -1,0 +1,381 @@
+//! A machine with two kernels in it, as far as an update can see it. It carries effects out the way real ones go: done,
+//! refused, or with an outcome that nobody knows, and with a successor that may do late what it was told early.
+//!
+//! It asserts what no effect may do at the moment it happens; [`World::check`] says what must hold between steps.
+
+use std::collections::BTreeMap;
+
+use handover::error::{Blame, Cause, Left};
+use handover::machine::{Event, Serves, Update};
+use handover::plan::{Cpu, Plan};
+use handover::undo::Effect;
+
+/// Where a CPU is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum At {
+    Incumbent,
+    /// In nobody's hands; the incumbent can take it online.
+    Offline,
+    Parked,
+    Successor,
+}
+
+/// How an effect goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    Done,
+    Failed,
+    /// Time ran out; it had happened.
+    UnknownDone,
+    /// Time ran out; it had not.
+    UnknownNot,
+    /// Time ran out; if it is something the successor was told, it does it later.
+    UnknownLater,
+    /// The successor dies during it; it had not happened.
+    Died,
+    /// The same, and it had.
+    DiedAfter,
+    /// The operator calls it off.
+    CalledOff,
+}
+
+/// What the successor is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    Absent,
+    Alive,
+    /// Runs, serves if it was told to, and hears nothing any more.
+    Deaf,
+    /// Panicked: still on its CPUs, answers nobody.
+    Dead,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct World {
+    pub cpus: BTreeMap<u32, At>,
+    pub memory_taken: bool,
+    pub devices_granted: bool,
+    pub instance: bool,
+    pub successor: Kernel,
+    /// Epoch in which the successor serves.
+    pub successor_active: Option<u64>,
+    /// The incumbent's services are silent.
+    pub frozen: bool,
+    pub sealed: bool,
+    pub arena_epoch: u64,
+    /// The incumbent has the address.
+    pub address: bool,
+    pub quiesced: bool,
+    /// The incumbent is gone.
+    pub gone: bool,
+    pub confirmed: bool,
+    /// What the successor was told and has not done yet.
+    pub later: Vec<Effect>,
+}
+
+impl World {
+    pub fn before(plan: &Plan) -> World {
+        let mut cpus: BTreeMap<u32, At> =
+            plan.others.iter().chain([&plan.last]).map(|cpu| (cpu.apic_id, At::Incumbent)).collect();
+        let spare = if plan.spare_is_online { At::Incumbent } else { At::Offline };
+        cpus.insert(plan.spare.apic_id, spare);
+        World {
+            cpus,
+            memory_taken: false,
+            devices_granted: false,
+            instance: false,
+            successor: Kernel::Absent,
+            successor_active: None,
+            frozen: false,
+            sealed: false,
+            arena_epoch: plan.epoch,
+            address: true,
+            quiesced: false,
+            gone: false,
+            confirmed: false,
+            later: Vec::new(),
+        }
+    }
+
+    pub fn incumbent_answers(&self) -> bool {
+        !self.frozen && self.address && !self.sealed && !self.gone
+    }
+
+    pub fn successor_answers(&self) -> bool {
+        self.successor_active.is_some() && matches!(self.successor, Kernel::Alive | Kernel::Deaf)
+    }
+
+    /// Carries an effect out, and says what happened to it.
+    pub fn carry_out(&mut self, effect: &Effect, fate: Fate) -> Event {
+        let deadline = || Event::Unknown(Cause::broken(Blame::Successor, "time ran out"));
+        let died = || Event::Unknown(Cause::successor_died("it panicked"));
+        // What needs the successor cannot be done without it, whatever fate wanted.
+        let fate = match fate {
+            Fate::Done if !self.can(effect) => Fate::UnknownNot,
+            Fate::Died | Fate::DiedAfter if self.successor == Kernel::Absent => Fate::Failed,
+            // After the fence a successor's death is no news.
+            fate => fate,
+        };
+        match fate {
+            Fate::Done => {
+                self.perform(effect);
+                Event::Done
+            }
+            Fate::Failed => Event::Failed(Cause::broken(Blame::Incumbent, "it did not work")),
+            Fate::UnknownDone => {
+                if self.can(effect) {
+                    self.perform(effect);
+                }
+                deadline()
+            }
+            Fate::UnknownNot => deadline(),
+            Fate::UnknownLater => {
+                if asks_successor(effect) && self.successor == Kernel::Alive {
+                    self.successor = Kernel::Deaf;
+                    self.later.push(effect.clone());
+                }
+                deadline()
+            }
+            Fate::Died => {
+                self.successor = Kernel::Dead;
+                died()
+            }
+            Fate::DiedAfter => {
+                if self.can(effect) {
+                    self.perform(effect);
+                }
+                if self.successor != Kernel::Absent {
+                    self.successor = Kernel::Dead;
+                }
+                died()
+            }
+            Fate::CalledOff => Event::Unknown(Cause::called_off()),
+        }
+    }
+
+    /// The successor does something that it was told long ago.
+    pub fn catch_up(&mut self) {
+        if self.successor != Kernel::Deaf || self.later.is_empty() {
+            return;
+        }
+        let effect = self.later.remove(0);
+        match effect {
+            // The arena's own epoch decides: too late is too late.
+            Effect::Activate { epoch } if self.arena_epoch > epoch || !self.sealed => {}
+            Effect::HandCpu { cpu } if self.cpus[&cpu.apic_id] != At::Parked => {}
+            effect => self.perform(&effect),
+        }
+    }
+
+    fn can(&self, effect: &Effect) -> bool {
+        !asks_successor(effect) || self.successor == Kernel::Alive
+    }
+
+    /// It happens.
+    pub fn perform(&mut self, effect: &Effect) {
+        let running = self.successor != Kernel::Absent;
+        match effect {
+            Effect::TakeMemory => self.memory_taken = true,
+            Effect::GrantDevices => self.devices_granted = true,
+            Effect::OfflineCpu { cpu } => {
+                assert_eq!(self.at(cpu), At::Incumbent, "offlining what is not here");
+                self.move_to(cpu, At::Offline);
+            }
+            Effect::Place => {
+                assert!(self.memory_taken);
+                self.instance = true;
+            }
+            Effect::StartCpu { cpu } => {
+                assert!(self.instance && self.at(cpu) == At::Offline);
+                self.move_to(cpu, At::Successor);
+                self.successor = Kernel::Alive;
+            }
+            Effect::AwaitHello | Effect::StandBy | Effect::CheckHealth | Effect::ReadLastWords => {}
+            Effect::Freeze => self.frozen = true,
+            Effect::Seal => {
+                assert!(self.frozen, "sealed under a running service");
+                self.sealed = true;
+            }
+            Effect::ReleaseAddress => {
+                assert!(self.frozen);
+                self.address = false;
+            }
+            Effect::Activate { epoch } => {
+                assert!(self.sealed && self.frozen && !self.address, "activated too early");
+                assert!(*epoch > self.arena_epoch, "epochs only grow");
+                self.arena_epoch = *epoch;
+                self.sealed = false;
+                self.successor_active = Some(*epoch);
+            }
+            Effect::ParkCpu { cpu } => {
+                assert_eq!(self.at(cpu), At::Offline);
+                self.move_to(cpu, At::Parked);
+            }
+            Effect::HandCpu { cpu } => {
+                assert_eq!(self.at(cpu), At::Parked);
+                self.move_to(cpu, At::Successor);
+            }
+            Effect::Commit => self.confirmed = true,
+            Effect::QuiesceDevices => self.quiesced = true,
+            Effect::YieldLastCpu { cpu } => {
+                assert!(self.confirmed, "left before the commit");
+                assert!(self.quiesced, "left with devices that still write");
+                assert_eq!(self.at(cpu), At::Incumbent);
+                let others = self.cpus.iter().filter(|&(&id, _)| id != cpu.apic_id);
+                assert!(others.clone().all(|(_, &at)| at == At::Successor), "left CPUs behind");
+                self.gone = true;
+                self.move_to(cpu, At::Successor);
+            }
+            Effect::StandDown { .. } => {
+                self.later.retain(|effect| !matches!(effect, Effect::Activate { .. }));
+                if self.successor_active.take().is_some() {
+                    self.sealed = true;
+                }
+            }
+            Effect::TakeAddressBack => {
+                assert!(!self.may_answer_yet(), "took the address of a kernel that may answer");
+                self.address = true;
+            }
+            Effect::Unseal { epoch } => {
+                assert!(!self.may_answer_yet(), "took the arenas of a kernel that may answer");
+                assert!(*epoch >= self.arena_epoch, "epochs only grow");
+                self.arena_epoch = *epoch;
+                self.sealed = false;
+            }
+            Effect::Unfreeze { epoch } => {
+                assert!(!self.may_answer_yet(), "both would answer");
+                assert!(*epoch >= self.arena_epoch);
+                self.frozen = false;
+            }
+            Effect::TakeCpuBack { cpu } => {
+                self.later.retain(|effect| *effect != Effect::HandCpu { cpu: *cpu });
+                if self.at(cpu) == At::Successor {
+                    self.move_to(cpu, At::Parked);
+                }
+            }
+            Effect::UnparkCpu { cpu } => {
+                assert_ne!(self.at(cpu), At::Successor, "pulled a CPU from under a running kernel");
+                if self.at(cpu) == At::Parked {
+                    self.move_to(cpu, At::Offline);
+                }
+            }
+            Effect::Fence { cpus } => {
+                let has = |id: u32| cpus.iter().any(|cpu| cpu.apic_id == id);
+                for (&id, at) in &mut self.cpus {
+                    if *at == At::Successor {
+                        assert!(has(id), "cpu {id} of the successor was not fenced");
+                        *at = At::Offline;
+                    }
+                }
+                self.successor = Kernel::Absent;
+                self.successor_active = None;
+                self.confirmed = false; // whatever it was told, nobody remembers
+                self.later.clear();
+            }
+            Effect::DestroyInstance => {
+                assert!(!running, "destroyed under a running kernel");
+                self.instance = false;
+            }
+            Effect::OnlineCpu { cpu } => {
+                assert_ne!(self.at(cpu), At::Successor, "two kernels on one CPU");
+                self.move_to(cpu, At::Incumbent);
+            }
+            Effect::TakeDevicesBack => {
+                assert!(!running, "devices taken from a running kernel");
+                self.devices_granted = false;
+            }
+            Effect::GiveBackMemory => {
+                assert!(!running, "memory of a running kernel given back");
+                self.memory_taken = false;
+            }
+        }
+    }
+
+    /// The successor answers, or may yet do so for something that it was told.
+    fn may_answer_yet(&self) -> bool {
+        self.successor_answers()
+            || (self.successor == Kernel::Deaf
+                && self.later.iter().any(|effect| matches!(effect, Effect::Activate { .. })))
+    }
+
+    fn at(&self, cpu: &Cpu) -> At {
+        self.cpus[&cpu.apic_id]
+    }
+
+    fn move_to(&mut self, cpu: &Cpu, at: At) {
+        self.cpus.insert(cpu.apic_id, at);
+    }
+
+    /// What must hold between any two steps.
+    pub fn check(&self, update: &Update) {
+        assert!(!(self.incumbent_answers() && self.successor_answers()), "two kernels answer");
+        match update.serves() {
+            Serves::Incumbent => assert!(!self.successor_answers()),
+            Serves::Successor => assert!(!self.incumbent_answers()),
+            Serves::Nobody => {}
+        }
+        // Whatever is not as it was has its undo on the list, or under way; unless it is too late for that.
+        if !self.confirmed {
+            let mut undone = self.clone();
+            undone.undo_by_hand(update.under_way().into_iter().filter(|e| is_undo(e)).chain(update.undo_list()));
+            undone.is_as_before(&World::before(update.plan()), update.left());
+        }
+    }
+
+    /// Performs undos with a fence that works and without asking anybody.
+    pub fn undo_by_hand<'a>(&mut self, undos: impl Iterator<Item = &'a Effect>) {
+        let undos: Vec<_> = undos.cloned().collect();
+        if undos.iter().any(|effect| matches!(effect, Effect::Fence { .. })) {
+            let cpus = self.cpus.keys().map(|&apic_id| Cpu { number: apic_id, apic_id }).collect();
+            self.perform(&Effect::Fence { cpus });
+        }
+        for effect in undos {
+            match effect {
+                Effect::StandDown { .. } | Effect::TakeCpuBack { .. } | Effect::Fence { .. } => {}
+                Effect::Unseal { .. } => self.sealed = false,
+                Effect::Unfreeze { .. } => self.frozen = false,
+                effect => self.perform(&effect),
+            }
+        }
+    }
+
+    /// Everything is as it was, but for the epoch and for what is `left`.
+    pub fn is_as_before(&self, before: &World, left: &[Left]) {
+        let mut now = self.clone();
+        now.undo_by_hand(left.iter().map(|left| &left.effect));
+        now.arena_epoch = before.arena_epoch;
+        assert_eq!(&now, before);
+    }
+}
+
+pub fn asks_successor(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::AwaitHello
+            | Effect::StandBy
+            | Effect::CheckHealth
+            | Effect::Activate { .. }
+            | Effect::HandCpu { .. }
+            | Effect::Commit
+            | Effect::StandDown { .. }
+            | Effect::TakeCpuBack { .. }
+    )
+}
+
+fn is_undo(effect: &Effect) -> bool {
+    matches!(
+        effect,
+        Effect::StandDown { .. }
+            | Effect::TakeAddressBack
+            | Effect::Unseal { .. }
+            | Effect::Unfreeze { .. }
+            | Effect::TakeCpuBack { .. }
+            | Effect::UnparkCpu { .. }
+            | Effect::Fence { .. }
+            | Effect::ReadLastWords
+            | Effect::DestroyInstance
+            | Effect::OnlineCpu { .. }
+            | Effect::TakeDevicesBack
+            | Effect::GiveBackMemory
+    )
+}
