@@ -12,6 +12,7 @@
 use std::borrow::Cow;
 
 use state_schemas::control_block::{self, Piece, words};
+use state_schemas::shared::SharedMemory;
 use trampoline::{ParkArgs, SipiArgs, park_page, yield_page};
 use zerocopy::IntoBytes;
 
@@ -78,7 +79,8 @@ impl Segment<'_> {
 /// A successor, ready to be written.
 #[derive(Debug, Clone)]
 pub struct Placement<'a> {
-    /// What to write where; ascending, disjoint. All other bytes of the control block must be zero before.
+    /// What to write where; ascending, disjoint. All other bytes of the control block are zero: see
+    /// [`Placement::write`].
     pub segments: Vec<Segment<'a>>,
     /// The SIPI page's arguments for the boot CPU.
     pub boot: SipiArgs,
@@ -157,6 +159,25 @@ pub enum PlacementError {
     /// See there.
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+}
+
+/// Part of physical memory, mapped.
+#[derive(Clone, Copy)]
+pub struct Mapped<'a> {
+    /// Where it is; offset 0 of the memory is its start.
+    pub range: Range,
+    /// The mapping.
+    pub memory: &'a dyn SharedMemory,
+}
+
+/// A segment has no mapping to be written to.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what} at {range} is not in any mapped range")]
+pub struct NotMapped {
+    /// Which.
+    pub what: &'static str,
+    /// Where it belongs.
+    pub range: Range,
 }
 
 /// The smallest region, a multiple of `grain`, that holds image and initrd and leaves `free` bytes to run in.
@@ -246,6 +267,23 @@ impl<'a> Placement<'a> {
             e820,
             phantom,
         })
+    }
+
+    /// Writes everything: zeros into the whole control block, then the segments. The mappings must cover the region's
+    /// segments and the low slot's first page; nothing is written unless they do.
+    pub fn write(&self, mapped: &[Mapped<'_>]) -> Result<(), NotMapped> {
+        let find = |what, range: Range| {
+            let part = mapped.iter().find(|part| part.range.contains(range) && part.memory.size() >= part.range.len());
+            part.ok_or(NotMapped { what, range }).map(|part| (part.memory, range.start() - part.range.start()))
+        };
+        let (block, block_at) = find("control block", self.control_block)?;
+        let targets =
+            self.segments.iter().map(|s| find(s.what, s.range()).map(|at| (s, at))).collect::<Result<Vec<_>, _>>()?;
+        block.write(block_at, &vec![0; control_block::SIZE as usize]);
+        for (segment, (memory, at)) in targets {
+            memory.write(at, &segment.bytes);
+        }
+        Ok(())
     }
 
     /// The kernel's 64-bit entry.

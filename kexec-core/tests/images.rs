@@ -53,7 +53,8 @@ fn bad_images_are_named() {
         change(&mut file);
         BzImage::parse(&file).unwrap_err().to_string()
     };
-    let set = |at: usize, bytes: &'static [u8]| move |file: &mut Vec<u8>| file[at..at + bytes.len()].copy_from_slice(bytes);
+    let set =
+        |at: usize, bytes: &'static [u8]| move |file: &mut Vec<u8>| file[at..at + bytes.len()].copy_from_slice(bytes);
 
     assert!(refused(&|f| f.truncate(0x210)).starts_with("kernel image is truncated: the boot header needs"));
     let cut = refused(&|f| f.truncate(0x2000));

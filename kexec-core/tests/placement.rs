@@ -10,6 +10,7 @@ use kexec_core::memory_map::{Range, RangeSet};
 use kexec_core::placement::*;
 use proptest::prelude::*;
 use state_schemas::control_block::{self, words};
+use state_schemas::shared::SharedMemory;
 
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
@@ -166,6 +167,41 @@ fn what_cannot_be_placed_is_refused_with_numbers() {
     assert!(refused(&bad).contains("use 1 GiB pages"));
     bad.gigabyte_pages = true;
     assert!(Placement::new(&bad).is_ok());
+}
+
+#[test]
+fn writing_fills_the_control_block_and_refuses_half_a_map() {
+    use kexec_core::sys::{Access, Mapping};
+    let file = support::synthetic_image();
+    let image = BzImage::parse(&file).unwrap();
+    let region = Range::new(GIB, GIB + 128 * MIB);
+    let placement = Placement::new(&request(&image, region, b"initrd")).unwrap();
+    let map = |len| {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        Mapping::new(&file, len, Access::ReadWrite).unwrap()
+    };
+    let (memory, low) = (map(region.len()), map(4096));
+    memory.write(0, &vec![0xee; 2 * MIB as usize]);
+    let region_part = Mapped { range: region, memory: &memory };
+
+    let error = placement.write(&[region_part]).unwrap_err();
+    assert_eq!(error.to_string(), "root for SIPI at 0x30000-0x30fff is not in any mapped range");
+    assert_eq!(memory.load(control_block::WORDS.offset), 0xeeee_eeee_eeee_eeee, "nothing was written");
+
+    let low_part = Mapped { range: Range::new(0x30000, 0x31000), memory: &low };
+    placement.write(&[region_part, low_part]).unwrap();
+    assert_eq!(memory.load(words::MAGIC_AT), words::MAGIC);
+    assert_eq!(memory.load(control_block::MAILBOX.offset), 0);
+    assert_eq!(memory.load(control_block::SIZE), 0xeeee_eeee_eeee_eeee, "RAM is left alone");
+    for segment in &placement.segments {
+        let mut bytes = vec![0; segment.bytes.len()];
+        match segment.at {
+            at if at < MIB => low.read(at - 0x30000, &mut bytes),
+            at => memory.read(at - region.start(), &mut bytes),
+        }
+        assert_eq!(bytes, segment.bytes.as_ref(), "{}", segment.what);
+    }
 }
 
 proptest! {

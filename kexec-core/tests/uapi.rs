@@ -74,10 +74,7 @@ fn the_mirror_equals_the_header() {
 #[test]
 fn the_mirror_is_complete() {
     let text = std::fs::read_to_string(header()).unwrap();
-    let structs: Vec<&str> = text
-        .lines()
-        .filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(" {"))
-        .collect();
+    let structs: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("struct ")?.strip_suffix(" {")).collect();
     let mirrored: Vec<&str> = sys::ALL_MESSAGES.iter().map(|layout| layout.name).collect();
     assert_eq!(structs, mirrored, "structs of the header (left) and the mirror, in order");
 

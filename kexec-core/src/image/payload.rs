@@ -2,11 +2,15 @@
 //!
 //! `/boot/config-RELEASE` may be missing or belong to another build; the image is the truth. So the compressed vmlinux
 //! is unpacked piece by piece (never as a whole: 60 MB) and searched for string literals that exist only with
-//! the feature in question. It stops as soon as every question has its answer.
+//! the feature in question. It stops as soon as every question has its answer, or, for those that need no more, behind
+//! the first loadable segment: code and read-only data, about half of a vmlinux, and the place of every string literal.
 
 use std::io::Read;
 
 use memchr::memmem::Finder;
+use object::LittleEndian;
+use object::elf::{FileHeader64, PT_LOAD};
+use object::read::elf::{FileHeader, ProgramHeader};
 use ruzstd::decoding::StreamingDecoder;
 use serde::{Deserialize, Serialize};
 
@@ -60,12 +64,23 @@ pub struct Question<'a> {
     pub tail: usize,
     /// Judges those bytes; the search goes on when it says no.
     pub accept: fn(tail: &[u8]) -> bool,
+    /// How far to look.
+    pub depth: Depth,
+}
+
+/// How far a text is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Depth {
+    /// In code and read-only data. For texts that most kernels do not have.
+    Constants,
+    /// Everywhere. For texts whose absence is a refusal, which should not hang on how a vmlinux is laid out.
+    Everything,
 }
 
 impl<'a> Question<'a> {
     /// Is it there at all?
     pub fn contains(text: &'a [u8]) -> Question<'a> {
-        Question { text, tail: 0, accept: |_| true }
+        Question { text, tail: 0, accept: |_| true, depth: Depth::Everything }
     }
 }
 
@@ -111,8 +126,13 @@ fn search_stream(
     let longest = questions.iter().map(|q| q.text.len() + q.tail).max().unwrap_or(0);
     let mut window: Vec<u8> = Vec::with_capacity(longest + PIECE);
     let mut unpacked = 0u64;
+    let mut constants_end = u64::MAX;
     let mut more = true;
-    while more && answers.iter().any(Option::is_none) {
+    let open = |answers: &[Option<Vec<u8>>], beyond_constants: bool| {
+        let mut pairs = questions.iter().zip(answers);
+        pairs.any(|(question, answer)| answer.is_none() && (!beyond_constants || question.depth == Depth::Everything))
+    };
+    while more && open(&answers, unpacked >= constants_end) {
         let kept = window.len();
         window.resize(kept + PIECE, 0);
         let mut filled = kept;
@@ -131,6 +151,10 @@ fn search_stream(
             return Err(PayloadError::TooLarge { max });
         }
         window.truncate(filled);
+        if unpacked == filled as u64 {
+            // the first piece
+            constants_end = constants_end_of(&window);
+        }
         for ((question, finder), answer) in questions.iter().zip(&finders).zip(&mut answers) {
             if answer.is_some() {
                 continue;
@@ -147,6 +171,16 @@ fn search_stream(
         window.drain(..window.len() - keep);
     }
     Ok(answers)
+}
+
+/// Where the first loadable segment ends in the file, from the file's beginning; no end where that is no ELF file.
+fn constants_end_of(start: &[u8]) -> u64 {
+    let segments = FileHeader64::<LittleEndian>::parse(start).and_then(|h| h.program_headers(LittleEndian, start));
+    segments
+        .ok()
+        .and_then(|segments| segments.iter().find(|s| s.p_type(LittleEndian) == PT_LOAD))
+        .and_then(|s| s.p_offset(LittleEndian).checked_add(s.p_filesz(LittleEndian)))
+        .unwrap_or(u64::MAX)
 }
 
 /// What an update has to know of a kernel. Costs seconds where the machine is emulated: ask once for each image.
@@ -166,7 +200,7 @@ impl KernelFacts {
         let questions = [
             // acpi_parse_mp_wake(): printed when the version 1 structure cannot be set up.
             Question::contains(b"Failed to setup MADT reset vector"),
-            Question { text: b"kho-v", tail: KHO_DIGITS, accept: is_number_and_nul },
+            Question { text: b"kho-v", tail: KHO_DIGITS, accept: is_number_and_nul, depth: Depth::Constants },
         ];
         let [reset_vector, kho] = <[_; 2]>::try_from(search(image, &questions)?).expect("one answer for each question");
         Ok(KernelFacts {
@@ -212,7 +246,7 @@ mod tests {
         kernel[late..late + 7].copy_from_slice(b"kho-v4\0");
         let questions = [
             Question::contains(b"needle"),
-            Question { text: b"kho-v", tail: 4, accept: is_number_and_nul },
+            Question { tail: 4, accept: is_number_and_nul, ..Question::contains(b"kho-v") },
             Question::contains(b"absent"),
         ];
         let answers = search_stream(kernel.as_slice(), &questions, MAX_UNPACKED).unwrap();
@@ -223,9 +257,28 @@ mod tests {
 
     #[test]
     fn a_tail_cut_by_the_end_is_judged_as_it_is() {
-        let questions = [Question { text: b"kho-v", tail: 4, accept: is_number_and_nul }];
+        let questions = [Question { tail: 4, accept: is_number_and_nul, ..Question::contains(b"kho-v") }];
         assert!(search_stream(b"..kho-v4\0".as_slice(), &questions, 100).unwrap()[0].is_some());
         assert!(search_stream(b"..kho-v4".as_slice(), &questions, 100).unwrap()[0].is_none());
+    }
+
+    #[test]
+    fn shallow_questions_end_with_the_constants() {
+        // An ELF header, one program header: PT_LOAD of the first PIECE bytes.
+        let mut kernel = vec![0u8; 3 * PIECE];
+        kernel[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+        kernel[0x20] = 64; // e_phoff
+        kernel[0x34..0x3a].copy_from_slice(&[64, 0, 56, 0, 1, 0]); // e_ehsize, e_phentsize, e_phnum
+        kernel[64] = 1; // PT_LOAD
+        kernel[64 + 0x20..64 + 0x28].copy_from_slice(&(PIECE as u64).to_le_bytes());
+        assert_eq!(constants_end_of(&kernel[..PIECE]), PIECE as u64);
+        kernel[2 * PIECE..2 * PIECE + 6].copy_from_slice(b"needle");
+        let deep = Question::contains(b"needle");
+        let shallow = Question { depth: Depth::Constants, ..deep };
+        let found = |questions: &[Question<'_>]| search_stream(kernel.as_slice(), questions, MAX_UNPACKED).unwrap();
+        assert_eq!(found(&[shallow]), [None]);
+        assert!(found(&[deep])[0].is_some());
+        assert_eq!(constants_end_of(b"no ELF file"), u64::MAX);
     }
 
     #[test]
@@ -254,7 +307,7 @@ mod tests {
             kernel in prop::collection::vec(prop::sample::select(b"abn".as_slice()), 0..400),
             cuts in prop::collection::vec(1usize..50, 0..20),
         ) {
-            let questions = [Question::contains(b"banana"), Question { text: b"nab", tail: 3, accept: |t| t == b"baa" }];
+            let questions = [Question::contains(b"banana"), Question { tail: 3, accept: |t| t == b"baa", ..Question::contains(b"nab") }];
             let cut = search_stream(Drip(&kernel, cuts), &questions, MAX_UNPACKED).unwrap();
             let find = |text: &[u8]| kernel.windows(6).any(|w| w == text);
             prop_assert_eq!(cut[0].is_some(), find(b"banana"));
