@@ -49,18 +49,7 @@ fn boot(placement: &Placement<'_>, cpu: &str, memory_mib: u64, folder: &Path, la
         .arg("--library-path")
         .arg(&lib)
         .arg(tree.join("usr/bin/qemu-system-x86_64"))
-        .args([
-            "-M",
-            "q35",
-            "-accel",
-            "tcg",
-            "-cpu",
-            "EPYC,topoext=off",
-            "-nodefaults",
-            "-display",
-            "none",
-            "-no-reboot",
-        ])
+        .args(["-M", "q35", "-accel", "tcg", "-cpu", cpu, "-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-serial", "stdio", "-m", &format!("{memory_mib}M"), "-L"])
         .arg(tree.join("usr/share/qemu"))
         .args(["-bios", "rom"])
@@ -106,10 +95,10 @@ fn stock_kernels_boot_from_a_placement_alone() {
     // Below 4 GiB; and above it, where SIPI's root page is what makes it possible at all, on a CPU with five levels of
     // page tables: the decompressor then goes through 32-bit mode once more, by code at the end of the low slot.
     let machines = [
-        ("EPYC,topoext=off", 1024, Range::new(512 * MIB, 960 * MIB)),
-        ("max", 5120, Range::new(4 * GIB + 256 * MIB, 4 * GIB + 704 * MIB)),
+        ("EPYC,topoext=off", 46, 1024, Range::new(512 * MIB, 960 * MIB)),
+        ("max", 52, 5120, Range::new(4 * GIB + 256 * MIB, 4 * GIB + 704 * MIB)),
     ];
-    for ((series, path), (cpu, memory_mib, region)) in support::lab_kernels().into_iter().zip(machines) {
+    for ((series, path), (cpu, physical_bits, memory_mib, region)) in support::lab_kernels().into_iter().zip(machines) {
         let file = std::fs::read(path).unwrap();
         let image = BzImage::parse(&file).unwrap();
         let arena = Range::new(128 * MIB, 192 * MIB);
@@ -135,6 +124,8 @@ fn stock_kernels_boot_from_a_placement_alone() {
         let log = boot(&placement, cpu, memory_mib, folder.path(), "Unable to mount root fs");
 
         has_line(&log, &["Linux version ", series]);
+        // MAX_PHYSMEM_BITS: 46 with four levels, 52 with five. So that the second machine is what it is meant to be.
+        has_line(&log, &[&format!("max_arch_pfn = {:#x}", 1u64 << (physical_bits - 12))]);
         has_line(&log, &["Command line: ", &placement.cmdline]);
         for entry in &placement.e820 {
             let (first, last) = (entry.range.start(), entry.range.end() - 1);
@@ -156,6 +147,6 @@ fn stock_kernels_boot_from_a_placement_alone() {
         for bad in ["BUG:", "cut here", "Oops", "Failed to setup MADT reset vector", "ACPI Error", "Crash kernel"] {
             assert!(!log.contains(bad), "{bad} in\n{log}");
         }
-        println!("{}: {memory}", image.release());
+        println!("{} on {cpu}: {memory}", image.release());
     }
 }
