@@ -1,6 +1,7 @@
 //! The command line of `cargo demo`: which stories there are, and how their ends become exit codes.
 
 mod lab;
+mod shell;
 
 use std::process::ExitCode;
 
@@ -18,12 +19,15 @@ struct Arguments {
 enum Story {
     /// Sets up what the other commands need (or, with --clean, removes it).
     Lab(lab::LabArguments),
+    /// Starts a machine and attaches a shell to it (or, with --attach, enters one that runs).
+    Shell(shell::ShellArguments),
 }
 
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let end = match arguments.story {
         Some(Story::Lab(arguments)) => lab::run(&arguments),
+        Some(Story::Shell(arguments)) => shell::run(&arguments),
         None => Err(anyhow::anyhow!("no story yet")),
     };
     match end {

@@ -7,29 +7,60 @@
 use std::path::Path;
 use std::process::Command;
 
+use agent::config::{self, Cidr, Config};
 use agent::initrd::Initrd;
 use tempfile::TempPath;
 
 use super::error::{Doing, LabError, Result};
 use super::tree::{Kernel, Tree};
-use super::{Lab, cache, guest_programs, host, kmod};
+use super::{Lab, cache, guest_programs, host, kmod, net};
 
 /// Where `baton.ko` is, below a kernel's modules.
 const OWN_MODULE: &str = "updates/dkms/baton.ko";
+/// Where the demo service listens.
+pub const KV_PORT: u16 = 6379;
 /// Drivers that both kernels load before the agent starts.
 pub const DRIVERS: [&str; 1] = ["virtio_net"];
 /// What a successor's initrd must carry besides the agent's own things, so that the machine is as complete after an update as before it.
 pub const CARRIED: [&str; 7] = ["/bin", "/boot", "/lib", "/lib64", "/usr/sbin/kexec", "/etc/passwd", "/etc/group"];
 
-/// Writes the initrd, with this text as `/etc/baton/config.toml`. The file goes with the value: a machine that was started keeps its own.
-pub fn image(lab: &Lab, config: &str) -> Result<TempPath> {
+/// What such a machine is told about itself: two interfaces, the service's address, `labd` in every kernel; no services yet.
+#[must_use]
+pub fn configuration() -> Config {
+    let on_network = |address| Cidr { address, prefix: net::PREFIX };
+    let nics = net::NICS.map(|nic| config::Nic { mac: nic.mac.into(), address: on_network(nic.address) });
+    let labd = config::Program { name: "labd".into(), exec: vec!["/usr/sbin/labd".into()] };
+    Config {
+        network: config::Network {
+            service_address: Some(on_network(net::SERVICE)),
+            nic: nics.to_vec(),
+            configure: true,
+        },
+        program: vec![labd],
+        initrd: config::Initrd {
+            include: CARRIED.map(Into::into).to_vec(),
+            modules: DRIVERS.map(str::to_owned).to_vec(),
+        },
+        ..Config::default()
+    }
+}
+
+/// The demo service, for such a machine's configuration.
+#[must_use]
+pub fn demo_service() -> config::Service {
+    let listen = format!("{}:{KV_PORT}", net::SERVICE);
+    config::Service { name: "kv".into(), exec: ["/usr/sbin/baton-kv", "--listen", &listen].map(str::to_owned).to_vec() }
+}
+
+/// Writes the initrd. The file goes with the value: a machine that was started keeps its own.
+pub fn image(lab: &Lab, config: &Config) -> Result<TempPath> {
     let mut initrd = Initrd::new();
     fill(&mut initrd, lab, config)?;
     write(&initrd)
 }
 
 /// The initrd's content, for those who want to add to it.
-pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &str) -> Result<()> {
+pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &Config) -> Result<()> {
     skeleton(initrd);
     busybox(initrd, lab.tree())?;
     let programs = guest_programs::build(&guest_programs::PROGRAMS, lab.progress())?;
@@ -37,7 +68,8 @@ pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &str) -> Result<()> {
         copy(initrd, &programs.join(name), &format!("/usr/sbin/{name}"))?;
     }
     initrd.symlink("/init", "/usr/sbin/baton-init");
-    initrd.file("/etc/baton/config.toml", 0o644, config);
+    let text = toml::to_string(config).map_err(std::io::Error::other).doing("writing the machine's configuration")?;
+    initrd.file(config::DEFAULT_PATH, 0o644, text);
     for kernel in lab.tree().kernels() {
         copy(initrd, &lab.tree().vmlinuz(kernel), &format!("/boot/vmlinuz-{}", kernel.release))?;
         let module = kmod::module_for(lab.tree(), kernel, lab.progress())?;

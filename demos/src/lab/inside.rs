@@ -39,6 +39,12 @@ pub struct Inside {
 pub struct Door(Arc<File>);
 
 impl Door {
+    /// The way into the network of a process: of another lab's machine, say.
+    pub fn of_process(pid: u32) -> Result<Self> {
+        let namespace = format!("/proc/{pid}/ns/net");
+        File::open(&namespace).map(|file| Self(Arc::new(file))).doing(format_args!("opening {namespace}"))
+    }
+
     /// Moves the calling thread into the namespace, for good. Sockets stay in the namespace in which they were made, so a thread that
     /// only needs a socket is better served by [`Inside::run`].
     pub fn enter(&self) -> Result<()> {

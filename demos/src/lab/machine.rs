@@ -26,6 +26,7 @@ use super::tree::Tree;
 /// Logs of this many machines are kept.
 const RUNS_KEPT: usize = 30;
 const PORTS: [&str; 2] = ["serial0", "serial1"];
+const PID_FILE: &str = "qemu.pid";
 
 /// A file that a machine boots from. One that was made for the purpose goes when the last that mention it have gone.
 #[derive(Clone, Debug)]
@@ -193,6 +194,7 @@ impl Machine {
             }
         };
         qmp.execute("cont", Value::Null)?;
+        fs::write(folder.join(PID_FILE), qemu.id().to_string()).doing("noting QEMU's process id")?;
         Ok(Self { qemu, qmp, serials, folder, started: Instant::now(), door, inside })
     }
 
@@ -297,10 +299,29 @@ impl Drop for Machine {
         // Both fail only if it is gone already.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
-        for large in ["kernel", "initrd"] {
-            let _ = fs::remove_file(self.folder.join(large));
+        for scrap in ["kernel", "initrd", PID_FILE] {
+            let _ = fs::remove_file(self.folder.join(scrap));
         }
     }
+}
+
+/// The newest machine that runs now, whichever lab started it: its logs and the way into its network.
+pub fn running() -> Result<Option<(PathBuf, Door)>> {
+    let runs = cache::root()?.join("runs");
+    let mut folders: Vec<_> = match fs::read_dir(&runs) {
+        Ok(listing) => listing.filter_map(|e| e.ok().map(|e| e.path())).collect(),
+        Err(_) => return Ok(None),
+    };
+    folders.sort();
+    for folder in folders.into_iter().rev() {
+        let Ok(pid) = fs::read_to_string(folder.join(PID_FILE)) else { continue };
+        // The file of a lab that was killed outlives its machine, and the number may be somebody else's by now.
+        let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        if let (true, Ok(pid)) = (name.starts_with("qemu-system"), pid.parse()) {
+            return Ok(Some((folder, Door::of_process(pid)?)));
+        }
+    }
+    Ok(None)
 }
 
 fn follow_ports(folder: &Path) -> Result<Vec<Serial>> {

@@ -18,6 +18,7 @@ pub mod net;
 pub mod progress;
 pub mod qmp;
 pub mod serial;
+pub mod shell;
 pub mod tree;
 pub mod wire;
 
@@ -33,6 +34,7 @@ pub use tree::{Kernel, Tree};
 use std::panic::resume_unwind;
 use std::thread;
 
+use agent::config::Config;
 use cache::Lock;
 
 /// Everything that is set up once and then shared by machines; keeps `lab --clean` away while it lives.
@@ -78,7 +80,7 @@ impl Lab {
     }
 
     /// A machine that waits to be updated: this kernel, the incumbent's initrd with this configuration.
-    pub fn incumbent(&self, kernel: &Kernel, config: &str) -> Result<MachineSpec> {
+    pub fn incumbent(&self, kernel: &Kernel, config: &Config) -> Result<MachineSpec> {
         let mut spec = MachineSpec::new(self.tree.vmlinuz(kernel), incumbent::image(self, config)?);
         spec.run_by(accel::choose(&self.tree, self.progress)?);
         Ok(spec)
