@@ -244,6 +244,33 @@ fn a_failed_cutover_serves_again_before_anything_else() {
     assert_eq!(order, ["unseal", "unfreeze"]);
 }
 
+/// Asking would cost the time it takes not to be answered, and that in the blackout.
+#[test]
+fn a_successor_that_did_not_answer_at_activation_is_not_asked_but_fenced() {
+    let plan = plan(3, Goal::Upgrade);
+    let mut order = Vec::new();
+    run(&plan, |_, effect, _| {
+        order.push(effect.name());
+        let late = matches!(effect, Effect::Activate { .. });
+        (if late { Fate::UnknownLater } else { Fate::Done }, MOMENT)
+    });
+    let at = order.iter().position(|name| *name == "activate").unwrap();
+    assert_eq!(order[at + 1..at + 5], ["fence", "take address back", "unseal", "unfreeze"]);
+}
+
+/// One that dies before it was told to answer holds nothing that the services need.
+#[test]
+fn a_successor_that_dies_before_activation_is_fenced_after_the_services_go_on() {
+    let plan = plan(3, Goal::Upgrade);
+    let mut order = Vec::new();
+    run(&plan, |_, effect, _| {
+        order.push(effect.name());
+        (if *effect == Effect::ReleaseAddress { Fate::Died } else { Fate::Done }, MOMENT)
+    });
+    let at = order.iter().position(|name| *name == "release address").unwrap();
+    assert_eq!(order[at + 1..at + 5], ["take address back", "unseal", "unfreeze", "fence"]);
+}
+
 #[test]
 fn events_out_of_order_change_nothing() {
     let mut update = Update::new(plan(2, Goal::Upgrade));

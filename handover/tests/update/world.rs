@@ -112,6 +112,8 @@ impl World {
         // What needs the successor cannot be done without it, whatever fate wanted.
         let fate = match fate {
             Fate::Done if !self.can(effect) => Fate::UnknownNot,
+            // A CPU that waits at the mailbox does not hear this kernel.
+            Fate::Done | Fate::UnknownDone | Fate::DiedAfter if self.is_parked(effect) => Fate::Failed,
             Fate::Died | Fate::DiedAfter if self.successor == Kernel::Absent => Fate::Failed,
             // After the fence a successor's death is no news.
             fate => fate,
@@ -169,6 +171,10 @@ impl World {
 
     fn can(&self, effect: &Effect) -> bool {
         !asks_successor(effect) || self.successor == Kernel::Alive
+    }
+
+    fn is_parked(&self, effect: &Effect) -> bool {
+        matches!(effect, Effect::OnlineCpu { cpu } if self.at(cpu) == At::Parked)
     }
 
     /// It happens.
@@ -278,6 +284,7 @@ impl World {
             }
             Effect::OnlineCpu { cpu } => {
                 assert_ne!(self.at(cpu), At::Successor, "two kernels on one CPU");
+                assert_ne!(self.at(cpu), At::Parked, "onlined what waits elsewhere");
                 self.move_to(cpu, At::Incumbent);
             }
             Effect::TakeDevicesBack => {
@@ -317,8 +324,10 @@ impl World {
         // Whatever is not as it was has its undo on the list, or under way; unless it is too late for that.
         if !self.confirmed {
             let mut undone = self.clone();
-            undone.undo_by_hand(update.under_way().into_iter().filter(|e| is_undo(e)).chain(update.undo_list()));
-            undone.is_as_before(&World::before(update.plan()), update.left());
+            let left = update.left().iter().map(|left| &left.effect);
+            let doing = update.under_way().into_iter().filter(|effect| is_undo(effect));
+            undone.undo_by_hand(left.chain(doing).chain(update.undo_list()));
+            undone.is_as_before(&World::before(update.plan()), &[]);
         }
     }
 
