@@ -180,20 +180,6 @@ guest_summon_on:
     jnc     guest_summon_on
     jmp     guest_step
 
-guest_tease:                                        # b times, in the mailbox a: a wakeup for CPU 9 that CPU 9 acknowledges
-    movl    $9, {mb_apic_id}(%rdi)                  # and, at once, a test for CPU 1
-    movw    ${command_wakeup}, {mb_command}(%rdi)
-    movw    $0, {mb_command}(%rdi)
-    movl    $1, {mb_apic_id}(%rdi)
-    movw    ${command_test}, {mb_command}(%rdi)
-guest_tease_on:
-    pause
-    cmpw    $0, {mb_command}(%rdi)
-    jne     guest_tease_on
-    decq    %rsi
-    jnz     guest_tease
-    jmp     guest_step
-
 guest_dump:                                         # b bytes at a to the debug console
     movq    %rsi, %rcx
     movq    %rdi, %rsi
@@ -404,7 +390,6 @@ guest_steps:                                        # the order of script.rs' en
     .long   guest_die - guest_steps
     .long   guest_la57 - guest_steps
     .long   guest_summon - guest_steps
-    .long   guest_tease - guest_steps
 
     .org    trampoline_guest + {guest_size}
     .size   trampoline_guest, {guest_size}

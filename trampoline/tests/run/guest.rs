@@ -4,7 +4,6 @@
 use core::arch::global_asm;
 use core::mem::offset_of;
 
-use trampoline::{Mailbox, mailbox_command};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::image::{
@@ -60,10 +59,6 @@ global_asm!(
     stacks = const STACKS,
     saved_rsp = const SAVED_RSP,
     far32 = const FAR32,
-    mb_command = const offset_of!(Mailbox, command),
-    mb_apic_id = const offset_of!(Mailbox, apic_id),
-    command_wakeup = const mailbox_command::WAKEUP,
-    command_test = const mailbox_command::TEST,
     rec_visits = const offset_of!(Record, visits),
     rec_cr0 = const offset_of!(Record, cr0),
     rec_cr3 = const offset_of!(Record, cr3),

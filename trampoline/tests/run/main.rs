@@ -275,24 +275,6 @@ fn requests_for_others_are_left_alone() {
     run(&image.build(&boot), cpus(2));
 }
 
-/// A CPU that took its neighbour's command together with its own id would go to the neighbour's vector.
-#[test]
-fn a_neighbours_command_is_never_taken_for_ones_own() {
-    const FAILED: u64 = 3;
-    let mut image = Image::new();
-    let woken = image.script(&Script::new().exit(FAILED));
-    let boot = image
-        .park(Script::new(), PARK)
-        .start(1, SIPI)
-        .parked(0b10)
-        .next(1, woken)
-        .ask(9, mailbox_command::NOOP, probe())
-        .tease(200_000)
-        .parked(0b10)
-        .pass();
-    run(&image.build(&boot), cpus(2));
-}
-
 /// Ids past 255 exist in x2APIC mode only; leaf 1 of CPUID shows their low byte, here 0: the boot CPU's.
 #[test]
 fn apic_ids_are_not_cut_to_a_byte() {

@@ -30,7 +30,6 @@ enum Op {
     Die,
     La57,
     Summon,
-    Tease,
 }
 
 /// Exit code that means: the script ran to its end. QEMU turns it into 2 * 16 + 1.
@@ -65,10 +64,6 @@ impl Script {
     /// The test has passed as far as the machine can tell.
     pub fn pass(self) -> Script {
         self.op(Op::Exit, PASSED, 0, 0)
-    }
-    /// Any other end is a failure.
-    pub fn exit(self, code: u64) -> Script {
-        self.op(Op::Exit, code, 0, 0)
     }
     pub fn halt(self) -> Script {
         self.op(Op::Halt, 0, 0, 0)
@@ -160,10 +155,6 @@ impl Script {
         self.store32(MAILBOX + offset_of!(Mailbox, apic_id) as u64, cpu)
             .store(MAILBOX + offset_of!(Mailbox, wakeup_vector) as u64, vector)
             .store16(MAILBOX + offset_of!(Mailbox, command) as u64, command)
-    }
-    /// So many times: wakes CPU 9, acknowledges that for it, and tests CPU 1 without a moment between.
-    pub fn tease(self, times: u64) -> Script {
-        self.op(Op::Tease, MAILBOX, times, 0)
     }
     /// Waits for the acknowledgement.
     pub fn acknowledged(self) -> Script {
