@@ -285,7 +285,7 @@ impl Update {
         };
         if phase != self.phase {
             self.phase = phase;
-            self.limit = self.plan.deadlines.of(phase, self.plan.others.len());
+            self.limit = self.plan.deadlines.of(phase, self.plan.cpus.others.len());
             self.deadline = now.saturating_add(self.limit);
         } else if now > self.deadline && !self.committed {
             let cause = Cause::deadline(phase, &effect, self.limit);

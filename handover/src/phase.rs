@@ -8,9 +8,9 @@ use serde::{Deserialize, Serialize};
 pub enum Phase {
     /// Everything was looked at, nothing was touched.
     Planned,
-    /// Memory is taken, the spare CPU is offline, the image lies in place.
+    /// Memory and devices are taken, the spare CPU is offline.
     Granted,
-    /// The successor boots.
+    /// The image lies in place; the successor boots.
     Booting,
     /// Its agent answers; services stand by; health is checked.
     Trial,

@@ -1,8 +1,10 @@
-//! From what the machine has and what was asked to a [`Plan`], or a refusal before anything is touched.
+//! From what was asked to a [`Plan`], or a refusal before anything is touched.
 //!
 //! A plan leaves nothing to be decided while it runs: its [script](Plan::script) is the whole way forward, and can be
-//! printed before it is taken. What an image or a service must be like is checked by those who know (kexec-core, the
-//! agent); here are the choices: which CPU is spare, in which order the others follow, which goes last.
+//! printed before it is taken. Which CPU is spare and in which order the others follow is kexec-core's choice, what an
+//! image or a service must be like its and the agent's; here it is made into steps.
+
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 use state_schemas::handover_record::UpdateId;
@@ -21,17 +23,24 @@ pub struct Cpu {
     pub apic_id: u32,
 }
 
-/// What this kernel says of a CPU.
+/// A CPU that is to move.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CpuState {
+pub struct Moving {
     /// Which.
     pub cpu: Cpu,
-    /// It is online.
+    /// It is online in this kernel: it has to be taken offline first, and brought back online on the way back.
     pub online: bool,
-    /// This kernel cannot take it offline: its own boot CPU. It goes last.
-    pub kernel_boot: bool,
-    /// The firmware started the machine on it: INIT sends it back to the firmware, so that it cannot be fenced.
-    pub firmware_boot: bool,
+}
+
+/// All CPUs, in the order in which they go over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cpus {
+    /// The successor starts on this one.
+    pub spare: Moving,
+    /// These follow one by one. One that cannot be fenced (the firmware's boot CPU) should be the last of them.
+    pub others: Vec<Moving>,
+    /// This kernel leaves it last: its own boot CPU, which it cannot take offline.
+    pub last: Cpu,
 }
 
 /// How far the update shall go.
@@ -56,32 +65,6 @@ pub enum ProbationPolicy {
     // the script, between the last `HandCpu` and `Commit`.
 }
 
-/// What was asked for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Request {
-    /// Identity of the update.
-    pub update: UpdateId,
-    /// How far.
-    pub goal: Goal,
-    /// Number of the CPU to start the successor on; `None`: whichever suits.
-    pub cpu: Option<u32>,
-    /// What happens between activation and commit.
-    pub probation: ProbationPolicy,
-    /// How long each phase may take.
-    pub deadlines: Deadlines,
-}
-
-/// What this machine has, as far as the choices here depend on it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Inventory {
-    /// All CPUs.
-    pub cpus: Vec<CpuState>,
-    /// Epoch that this kernel holds.
-    pub epoch: u64,
-    /// PCI functions will be granted.
-    pub devices: bool,
-}
-
 /// What will be done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -91,14 +74,8 @@ pub struct Plan {
     pub goal: Goal,
     /// Epoch that this kernel holds at the beginning.
     pub epoch: u64,
-    /// The CPU that the successor starts on.
-    pub spare: Cpu,
-    /// It is online now, so that it has to be taken offline first (and back online in the end).
-    pub spare_is_online: bool,
-    /// The CPUs that follow, in this order.
-    pub others: Vec<Cpu>,
-    /// The CPU that this kernel leaves last.
-    pub last: Cpu,
+    /// Who goes over, and when.
+    pub cpus: Cpus,
     /// PCI functions will be granted.
     pub devices: bool,
     /// What happens between activation and commit.
@@ -111,45 +88,13 @@ pub struct Plan {
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// The successor needs a CPU of its own.
-    #[error("an update needs 2 online cpus, this machine has {online}")]
-    TooFewCpus {
-        /// CPUs that are online.
-        online: usize,
-    },
-    /// No such CPU.
-    #[error("there is no cpu {number}: this machine has {cpus}")]
-    NoSuchCpu {
-        /// The one asked for.
+    /// One CPU cannot move twice.
+    #[error("cpu {number} (apic id {apic_id:#x}) is named twice")]
+    CpuTwice {
+        /// Its number.
         number: u32,
-        /// How many there are.
-        cpus: usize,
-    },
-    /// The kernel cannot run without it.
-    #[error("cpu {number} is the one this kernel leaves last; choose another one")]
-    LastCpu {
-        /// The one asked for.
-        number: u32,
-    },
-    /// It cannot be fenced.
-    #[error(
-        "cpu {number} is the firmware's boot cpu, which cannot be stopped if the new kernel hangs; choose another one"
-    )]
-    FirmwareBootCpu {
-        /// The one asked for.
-        number: u32,
-    },
-    /// No CPU is suitable.
-    #[error("none of the {cpus} cpus can be the successor's first: each is the firmware's or this kernel's boot cpu")]
-    NoSpareCpu {
-        /// How many there are.
-        cpus: usize,
-    },
-    /// The kernel does not say which CPU it booted on.
-    #[error("{boot} cpus claim to be the one this kernel booted on")]
-    BootCpu {
-        /// How many claim it.
-        boot: usize,
+        /// Its APIC id.
+        apic_id: u32,
     },
     /// Too many updates, or a number that is none.
     #[error("epoch {epoch} leaves no room for another update")]
@@ -160,64 +105,24 @@ pub enum Refusal {
 }
 
 impl Plan {
-    /// Decides. Touches nothing.
+    /// Says whether this can be a plan. Touches nothing.
     ///
     /// # Errors
-    /// What stands in the way.
-    pub fn make(inventory: &Inventory, request: &Request) -> Result<Plan, Refusal> {
-        let cpus = &inventory.cpus;
-        let online = cpus.iter().filter(|state| state.online).count();
-        if online < 2 {
-            return Err(Refusal::TooFewCpus { online });
-        }
-        if inventory.epoch > u64::MAX - 4 {
-            let epoch = inventory.epoch;
+    /// What contradicts itself in it.
+    pub fn check(self) -> Result<Plan, Refusal> {
+        let epoch = self.epoch;
+        if epoch > u64::MAX - 4 {
             return Err(Refusal::Epoch { epoch });
         }
-        let mut boot = cpus.iter().filter(|state| state.kernel_boot);
-        let (Some(last), None) = (boot.next(), boot.next()) else {
-            let boot = cpus.iter().filter(|state| state.kernel_boot).count();
-            return Err(Refusal::BootCpu { boot });
-        };
-        let suits = |state: &CpuState| !state.kernel_boot && !state.firmware_boot;
-        let spare = match request.cpu {
-            Some(number) => {
-                let asked = cpus.iter().find(|state| state.cpu.number == number);
-                match asked {
-                    None => {
-                        let cpus = cpus.len();
-                        return Err(Refusal::NoSuchCpu { number, cpus });
-                    }
-                    Some(state) if state.kernel_boot => return Err(Refusal::LastCpu { number }),
-                    Some(state) if state.firmware_boot => {
-                        return Err(Refusal::FirmwareBootCpu { number });
-                    }
-                    Some(state) => state,
-                }
+        let others = self.cpus.others.iter().map(|moving| moving.cpu);
+        let mut seen = BTreeSet::new();
+        for cpu in others.chain([self.cpus.spare.cpu, self.cpus.last]) {
+            if !seen.insert(cpu.apic_id) {
+                let Cpu { number, apic_id } = cpu;
+                return Err(Refusal::CpuTwice { number, apic_id });
             }
-            // An offline CPU costs this kernel nothing; else the highest number, which Linux fills last.
-            None => cpus
-                .iter()
-                .filter(|state| suits(state))
-                .max_by_key(|state| (!state.online, state.cpu.number))
-                .ok_or(Refusal::NoSpareCpu { cpus: cpus.len() })?,
-        };
-        let mut others: Vec<&CpuState> =
-            cpus.iter().filter(|state| state.online && !state.kernel_boot && state.cpu != spare.cpu).collect();
-        // The firmware's boot CPU as late as can be: once the successor runs on it, it cannot be taken back by force.
-        others.sort_by_key(|state| (state.firmware_boot, state.cpu.number));
-        Ok(Plan {
-            update: request.update,
-            goal: request.goal,
-            epoch: inventory.epoch,
-            spare: spare.cpu,
-            spare_is_online: spare.online,
-            others: others.into_iter().map(|state| state.cpu).collect(),
-            last: last.cpu,
-            devices: inventory.devices,
-            probation: request.probation,
-            deadlines: request.deadlines,
-        })
+        }
+        Ok(self)
     }
 
     /// Epochs of this update.
@@ -228,19 +133,19 @@ impl Plan {
     /// THE WAY FORWARD: every effect, in its order, with its phase.
     pub fn script(&self) -> Vec<(Phase, Effect)> {
         use Phase::{Booting, Commit, Cutover, Granted, Probation, Trial};
-        let cpu = self.spare;
+        let spare = self.cpus.spare;
         let epoch = self.epochs().successor;
 
         let mut script = vec![(Granted, Effect::TakeMemory)];
         if self.devices {
             script.push((Granted, Effect::GrantDevices));
         }
-        if self.spare_is_online {
-            script.push((Granted, Effect::OfflineCpu { cpu }));
+        if spare.online {
+            script.push((Granted, Effect::OfflineCpu { cpu: spare.cpu }));
         }
         script.extend([
-            (Granted, Effect::Place),
-            (Booting, Effect::StartCpu { cpu }),
+            (Booting, Effect::Place),
+            (Booting, Effect::StartCpu { cpu: spare.cpu }),
             (Booting, Effect::AwaitHello),
             (Trial, Effect::StandBy),
             (Trial, Effect::CheckHealth),
@@ -254,20 +159,20 @@ impl Plan {
             (Cutover, Effect::ReleaseAddress),
             (Cutover, Effect::Activate { epoch }),
         ]);
-        for &cpu in &self.others {
-            script.extend([
-                (Probation, Effect::OfflineCpu { cpu }),
-                (Probation, Effect::ParkCpu { cpu }),
-                (Probation, Effect::HandCpu { cpu }),
-            ]);
+        for &Moving { cpu, online } in &self.cpus.others {
+            if online {
+                script.push((Probation, Effect::OfflineCpu { cpu }));
+            }
+            script.extend([(Probation, Effect::ParkCpu { cpu }), (Probation, Effect::HandCpu { cpu })]);
         }
         match self.probation {
             ProbationPolicy::CommitAtOnce => {}
         }
+        let cpu = self.cpus.last;
         script.extend([
             (Commit, Effect::Commit),
             (Commit, Effect::QuiesceDevices),
-            (Commit, Effect::YieldLastCpu { cpu: self.last }),
+            (Commit, Effect::YieldLastCpu { cpu }),
         ]);
         script
     }

@@ -148,7 +148,7 @@ fn one_failure_at_each_point_is_undone() {
 fn a_late_phase_turns_back_and_names_its_limit() {
     let plan = plan(4, Goal::Upgrade);
     for (at, (phase, _)) in plan.script().into_iter().enumerate() {
-        let limit = plan.deadlines.of(phase, plan.others.len());
+        let limit = plan.deadlines.of(phase, plan.cpus.others.len());
         let same = |number: usize| plan.script().get(number).is_some_and(|(other, _)| *other == phase);
         let (_, outcome, _) =
             run(&plan, |number, _, _| (Fate::Done, if number == at { limit + MOMENT } else { Duration::ZERO }));

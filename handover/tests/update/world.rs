@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 
 use handover::error::{Blame, Cause, Left};
 use handover::machine::{Event, Serves, Update};
-use handover::plan::{Cpu, Plan};
+use handover::plan::{Cpu, Moving, Plan};
 use handover::undo::Effect;
 
 /// Where a CPU is.
@@ -75,10 +75,10 @@ pub struct World {
 
 impl World {
     pub fn before(plan: &Plan) -> World {
-        let mut cpus: BTreeMap<u32, At> =
-            plan.others.iter().chain([&plan.last]).map(|cpu| (cpu.apic_id, At::Incumbent)).collect();
-        let spare = if plan.spare_is_online { At::Incumbent } else { At::Offline };
-        cpus.insert(plan.spare.apic_id, spare);
+        let here = |moving: &Moving| if moving.online { At::Incumbent } else { At::Offline };
+        let moving = plan.cpus.others.iter().chain([&plan.cpus.spare]);
+        let mut cpus: BTreeMap<u32, At> = moving.map(|moving| (moving.cpu.apic_id, here(moving))).collect();
+        cpus.insert(plan.cpus.last.apic_id, At::Incumbent);
         World {
             cpus,
             memory_taken: false,
