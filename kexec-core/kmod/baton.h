@@ -8,11 +8,16 @@
 #ifndef _BATON_H
 #define _BATON_H
 
+#include <linux/cleanup.h>
+#include <linux/io.h>
+#include <linux/list.h>
+#include <linux/mm.h>
 #include <linux/mutex.h>
-#include <linux/types.h>
+#include <linux/seq_file.h>
+#include <linux/sizes.h>
+#include <linux/slab.h>
 #include "uapi/baton.h"
 
-struct seq_file;
 struct baton_memory;
 struct baton_line;
 struct baton_notice;
@@ -30,7 +35,6 @@ struct baton_call {
 	void __user *user;
 	size_t copied;			/* how much of our struct the caller has */
 	union {
-		__u32 size;
 		struct baton_info info;
 		struct baton_cpu_info cpu_info;
 		struct baton_instance instance;
@@ -42,7 +46,7 @@ struct baton_call {
 		struct baton_yield yield;
 		struct baton_pci pci;
 		struct baton_panic_notice panic_notice;
-	};
+	} arg;
 };
 
 /* main.c */
@@ -52,6 +56,7 @@ void baton_depend(void);
 void baton_release(void);
 
 /* instances.c */
+void baton_instances_init(void);
 bool baton_instance_exists(u32 id);
 u32 baton_instances_count(void);
 int baton_instances_show(struct seq_file *seq, void *unused);
@@ -60,6 +65,7 @@ int baton_instance_update(struct baton_call *call);
 int baton_instance_destroy(struct baton_call *call);
 
 /* memory.c */
+struct baton_memory *baton_memory_find(u64 start, u64 len);
 struct baton_memory *baton_memory_hold(u64 start, u64 len, int how);
 void baton_memory_unhold(struct baton_memory *memory);
 int baton_memory_give_back_all(u32 instance);

@@ -2,42 +2,29 @@
 /*
  * DOC: CPUs, doorbells, the panic notice
  *
- * A CPU that is offline here can be recorded as given to an instance. User space has offlined it through sysfs before; from then on
- * a hotplug callback of ours refuses to online it until its record is taken back, because INIT and SIPI would tear it out of the
- * other kernel.
+ * A CPU that user space has offlined can be recorded as given to an instance. Until its record is taken back, a hotplug
+ * callback of ours refuses to online it: INIT and SIPI would tear it out of the other kernel.
  *
  * 1. GIVE records it; START also sends INIT, SIPI, SIPI, so that it runs at start_pa in real mode.
- * 2. TAKE ends the record; FENCE first sends INIT, so that it stops whatever it does and waits for a SIPI. Then it can be
- *    onlined here as ever.
+ * 2. TAKE ends the record; FENCE first sends INIT, so that it stops whatever it does and waits for a SIPI.
  *
- * A doorbell is a vector on CPU 0, which Linux never offlines where it can be the CPU that the firmware booted; affinity is fixed
- * there, so that vector and APIC id can be told to the other kernel once and for all.
+ * A doorbell is a vector on CPU 0, the one that is offlined last. Its affinity is fixed, so that vector and APIC id can be
+ * told to the other kernel once and for all.
  *
- * The ICR is written through struct apic, which knows xAPIC from x2APIC and what a hypervisor put in between. In xAPIC mode it is two
- * registers: icr_write() keeps interrupts off between them, and what Linux sends from NMIs uses a shorthand, which leaves the
- * destination register alone.
+ * The ICR is written through struct apic, which knows xAPIC from x2APIC and what a hypervisor put in between. In xAPIC mode
+ * it is two registers: icr_write() keeps interrupts off between them, and what Linux sends from NMIs uses a shorthand,
+ * which leaves the destination register alone.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
-#include <linux/bitmap.h>
 #include <linux/cpu.h>
-#include <linux/cpuhotplug.h>
 #include <linux/delay.h>
 #include <linux/eventfd.h>
 #include <linux/interrupt.h>
-#include <linux/io.h>
 #include <linux/irq.h>
 #include <linux/irqdomain.h>
-#include <linux/list.h>
-#include <linux/mm.h>
 #include <linux/panic_notifier.h>
-#include <linux/seq_file.h>
-#include <linux/sizes.h>
-#include <linux/slab.h>
-#include <linux/smp.h>
-#include <linux/spinlock.h>
 #include <asm/apic.h>
-#include <asm/hw_irq.h>
 #include <asm/irqdomain.h>
 #include "baton.h"
 
@@ -50,7 +37,7 @@ struct given_cpu {
 /* Changed under baton_lock and given_lock, so either is enough to read. given_lock is for the hotplug callback. */
 static LIST_HEAD(given);
 static DEFINE_SPINLOCK(given_lock);
-static enum cpuhp_state hotplug_state;
+static int hotplug_state;
 
 /* No broadcast, and in xAPIC mode only 8 bits. */
 static bool apic_id_is_valid(u32 apic_id)
@@ -80,42 +67,24 @@ static struct given_cpu *find_given(u32 apic_id)
 
 static int refuse_given(unsigned int cpu)
 {
-	struct given_cpu *found;
-
-	spin_lock(&given_lock);
-	found = find_given(cpu_physical_id(cpu));
-	spin_unlock(&given_lock);
-	return found ? -EBUSY : 0;
-}
-
-/* Bounded: an ICR that stays busy this long has nobody at the other end. */
-static int wait_icr_idle(void)
-{
-	if (x2apic_mode)
-		return 0;
-	for (int us = 0; us < 1000; us++) {
-		if (!(apic->icr_read() & APIC_ICR_BUSY))
-			return 0;
-		udelay(1);
-	}
-	return -EIO;
+	guard(spinlock)(&given_lock);
+	return find_given(cpu_physical_id(cpu)) ? -EBUSY : 0;
 }
 
 static int write_icr(u32 apic_id, u32 command)
 {
-	unsigned long flags;
-	int ret;
-
 	/* What was written to shared memory must be there before the interrupt is; in x2APIC mode nothing else orders it. */
 	mb();
 	rmb();
-	/* An interrupt that comes between the wait and the write may send an IPI of its own. */
-	local_irq_save(flags);
-	ret = wait_icr_idle();
-	if (!ret)
-		apic->icr_write(command, apic_id);
-	local_irq_restore(flags);
-	return ret;
+	/* An interrupt between the wait and the write may send an IPI of its own. Busy for 1 ms: nobody is at the other end. */
+	guard(irqsave)();
+	for (int us = 0; !x2apic_mode && apic->icr_read() & APIC_ICR_BUSY; us++) {
+		if (us == 1000)
+			return -EIO;
+		udelay(1);
+	}
+	apic->icr_write(command, apic_id);
+	return 0;
 }
 
 /* Sleeps instead of spinning: each write is complete in itself, so it does not matter which CPU sends the next. */
@@ -130,117 +99,94 @@ static int send_init(u32 apic_id)
 /* Twice, as the specification asks for; a CPU that runs already ignores the second. */
 static int send_startup(u32 apic_id, u64 start_pa)
 {
-	int ret = 0;
+	int ret = write_icr(apic_id, APIC_DM_STARTUP | PHYS_PFN(start_pa));
 
-	for (int i = 0; i < 2 && !ret; i++) {
-		ret = write_icr(apic_id, APIC_DM_STARTUP | (start_pa >> PAGE_SHIFT));
-		usleep_range(300, 500);
-	}
-	return ret;
+	usleep_range(300, 500);
+	return ret ?: write_icr(apic_id, APIC_DM_STARTUP | PHYS_PFN(start_pa));
 }
 
 static void forget(struct given_cpu *cpu)
 {
-	spin_lock(&given_lock);
-	list_del(&cpu->node);
-	spin_unlock(&given_lock);
+	scoped_guard(spinlock, &given_lock)
+		list_del(&cpu->node);
 	kfree(cpu);
 	baton_release();
 }
 
+/* No CPU comes or goes between the check and the record; afterwards refuse_given() keeps it away. */
+static int record(u32 apic_id, u32 instance)
+{
+	struct given_cpu *known = find_given(apic_id);
+	struct given_cpu *cpu __free(kfree) = kzalloc(sizeof(*cpu), GFP_KERNEL);
+
+	if (!cpu)
+		return -ENOMEM;
+	cpu->apic_id = apic_id;
+	cpu->instance = instance;
+	guard(cpus_read_lock)();
+	if (apic_id_is_online(apic_id) || (known && known->instance != instance))
+		return -EBUSY;
+	if (known)
+		return 0;
+	scoped_guard(spinlock, &given_lock)
+		list_add_tail(&no_free_ptr(cpu)->node, &given);
+	baton_depend();
+	return 0;
+}
+
 int baton_cpu_give(struct baton_call *call)
 {
-	struct baton_cpu *arg = &call->cpu;
-	struct given_cpu *cpu, *known;
+	const struct baton_cpu *arg = &call->arg.cpu;
+	bool start = arg->how == BATON_CPU_START;
 	int ret;
 
-	if (arg->how != BATON_CPU_RECORD && arg->how != BATON_CPU_START)
-		return -EINVAL;
-	if (!apic_id_is_valid(arg->apic_id) || arg->instance == BATON_SELF || !PAGE_ALIGNED(arg->start_pa) ||
-	    (arg->how == BATON_CPU_RECORD && arg->start_pa))
+	if ((!start && (arg->how != BATON_CPU_RECORD || arg->start_pa)) || !apic_id_is_valid(arg->apic_id) ||
+	    arg->instance == BATON_SELF || !PAGE_ALIGNED(arg->start_pa))
 		return -EINVAL;
 	if (arg->start_pa >= SZ_1M)
 		return -ERANGE;
-	cpu = kzalloc(sizeof(*cpu), GFP_KERNEL);
-	if (!cpu)
-		return -ENOMEM;
-	cpu->apic_id = arg->apic_id;
-	cpu->instance = arg->instance;
-
-	ret = mutex_lock_killable(&baton_lock);
-	if (ret)
-		goto free_cpu;
-	ret = -ENOENT;
+	guard(mutex)(&baton_lock);
 	if (!baton_instance_exists(arg->instance))
-		goto unlock;
-
-	/* No CPU comes or goes between the check and the record; afterwards refuse_given() keeps it away. */
-	cpus_read_lock();
-	known = find_given(arg->apic_id);
-	ret = apic_id_is_online(arg->apic_id) || (known && known->instance != arg->instance) ? -EBUSY : 0;
-	if (!ret && !known) {
-		spin_lock(&given_lock);
-		list_add_tail(&cpu->node, &given);
-		spin_unlock(&given_lock);
-		baton_depend();
-	}
-	cpus_read_unlock();
-	if (ret)
-		goto unlock;
-
-	if (arg->how == BATON_CPU_START)
-		ret = send_init(arg->apic_id) ?: send_startup(arg->apic_id, arg->start_pa);
-	if (ret)
+		return -ENOENT;
+	ret = record(arg->apic_id, arg->instance);
+	if (ret || !start)
+		return ret;
+	ret = send_init(arg->apic_id) ?: send_startup(arg->apic_id, arg->start_pa);
+	if (ret) {
 		pr_warn("APIC id %u does not take INIT and SIPI: %pe\n", arg->apic_id, ERR_PTR(ret));
-	if (ret && !known)
-		forget(cpu);
-	else if (known)
-		kfree(cpu);
-	mutex_unlock(&baton_lock);
-	return ret;
-
-unlock:
-	mutex_unlock(&baton_lock);
-free_cpu:
-	kfree(cpu);
+		forget(find_given(arg->apic_id));
+	}
 	return ret;
 }
 
 int baton_cpu_take(struct baton_call *call)
 {
-	struct baton_cpu *arg = &call->cpu;
+	const struct baton_cpu *arg = &call->arg.cpu;
 	struct given_cpu *cpu;
-	bool online;
-	int ret;
+	int ret = 0;
 
-	if (arg->how != BATON_CPU_RECORD && arg->how != BATON_CPU_FENCE)
+	if ((arg->how != BATON_CPU_RECORD && arg->how != BATON_CPU_FENCE) || !apic_id_is_valid(arg->apic_id) ||
+	    arg->instance == BATON_SELF || arg->start_pa)
 		return -EINVAL;
-	if (!apic_id_is_valid(arg->apic_id) || arg->instance == BATON_SELF || arg->start_pa)
-		return -EINVAL;
-	ret = mutex_lock_killable(&baton_lock);
-	if (ret)
-		return ret;
+	guard(mutex)(&baton_lock);
+	scoped_guard(cpus_read_lock)
+		if (apic_id_is_online(arg->apic_id))
+			return -EBUSY;
 	cpu = find_given(arg->apic_id);
-	cpus_read_lock();
-	online = apic_id_is_online(arg->apic_id);
-	cpus_read_unlock();
-	if (online)
-		ret = -EBUSY;
-	else if (!baton_instance_exists(arg->instance) || !cpu)
-		ret = -ENOENT;
-	else if (cpu->instance != arg->instance)
-		ret = -EBUSY;
-	else if (arg->how == BATON_CPU_FENCE)
+	if (!cpu || !baton_instance_exists(arg->instance))
+		return -ENOENT;
+	if (cpu->instance != arg->instance)
+		return -EBUSY;
+	if (arg->how == BATON_CPU_FENCE)
 		ret = send_init(arg->apic_id);
 	if (!ret)
 		forget(cpu);
-	mutex_unlock(&baton_lock);
 	return ret;
 }
 
 int baton_cpu_info(struct baton_call *call)
 {
-	struct baton_cpu_info *info = &call->cpu_info;
+	struct baton_cpu_info *info = &call->arg.cpu_info;
 
 	if (info->cpu >= nr_cpu_ids || !cpu_possible(info->cpu))
 		return -ENOENT;
@@ -269,12 +215,9 @@ void baton_cpus_show(struct seq_file *seq, u32 instance)
 
 	if (!ids)
 		return seq_putc(seq, '?');
-	if (instance == BATON_SELF) {
-		cpus_read_lock();
+	if (instance == BATON_SELF)
 		for_each_online_cpu(number)
 			__set_bit(cpu_physical_id(number), ids);
-		cpus_read_unlock();
-	}
 	list_for_each_entry(cpu, &given, node)
 		if (cpu->instance == instance)
 			__set_bit(cpu->apic_id, ids);
@@ -298,37 +241,38 @@ static irqreturn_t line_rings(int irq, void *data)
 	return IRQ_HANDLED;
 }
 
+void baton_doorbell_close(struct baton_line *line)
+{
+	free_irq(line->irq, line);
+	irq_dispose_mapping(line->irq);
+	eventfd_ctx_put(line->eventfd);
+	kfree(line);
+}
+
 int baton_doorbell_open(struct baton_call *call)
 {
-	struct baton_doorbell *arg = &call->doorbell;
 	struct irq_alloc_info info = { .type = X86_IRQ_ALLOC_TYPE_PCI_MSI, .mask = cpumask_of(0) };
+	struct baton_doorbell *arg = &call->arg.doorbell;
 	struct baton_line *line;
 	struct irq_cfg *cfg;
 	int ret;
 
+	if (call->file->line)
+		return -EBUSY;
 	line = kzalloc(sizeof(*line), GFP_KERNEL);
 	if (!line)
 		return -ENOMEM;
-	mutex_lock(&call->file->lock);
-	if (call->file->line) {
-		ret = -EBUSY;
-		goto free_line;
-	}
 	line->eventfd = eventfd_ctx_fdget(arg->eventfd);
-	if (IS_ERR(line->eventfd)) {
-		ret = -EINVAL;
+	ret = -EINVAL;
+	if (IS_ERR(line->eventfd))
 		goto free_line;
-	}
-	ret = irq_domain_alloc_irqs(x86_vector_domain, 1, NUMA_NO_NODE, &info);
+	ret = line->irq = irq_domain_alloc_irqs(x86_vector_domain, 1, NUMA_NO_NODE, &info);
 	if (ret < 0)
 		goto put_eventfd;
-	line->irq = ret;
 	irq_set_handler(line->irq, handle_edge_irq);
 	/* Before the start, so that it starts there; IRQF_NOBALANCING then keeps it there, against user space as well. */
-	ret = irq_set_affinity(line->irq, cpumask_of(0));
-	if (ret)
-		goto dispose_irq;
-	ret = request_irq(line->irq, line_rings, IRQF_NOBALANCING, "baton-doorbell", line);
+	ret = irq_set_affinity(line->irq, cpumask_of(0)) ?:
+	      request_irq(line->irq, line_rings, IRQF_NOBALANCING, "baton-doorbell", line);
 	if (ret)
 		goto dispose_irq;
 	cfg = irqd_cfg(irq_get_irq_data(line->irq));
@@ -338,7 +282,6 @@ int baton_doorbell_open(struct baton_call *call)
 	if (ret)
 		goto free_irq;
 	call->file->line = line;
-	mutex_unlock(&call->file->lock);
 	return 0;
 
 free_irq:
@@ -348,17 +291,8 @@ dispose_irq:
 put_eventfd:
 	eventfd_ctx_put(line->eventfd);
 free_line:
-	mutex_unlock(&call->file->lock);
 	kfree(line);
 	return ret;
-}
-
-void baton_doorbell_close(struct baton_line *line)
-{
-	free_irq(line->irq, line);
-	irq_dispose_mapping(line->irq);
-	eventfd_ctx_put(line->eventfd);
-	kfree(line);
 }
 
 static bool may_ring(u32 apic_id, u32 vector)
@@ -369,7 +303,7 @@ static bool may_ring(u32 apic_id, u32 vector)
 /* Does not wait for delivery: the next write does, and a ring must not cost more than it has to. */
 int baton_doorbell_ring(struct baton_call *call)
 {
-	struct baton_doorbell *arg = &call->doorbell;
+	struct baton_doorbell *arg = &call->arg.doorbell;
 
 	if (!may_ring(arg->apic_id, arg->vector))
 		return -EINVAL;
@@ -400,13 +334,11 @@ static int notice_panic(struct notifier_block *block, unsigned long action, void
 
 int baton_panic_notice_set(struct baton_call *call)
 {
-	struct baton_panic_notice *arg = &call->panic_notice;
-	struct baton_notice *notice;
-	int ret;
+	const struct baton_panic_notice *arg = &call->arg.panic_notice;
 
 	if (arg->reserved || !IS_ALIGNED(arg->pa, sizeof(u64)) || (arg->vector && !may_ring(arg->apic_id, arg->vector)))
 		return -EINVAL;
-	notice = kzalloc(sizeof(*notice), GFP_KERNEL);
+	struct baton_notice *notice __free(kfree) = kzalloc(sizeof(*notice), GFP_KERNEL);
 	if (!notice)
 		return -ENOMEM;
 	notice->block.notifier_call = notice_panic;
@@ -415,54 +347,36 @@ int baton_panic_notice_set(struct baton_call *call)
 	notice->apic_id = arg->apic_id;
 	notice->vector = arg->vector;
 
-	mutex_lock(&call->file->lock);
-	mutex_lock(&baton_lock);
-	ret = -EBUSY;
+	guard(mutex)(&baton_lock);
 	if (notice_is_set)
-		goto unlock;
-	ret = -ENOENT;
+		return -EBUSY;
 	notice->memory = baton_memory_hold(arg->pa, sizeof(u64), BATON_MEM_OUTSIDE);
 	if (!notice->memory)
-		goto unlock;
-	ret = -ENOMEM;
+		return -ENOENT;
 	notice->word = memremap(arg->pa, sizeof(u64), MEMREMAP_WB);
-	if (!notice->word)
-		goto unhold;
-	atomic_notifier_chain_register(&panic_notifier_list, &notice->block);
+	if (!notice->word) {
+		baton_memory_unhold(notice->memory);
+		return -ENOMEM;
+	}
 	notice_is_set = true;
-	call->file->notice = notice;
-	mutex_unlock(&baton_lock);
-	mutex_unlock(&call->file->lock);
-	return 0;
-
-unhold:
-	baton_memory_unhold(notice->memory);
-unlock:
-	mutex_unlock(&baton_lock);
-	mutex_unlock(&call->file->lock);
-	kfree(notice);
-	return ret;
+	call->file->notice = no_free_ptr(notice);
+	return atomic_notifier_chain_register(&panic_notifier_list, &call->file->notice->block);
 }
 
 void baton_panic_notice_clear(struct baton_notice *notice)
 {
 	atomic_notifier_chain_unregister(&panic_notifier_list, &notice->block);
 	memunmap(notice->word);
-	mutex_lock(&baton_lock);
+	guard(mutex)(&baton_lock);
 	baton_memory_unhold(notice->memory);
 	notice_is_set = false;
-	mutex_unlock(&baton_lock);
 	kfree(notice);
 }
 
 int baton_cpus_init(void)
 {
-	int ret = cpuhp_setup_state_nocalls(CPUHP_BP_PREPARE_DYN, "baton:given", refuse_given, NULL);
-
-	if (ret < 0)
-		return ret;
-	hotplug_state = ret;
-	return 0;
+	hotplug_state = cpuhp_setup_state_nocalls(CPUHP_BP_PREPARE_DYN, "baton:given", refuse_given, NULL);
+	return min(hotplug_state, 0);
 }
 
 void baton_cpus_exit(void)

@@ -11,13 +11,8 @@
  *
  * BATON_SELF stands for the kernel that shows the list. It is not created, so not destroyed either.
  */
-#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/capability.h>
 #include <linux/ctype.h>
-#include <linux/list.h>
-#include <linux/seq_file.h>
-#include <linux/slab.h>
 #include <linux/user_namespace.h>
 #include <linux/utsname.h>
 #include "baton.h"
@@ -30,16 +25,8 @@ struct baton_label {
 	char image[BATON_IMAGE_LEN];
 };
 
-static struct baton_label self = {
-	.id = BATON_SELF,
-	.state = BATON_STATE_RUNNING,
-	.name = "self",
-	.node = { &self.node, &self.node },
-};
-
-/* The list's head is an element too: BATON_SELF, always first. */
-#define for_each_label(label) \
-	for (bool first = true; first || (label) != &self; (label) = list_next_entry(label, node), first = false)
+static LIST_HEAD(labels);	/* under baton_lock */
+static struct baton_label self = { .id = BATON_SELF, .state = BATON_STATE_RUNNING, .name = "self" };
 
 static const char * const state_words[] = {
 	[BATON_STATE_CREATED] = "created",
@@ -53,10 +40,10 @@ static const char * const state_words[] = {
 
 static struct baton_label *find_label(u32 id)
 {
-	struct baton_label *label = &self;
+	struct baton_label *label;
 
 	lockdep_assert_held(&baton_lock);
-	for_each_label(label)
+	list_for_each_entry(label, &labels, node)
 		if (label->id == id)
 			return label;
 	return NULL;
@@ -69,96 +56,72 @@ bool baton_instance_exists(u32 id)
 
 u32 baton_instances_count(void)
 {
-	u32 count;
-
-	mutex_lock(&baton_lock);
-	count = list_count_nodes(&self.node);
-	mutex_unlock(&baton_lock);
-	return count;
+	guard(mutex)(&baton_lock);
+	return list_count_nodes(&labels) - 1;
 }
 
-static bool name_is_valid(const char *name)
+static bool is_name_char(char c)
 {
-	size_t len = strnlen(name, BATON_NAME_LEN);
-
-	for (size_t i = 0; i < len; i++)
-		if (!isascii(name[i]) || (!isalnum(name[i]) && !strchr("._+-", name[i])))
-			return false;
-	return len > 0 && len < BATON_NAME_LEN;
+	return isascii(c) && (isalnum(c) || strchr("._+-", c));
 }
 
-static bool image_is_valid(const char *image)
+static bool is_image_char(char c)
 {
-	size_t len = strnlen(image, BATON_IMAGE_LEN);
+	return isascii(c) && isprint(c);
+}
 
-	for (size_t i = 0; i < len; i++)
-		if (!isascii(image[i]) || !isprint(image[i]))
-			return false;
-	return len < BATON_IMAGE_LEN;
+static bool is_text(const char *text, size_t size, bool (*is_good)(char c))
+{
+	size_t i = 0;
+
+	while (i < size && text[i] && is_good(text[i]))
+		i++;
+	return i < size && !text[i];
 }
 
 int baton_instance_create(struct baton_call *call)
 {
-	struct baton_instance *arg = &call->instance;
-	struct baton_label *label, *other = &self;
-	static u32 last_id;
-	int ret;
+	struct baton_instance *arg = &call->arg.instance;
+	struct baton_label *other;
+	static u32 last_id = BATON_SELF;
 
-	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !name_is_valid(arg->name) ||
-	    !image_is_valid(arg->image))
+	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !arg->name[0] ||
+	    !is_text(arg->name, BATON_NAME_LEN, is_name_char) || !is_text(arg->image, BATON_IMAGE_LEN, is_image_char))
 		return -EINVAL;
-	label = kzalloc(sizeof(*label), GFP_KERNEL);
+	struct baton_label *label __free(kfree) = kzalloc(sizeof(*label), GFP_KERNEL);
 	if (!label)
 		return -ENOMEM;
-	label->state = arg->state;
-	strscpy(label->name, arg->name, sizeof(label->name));
-	strscpy(label->image, arg->image, sizeof(label->image));
-
-	ret = mutex_lock_killable(&baton_lock);
-	if (ret)
-		goto free_label;
-	for_each_label(other) {
-		if (!strcmp(other->name, label->name)) {
-			ret = -EEXIST;
-			goto unlock;
-		}
-	}
+	guard(mutex)(&baton_lock);
+	list_for_each_entry(other, &labels, node)
+		if (!strcmp(other->name, arg->name))
+			return -EEXIST;
 	arg->id = label->id = last_id + 1;
-	ret = baton_reply(call);
-	if (ret)
-		goto unlock;
+	label->state = arg->state;
+	strscpy(label->name, arg->name);
+	strscpy(label->image, arg->image);
+	if (baton_reply(call))
+		return -EFAULT;
 	last_id++;
-	list_add_tail(&label->node, &self.node);
+	list_add_tail(&no_free_ptr(label)->node, &labels);
 	baton_depend();
-	mutex_unlock(&baton_lock);
 	return 0;
-
-unlock:
-	mutex_unlock(&baton_lock);
-free_label:
-	kfree(label);
-	return ret;
 }
 
 int baton_instance_update(struct baton_call *call)
 {
-	struct baton_instance *arg = &call->instance;
+	const struct baton_instance *arg = &call->arg.instance;
 	struct baton_label *label;
-	int ret;
 
-	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !image_is_valid(arg->image))
+	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !is_text(arg->image, BATON_IMAGE_LEN, is_image_char))
 		return -EINVAL;
-	ret = mutex_lock_killable(&baton_lock);
-	if (ret)
-		return ret;
+	guard(mutex)(&baton_lock);
 	label = find_label(arg->id);
-	if (label) {
-		label->state = arg->state;
-		if (arg->image[0])
-			strscpy(label->image, arg->image, sizeof(label->image));
-	}
-	mutex_unlock(&baton_lock);
-	return label ? 0 : -ENOENT;
+	if (!label)
+		return -ENOENT;
+	label->state = arg->state;
+	if (arg->image[0])
+		strscpy(label->image, arg->image);
+	return 0;
 }
 
 int baton_instance_destroy(struct baton_call *call)
@@ -166,48 +129,44 @@ int baton_instance_destroy(struct baton_call *call)
 	struct baton_label *label;
 	int ret;
 
-	if (call->instance.reserved || call->instance.id == BATON_SELF)
+	if (call->arg.instance.reserved || call->arg.instance.id == BATON_SELF)
 		return -EINVAL;
-	ret = mutex_lock_killable(&baton_lock);
+	guard(mutex)(&baton_lock);
+	label = find_label(call->arg.instance.id);
+	if (!label)
+		return -ENOENT;
+	if (baton_cpus_recorded(label->id))
+		return -EBUSY;
+	ret = baton_memory_give_back_all(label->id);
 	if (ret)
 		return ret;
-	label = find_label(call->instance.id);
-	if (!label)
-		ret = -ENOENT;
-	else if (baton_cpus_recorded(label->id))
-		ret = -EBUSY;
-	else
-		ret = baton_memory_give_back_all(label->id);
-	if (!ret) {
-		list_del(&label->node);
-		kfree(label);
-		baton_release();
-	}
-	mutex_unlock(&baton_lock);
-	return ret;
+	list_del(&label->node);
+	kfree(label);
+	baton_release();
+	return 0;
 }
 
-/* One row an instance, columns apart by one blank, the image last since it may hold blanks; "-" is "none", or "not for you". */
+/* One row an instance, columns apart by one blank; the image is last, since it may hold blanks. "-": none, or not for you. */
 int baton_instances_show(struct seq_file *seq, void *unused)
 {
 	/* Like /proc/iomem: physical addresses are not for everybody. */
 	bool with_addresses = file_ns_capable(seq->file, &init_user_ns, CAP_SYS_ADMIN);
-	struct baton_label *label = &self;
-	int ret;
+	struct baton_label *label;
 
-	ret = mutex_lock_killable(&baton_lock);
-	if (ret)
-		return ret;
-	if (!self.image[0])
-		strscpy(self.image, init_utsname()->release, sizeof(self.image));
+	guard(mutex)(&baton_lock);
 	seq_puts(seq, "id name state cpus bytes ranges image\n");
-	for_each_label(label) {
+	list_for_each_entry(label, &labels, node) {
 		seq_printf(seq, "%u %s %s ", label->id, label->name, state_words[label->state]);
 		baton_cpus_show(seq, label->id);
 		seq_putc(seq, ' ');
 		baton_memory_show(seq, label->id, with_addresses);
 		seq_printf(seq, " %s\n", label->image[0] ? label->image : "-");
 	}
-	mutex_unlock(&baton_lock);
 	return 0;
+}
+
+void baton_instances_init(void)
+{
+	strscpy(self.image, init_utsname()->release);
+	list_add(&self.node, &labels);
 }

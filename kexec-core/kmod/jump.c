@@ -17,13 +17,9 @@
  *
  * NMIs cannot be turned off. They find their handlers through the upper half, and go back to where they interrupted.
  */
-#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/cpu.h>
-#include <linux/io.h>
 #include <linux/irqflags.h>
 #include <linux/linkage.h>
-#include <linux/mm.h>
 #include <linux/nmi.h>
 #include <linux/objtool.h>
 #include <asm/ibt.h>
@@ -34,7 +30,7 @@
 
 /* Written by baton_leave(), read by baton_return. One CPU at a time can be the last. */
 static struct {
-	u64 rsp, rbx, rbp, r12, r13, r14, r15, cr3, cr4;
+	u64 rsp, rbp, rbx, r12, r13, r14, r15, cr3, cr4;
 } baton_left __used;
 
 void baton_leave(u64 entry_pa, u64 arg_pa, u64 table_pa);
@@ -48,12 +44,9 @@ asm(
 	".globl baton_leave\n"
 	".type baton_leave, @function\n"
 	"baton_leave:\n"
-	"	mov	%rsp, baton_left+0(%rip)\n"
-	"	mov	%rbx, baton_left+8(%rip)\n"
-	"	mov	%rbp, baton_left+16(%rip)\n"
-	"	mov	%r12, baton_left+24(%rip)\n"
-	"	mov	%r13, baton_left+32(%rip)\n"
-	"	mov	%r14, baton_left+40(%rip)\n"
+	"	mov	%rsp, baton_left+0(%rip);	mov	%rbp, baton_left+8(%rip)\n"
+	"	mov	%rbx, baton_left+16(%rip);	mov	%r12, baton_left+24(%rip)\n"
+	"	mov	%r13, baton_left+32(%rip);	mov	%r14, baton_left+40(%rip)\n"
 	"	mov	%r15, baton_left+48(%rip)\n"
 	"	mov	%cr3, %rax\n"
 	"	mov	%rax, baton_left+56(%rip)\n"
@@ -75,12 +68,9 @@ asm(
 	"	mov	%rax, %cr4\n"
 	"	mov	baton_left+56(%rip), %rax\n"
 	"	mov	%rax, %cr3\n"
-	"	mov	baton_left+0(%rip), %rsp\n"
-	"	mov	baton_left+8(%rip), %rbx\n"
-	"	mov	baton_left+16(%rip), %rbp\n"
-	"	mov	baton_left+24(%rip), %r12\n"
-	"	mov	baton_left+32(%rip), %r13\n"
-	"	mov	baton_left+40(%rip), %r14\n"
+	"	mov	baton_left+0(%rip), %rsp;	mov	baton_left+8(%rip), %rbp\n"
+	"	mov	baton_left+16(%rip), %rbx;	mov	baton_left+24(%rip), %r12\n"
+	"	mov	baton_left+32(%rip), %r13;	mov	baton_left+40(%rip), %r14\n"
 	"	mov	baton_left+48(%rip), %r15\n"
 	"	pushq	$2\n"				/* no flag but the one that is always set: IF, DF, NT, AC are clear */
 	"	popfq\n"
@@ -101,22 +91,18 @@ static void compose_table(u64 *table, const u64 *ident)
 
 static u64 leave_and_return(const struct baton_yield *arg)
 {
-	unsigned long flags;
 	u64 left;
 
-	local_irq_save(flags);
+	guard(irqsave)();
 	left = rdtsc_ordered();
 	baton_leave(arg->entry_pa, arg->arg_pa, arg->table_pa);
-	left = rdtsc_ordered() - left;
 	touch_softlockup_watchdog();
-	local_irq_restore(flags);
-	return left;
+	return rdtsc_ordered() - left;
 }
 
 int baton_yield(struct baton_call *call)
 {
-	struct baton_yield *arg = &call->yield;
-	struct baton_memory *table_memory, *ident_memory;
+	struct baton_yield *arg = &call->arg.yield;
 	u64 *table, *ident;
 	int ret;
 
@@ -126,42 +112,28 @@ int baton_yield(struct baton_call *call)
 	/* With page table isolation, the NMI entry takes a CR3 with this bit for that of user space and "corrects" it. */
 	if (cpu_feature_enabled(X86_FEATURE_PTI) && arg->table_pa & PAGE_SIZE)
 		return -EINVAL;
-
-	ret = mutex_lock_killable(&baton_lock);
-	if (ret)
-		return ret;
-	ret = -ENOENT;
-	table_memory = baton_memory_hold(arg->table_pa, PAGE_SIZE, -1);
-	if (!table_memory)
-		goto unlock;
-	ident_memory = baton_memory_hold(arg->ident_pa, PAGE_SIZE, -1);
-	if (!ident_memory)
-		goto unhold_table;
+	guard(mutex)(&baton_lock);	/* what the objects are now, they stay */
+	if (!baton_memory_find(arg->table_pa, PAGE_SIZE) || !baton_memory_find(arg->ident_pa, PAGE_SIZE))
+		return -ENOENT;
 	ret = -ENOMEM;
 	table = memremap(arg->table_pa, PAGE_SIZE, MEMREMAP_WB);
 	if (!table)
-		goto unhold_ident;
+		return ret;
 	ident = memremap(arg->ident_pa, PAGE_SIZE, MEMREMAP_WB);
 	if (!ident)
 		goto unmap_table;
-
 	cpu_hotplug_disable();
 	ret = -EBUSY;
-	if (num_online_cpus() == 1) {
-		compose_table(table, ident);
-		arg->away_tsc = leave_and_return(arg);
-		ret = baton_reply(call);
-	}
-	cpu_hotplug_enable();
+	if (num_online_cpus() != 1)
+		goto enable_hotplug;
+	compose_table(table, ident);
+	arg->away_tsc = leave_and_return(arg);
+	ret = baton_reply(call);
 
+enable_hotplug:
+	cpu_hotplug_enable();
 	memunmap(ident);
 unmap_table:
 	memunmap(table);
-unhold_ident:
-	baton_memory_unhold(ident_memory);
-unhold_table:
-	baton_memory_unhold(table_memory);
-unlock:
-	mutex_unlock(&baton_lock);
 	return ret;
 }

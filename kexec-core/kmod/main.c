@@ -2,8 +2,8 @@
 /*
  * DOC: baton.ko, the kernel half of a live update
  *
- * Mechanism only: it pins memory, starts and stops CPUs, rings and hears doorbells, leaves this kernel and comes back, shows chosen
- * PCI functions. Why and when is decided in user space; whatever can be computed there, is.
+ * Mechanism only: it pins memory, starts and stops CPUs, rings and hears doorbells, leaves this kernel and comes back, shows
+ * chosen PCI functions. Why and when is decided in user space; whatever can be computed there, is.
  *
  * 1. A caller with CAP_SYS_ADMIN opens /dev/baton and creates an instance.
  * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
@@ -13,8 +13,6 @@
  *
  * Unhappy path: every call either does all of what it says or none of it.
  */
-#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/capability.h>
 #include <linux/cc_platform.h>
 #include <linux/cpumask.h>
@@ -23,7 +21,6 @@
 #include <linux/module.h>
 #include <linux/proc_fs.h>
 #include <linux/security.h>
-#include <linux/slab.h>
 #include <linux/uaccess.h>
 #include <asm/apic.h>
 #include <asm/cpufeature.h>
@@ -45,12 +42,12 @@ void baton_release(void)
 
 int baton_reply(const struct baton_call *call)
 {
-	return copy_to_user(call->user, &call->size, call->copied) ? -EFAULT : 0;
+	return copy_to_user(call->user, &call->arg, call->copied) ? -EFAULT : 0;
 }
 
 static int baton_info(struct baton_call *call)
 {
-	struct baton_info *info = &call->info;
+	struct baton_info *info = &call->arg.info;
 
 	info->abi = BATON_ABI_VERSION;
 	info->flags = (x2apic_mode ? BATON_INFO_X2APIC : 0) |
@@ -75,34 +72,27 @@ struct baton_op {
 	int (*run)(struct baton_call *call);
 };
 
-#define OP(_cmd, _run, _struct, _last, _mutates)			\
-	{								\
-		.cmd = (_cmd),						\
-		.size = sizeof(struct _struct) +			\
-			BUILD_BUG_ON_ZERO(offsetof(struct _struct, size)), \
-		.min_size = offsetofend(struct _struct, _last),		\
-		.mutates = (_mutates),					\
-		.run = (_run),						\
-	}
+#define OP(_cmd, _run, _struct, _last, _mutates) \
+	{ BATON_IOC_##_cmd, sizeof(struct _struct), offsetofend(struct _struct, _last), _mutates, _run }
 
 static const struct baton_op baton_ops[] = {
-	OP(BATON_IOC_INFO, baton_info, baton_info, abi, false),
-	OP(BATON_IOC_CPU_INFO, baton_cpu_info, baton_cpu_info, flags, false),
-	OP(BATON_IOC_INSTANCE_CREATE, baton_instance_create, baton_instance, name, true),
-	OP(BATON_IOC_INSTANCE_UPDATE, baton_instance_update, baton_instance, state, true),
-	OP(BATON_IOC_INSTANCE_DESTROY, baton_instance_destroy, baton_instance, id, true),
-	OP(BATON_IOC_MEM_TAKE, baton_mem_take, baton_mem, len, true),
-	OP(BATON_IOC_MEM_GIVE_BACK, baton_mem_give_back, baton_mem, len, true),
-	OP(BATON_IOC_MEM_FD, baton_mem_fd, baton_mem_fd, fd, true),
-	OP(BATON_IOC_MEM_ADOPT, baton_mem_adopt, baton_adopt, len, true),
-	OP(BATON_IOC_CPU_GIVE, baton_cpu_give, baton_cpu, how, true),
-	OP(BATON_IOC_CPU_TAKE, baton_cpu_take, baton_cpu, how, true),
-	OP(BATON_IOC_DOORBELL_OPEN, baton_doorbell_open, baton_doorbell, vector, true),
-	OP(BATON_IOC_DOORBELL_RING, baton_doorbell_ring, baton_doorbell, vector, true),
-	OP(BATON_IOC_YIELD, baton_yield, baton_yield, ident_pa, true),
-	OP(BATON_IOC_PCI_ADD, baton_pci_add, baton_pci, functions, true),
-	OP(BATON_IOC_PCI_REMOVE, baton_pci_remove, baton_pci, domain, true),
-	OP(BATON_IOC_PANIC_NOTICE, baton_panic_notice_set, baton_panic_notice, value, true),
+	OP(INFO, baton_info, baton_info, abi, false),
+	OP(CPU_INFO, baton_cpu_info, baton_cpu_info, flags, false),
+	OP(INSTANCE_CREATE, baton_instance_create, baton_instance, name, true),
+	OP(INSTANCE_UPDATE, baton_instance_update, baton_instance, state, true),
+	OP(INSTANCE_DESTROY, baton_instance_destroy, baton_instance, id, true),
+	OP(MEM_TAKE, baton_mem_take, baton_mem, len, true),
+	OP(MEM_GIVE_BACK, baton_mem_give_back, baton_mem, len, true),
+	OP(MEM_FD, baton_mem_fd, baton_mem_fd, fd, true),
+	OP(MEM_ADOPT, baton_mem_adopt, baton_adopt, len, true),
+	OP(CPU_GIVE, baton_cpu_give, baton_cpu, how, true),
+	OP(CPU_TAKE, baton_cpu_take, baton_cpu, how, true),
+	OP(DOORBELL_OPEN, baton_doorbell_open, baton_doorbell, vector, true),
+	OP(DOORBELL_RING, baton_doorbell_ring, baton_doorbell, vector, true),
+	OP(YIELD, baton_yield, baton_yield, ident_pa, true),
+	OP(PCI_ADD, baton_pci_add, baton_pci, functions, true),
+	OP(PCI_REMOVE, baton_pci_remove, baton_pci, domain, true),
+	OP(PANIC_NOTICE, baton_panic_notice_set, baton_panic_notice, value, true),
 };
 
 static int baton_may_mutate(void)
@@ -110,7 +100,8 @@ static int baton_may_mutate(void)
 	if (!capable(CAP_SYS_ADMIN) || security_locked_down(LOCKDOWN_KEXEC))
 		return -EPERM;
 	/* Page tables of our own need plain physical addresses, INIT/SIPI a real (or fully virtualised) APIC. */
-	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT) || cpu_feature_enabled(X86_FEATURE_XENPV))
+	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT) || cpu_feature_enabled(X86_FEATURE_XENPV) ||
+	    !boot_cpu_has(X86_FEATURE_APIC))
 		return -EOPNOTSUPP;
 	return 0;
 }
@@ -125,21 +116,23 @@ static long baton_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	for (op = baton_ops; op->cmd != cmd; op++)
 		if (op == &baton_ops[ARRAY_SIZE(baton_ops) - 1])
 			return -ENOTTY;
-	if (op->mutates) {
-		ret = baton_may_mutate();
-		if (ret)
-			return ret;
-	}
+	ret = op->mutates ? baton_may_mutate() : 0;
+	if (ret)
+		return ret;
 	if (get_user(user_size, (u32 __user *)call.user))
 		return -EFAULT;
 	if (user_size < op->min_size)
 		return -EINVAL;
 	if (user_size > PAGE_SIZE)
 		return -E2BIG;
-	ret = copy_struct_from_user(&call.size, op->size, call.user, user_size);
+	ret = copy_struct_from_user(&call.arg, op->size, call.user, user_size);
 	if (ret)
 		return ret;
 	call.copied = min_t(size_t, user_size, op->size);
+	/* Only the two calls that make something of the file; a ring must not wait for anybody. */
+	if (op->run != baton_doorbell_open && op->run != baton_panic_notice_set)
+		return op->run(&call);
+	guard(mutex)(&call.file->lock);
 	return op->run(&call);
 }
 
@@ -185,6 +178,7 @@ static int __init baton_init(void)
 {
 	int ret;
 
+	baton_instances_init();
 	ret = baton_cpus_init();
 	if (ret)
 		return ret;

@@ -9,14 +9,8 @@
  * 1. ADD: map, scan, claim what the firmware assigned (nothing is moved), add the devices.
  * 2. REMOVE: stop the drivers, remove the devices and the bus, unmap.
  */
-#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
-#include <linux/io.h>
 #include <linux/ioport.h>
-#include <linux/list.h>
 #include <linux/pci.h>
-#include <linux/sizes.h>
-#include <linux/slab.h>
 #include "baton.h"
 
 struct baton_root {
@@ -56,23 +50,20 @@ static void unmap_functions(struct baton_root *root)
 		iounmap(root->function[--root->functions].config);
 }
 
+/* What is mapped when it fails, the caller unmaps. */
 static int map_functions(struct baton_root *root, const struct baton_pci *arg)
 {
 	for (u32 i = 0; i < arg->functions; i++) {
 		u64 pa = arg->ecam_pa + ((u64)arg->bdf[i] << 12);
 		void __iomem *config = ioremap(pa, SZ_4K);
 
-		if (!config) {
-			unmap_functions(root);
+		if (!config)
 			return -ENOMEM;
-		}
 		root->function[i].bdf = arg->bdf[i];
 		root->function[i].config = config;
 		root->functions++;
-		if (PCI_POSSIBLE_ERROR(readl(config))) {
-			unmap_functions(root);
+		if (PCI_POSSIBLE_ERROR(readl(config)))
 			return -ENOENT;
-		}
 	}
 	return 0;
 }
@@ -105,6 +96,7 @@ static struct baton_root *find_root(int domain)
 {
 	struct baton_root *root;
 
+	lockdep_assert_held(&pci_roots_lock);
 	list_for_each_entry(root, &roots, node)
 		if (root->sysdata.domain == domain)
 			return root;
@@ -116,13 +108,9 @@ static int check_functions(const struct baton_pci *arg)
 	if (arg->domain > INT_MAX || arg->bus_end > 0xff || !arg->functions || arg->functions > BATON_PCI_MAX ||
 	    !arg->ecam_pa || !IS_ALIGNED(arg->ecam_pa, SZ_1M))
 		return -EINVAL;
-	for (u32 i = 0; i < arg->functions; i++) {
+	for (u32 i = 0; i < arg->functions; i++)
 		if (PCI_BUS_NUM(arg->bdf[i]) > arg->bus_end)
 			return -EINVAL;
-		for (u32 j = 0; j < i; j++)
-			if (arg->bdf[i] == arg->bdf[j])
-				return -EINVAL;
-	}
 	if (arg->ecam_pa + ((u64)(arg->bus_end + 1) << 20) > BIT_ULL(boot_cpu_data.x86_phys_bits) ||
 	    region_intersects(arg->ecam_pa, (u64)(arg->bus_end + 1) << 20, IORESOURCE_SYSTEM_RAM,
 			      IORES_DESC_NONE) != REGION_DISJOINT)
@@ -132,71 +120,53 @@ static int check_functions(const struct baton_pci *arg)
 
 int baton_pci_add(struct baton_call *call)
 {
-	const struct baton_pci *arg = &call->pci;
-	struct baton_root *root;
-	int ret;
+	const struct baton_pci *arg = &call->arg.pci;
+	int ret = check_functions(arg);
 
-	ret = check_functions(arg);
 	if (ret)
 		return ret;
-	root = kzalloc(sizeof(*root), GFP_KERNEL);
+	struct baton_root *root __free(kfree) = kzalloc(sizeof(*root), GFP_KERNEL);
 	if (!root)
 		return -ENOMEM;
 	root->sysdata.domain = arg->domain;
 	root->sysdata.node = NUMA_NO_NODE;
-	root->busn.name = "baton";
-	root->busn.end = arg->bus_end;
-	root->busn.flags = IORESOURCE_BUS;
+	root->busn = (struct resource) { .name = "baton", .end = arg->bus_end, .flags = IORESOURCE_BUS };
 
-	ret = mutex_lock_killable(&pci_roots_lock);
-	if (ret)
-		goto free_root;
-	ret = -EEXIST;
+	guard(mutex)(&pci_roots_lock);
 	if (find_root(arg->domain) || pci_find_bus(arg->domain, 0))
-		goto unlock;
+		return -EEXIST;
 	ret = map_functions(root, arg);
-	if (ret)
-		goto unlock;
-	pci_lock_rescan_remove();
-	ret = scan(root);
-	pci_unlock_rescan_remove();
-	if (ret)
-		goto unmap;
-	list_add_tail(&root->node, &roots);
+	if (!ret) {
+		pci_lock_rescan_remove();
+		ret = scan(root);
+		pci_unlock_rescan_remove();
+	}
+	if (ret) {
+		unmap_functions(root);
+		return ret;
+	}
+	list_add_tail(&no_free_ptr(root)->node, &roots);
 	baton_depend();
-	mutex_unlock(&pci_roots_lock);
 	return 0;
-
-unmap:
-	unmap_functions(root);
-unlock:
-	mutex_unlock(&pci_roots_lock);
-free_root:
-	kfree(root);
-	return ret;
 }
 
 int baton_pci_remove(struct baton_call *call)
 {
 	struct baton_root *root;
-	int ret;
 
-	if (call->pci.domain > INT_MAX)
+	if (call->arg.pci.domain > INT_MAX)
 		return -EINVAL;
-	ret = mutex_lock_killable(&pci_roots_lock);
-	if (ret)
-		return ret;
-	root = find_root(call->pci.domain);
-	if (root) {
-		pci_lock_rescan_remove();
-		pci_stop_root_bus(root->bus);
-		pci_remove_root_bus(root->bus);
-		pci_unlock_rescan_remove();
-		list_del(&root->node);
-		unmap_functions(root);
-		kfree(root);
-		baton_release();
-	}
-	mutex_unlock(&pci_roots_lock);
-	return root ? 0 : -ENOENT;
+	guard(mutex)(&pci_roots_lock);
+	root = find_root(call->arg.pci.domain);
+	if (!root)
+		return -ENOENT;
+	pci_lock_rescan_remove();
+	pci_stop_root_bus(root->bus);
+	pci_remove_root_bus(root->bus);
+	pci_unlock_rescan_remove();
+	list_del(&root->node);
+	unmap_functions(root);
+	kfree(root);
+	baton_release();
+	return 0;
 }
