@@ -251,7 +251,8 @@ impl Update {
         std::mem::take(&mut self.journal)
     }
 
-    /// Brings a new update to where the lines of an old one end: after a restart of the agent.
+    /// Brings a new update to where the lines of an old one end: after a restart of the agent, which answers the
+    /// effect under way with `Unknown`, and so goes back in order.
     ///
     /// # Errors
     /// If the lines are of another version or plan, or are not all there.

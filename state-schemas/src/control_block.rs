@@ -38,7 +38,7 @@ pub const SIZE: u64 = 1024 * KIB;
 pub const BOOT_PARAMS: Piece = Piece { offset: 0, size: 4 * KIB };
 /// The kernel's command line, NUL-terminated.
 pub const CMDLINE: Piece = Piece::after(BOOT_PARAMS, 4 * KIB);
-/// [`ControlWords`].
+/// The [`words`].
 pub const WORDS: Piece = Piece::after(CMDLINE, 4 * KIB);
 /// Arguments of the incumbent's yield loop (`trampoline::YieldArgs`).
 pub const YIELD_ARGS: Piece = Piece::after(WORDS, 4 * KIB);

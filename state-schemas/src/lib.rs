@@ -1,4 +1,4 @@
-//! WHAT crosses: every byte that both kernels must agree on. No I/O, no unsafe code.
+#![doc = include_str!("../README.md")]
 #![forbid(unsafe_code)]
 
 pub mod arena;

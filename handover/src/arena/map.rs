@@ -1,4 +1,5 @@
-//! A hash map from byte strings to a word, by linear hashing: it grows one bucket at a time and never rehashes all.
+//! A hash map from byte strings to a word, by linear hashing: it grows and shrinks one bucket at a time and never
+//! rehashes all.
 //!
 //! ```text
 //! map      count   buckets   segment[0] ... segment[31]
@@ -7,7 +8,7 @@
 //! ```
 //!
 //! With `low` the largest power of two not above `buckets`, a hash belongs to bucket `hash % 2·low` if there is one of
-//! that number, else to `hash % low`. Adding bucket `n` splits bucket `n - low`, nothing else. A segment's words are
+//! that number, else to `hash % low`. Adding bucket `n` splits bucket `n - low`, nothing else; taking it away joins them again. A segment's words are
 //! written when their bucket is split off, so that allocating one does not mean clearing it: a service with a
 //! million keys has no pause at any insert.
 
@@ -23,6 +24,9 @@ const SEGMENT_COUNT: u32 = 32;
 const MAP_BYTES: u64 = SEGMENTS + 8 * SEGMENT_COUNT as u64;
 /// Buckets of the first segment, and of an empty map.
 const FIRST: u64 = 8;
+
+/// A map with more buckets than this for each key loses as many with each key that it loses.
+const SHRINK: u64 = 4;
 
 const NEXT: u64 = 0;
 const HASH: u64 = 8;
@@ -147,6 +151,12 @@ impl Arena<'_> {
         self.set_word(link, next)?;
         self.set_word(map + COUNT, count - 1)?;
         self.free(entry)?;
+        for _ in 0..SHRINK {
+            if (count - 1).saturating_mul(SHRINK) >= self.word(map + BUCKETS)? {
+                break;
+            }
+            self.map_shrink(map)?;
+        }
         Ok(Some(result))
     }
 
@@ -301,6 +311,44 @@ impl Arena<'_> {
         self.set_word(old_at, stay)?;
         self.set_word(new_at, go)?;
         self.set_word(map + BUCKETS, new + 1)
+    }
+
+    /// Takes the last bucket away: its chain goes in front of that which it was once split from.
+    fn map_shrink(&mut self, map: u64) -> Result<(), ArenaError> {
+        let last = self.map_buckets(map)? - 1;
+        if last < FIRST {
+            return Ok(());
+        }
+        let last_at = self.bucket_at(map, last)?;
+        let into_at = self.bucket_at(map, last - low(last))?;
+        let chain = self.offset(last_at)?;
+        if chain != 0 {
+            let mut tail = chain;
+            let mut left = self.map_len(map)?;
+            loop {
+                let next = self.offset(tail + NEXT)?;
+                if next == 0 {
+                    break;
+                }
+                if left == 0 {
+                    return corrupt("a chain is longer than its map", last_at);
+                }
+                left -= 1;
+                tail = next;
+            }
+            let rest = self.offset(into_at)?;
+            self.set_word(tail + NEXT, rest)?;
+            self.set_word(into_at, chain)?;
+        }
+        self.set_word(map + BUCKETS, last)?;
+        let (segment, index) = locate(last);
+        if index == 0 {
+            let word_at = map + SEGMENTS + 8 * u64::from(segment);
+            let at = self.offset(word_at)?;
+            self.set_word(word_at, 0)?;
+            self.free(at)?;
+        }
+        Ok(())
     }
 
     /// For `verify`: walks the map, gives each of its blocks to `seen` and each entry's kind and value to `value`.

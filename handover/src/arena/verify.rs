@@ -137,7 +137,7 @@ impl Store<'_> {
             }
         })?;
         if reached != blocks {
-            return Err(corrupt::<()>("a block that nothing refers to", FIRST_BLOCK).unwrap_err().into());
+            return Ok(corrupt("a block that nothing refers to", FIRST_BLOCK)?);
         }
         Ok(Verified { keys: self.len()?, blocks, free_blocks })
     }
