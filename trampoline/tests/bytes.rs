@@ -1,5 +1,5 @@
 //! The three pages as bytes: every instruction decodes in the mode the CPU will be in, refers to nothing outside its
-//! page and its arguments, and the data between them is what the manual wants. Whether it *works* is `run.rs`' matter.
+//! page and its arguments, and the data between them is what the manual wants. Whether it *works* is the matter of `run/`.
 
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, OpKind, Register};
 use proptest::prelude::*;

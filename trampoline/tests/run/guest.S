@@ -1,4 +1,4 @@
-# The other side of every test in run.rs: a firmware image's reset stub, a probe that notes down the state in which a CPU
+# The other side of every test in this folder: a firmware image's reset stub, a probe that notes down the state in which a CPU
 # arrives, and an interpreter of scripts (script.rs), so that a test is written in Rust and not here.
 #
 # Lies in ROM at {guest}, runs there. Label prefix: guest_.

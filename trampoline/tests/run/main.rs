@@ -140,6 +140,8 @@ fn a_dying_kernels_cpu_parks_and_comes_back_clean() {
         .parked(0b10)
         .wake(1, probe())
         .parked(0b10)
+        .nmi(1)
+        .nmis(1)
         .next(1, halt)
         .wake(1, probe())
         .arrived(1, 2)
