@@ -371,3 +371,22 @@ fn a_full_arena_says_so_and_stays_usable() {
     store.set(b"large", &[1; 50_000]).unwrap();
     store.verify().unwrap();
 }
+
+#[test]
+fn a_change_that_finds_corruption_leaves_its_mark() {
+    let mut memory = vec![0; 1 << 16];
+    let mut store = Store::create(&mut memory, "kv", 1, 0).unwrap();
+    store.rpush(b"list", b"first").unwrap();
+    store.rpush(b"list", b"second").unwrap();
+    let top = store.usage().top as usize;
+    // The first item's node, found by its bytes; its link to the second, three words before, leads nowhere.
+    let at = memory[..top].windows(5).position(|bytes| bytes == b"first").unwrap() - 24;
+    memory[at..at + 8].copy_from_slice(&(1u64 << 40).to_le_bytes());
+    let mut store = Store::attach(&mut memory).unwrap();
+    let error = store.lpop(b"list").unwrap_err();
+    assert!(matches!(error, StoreError::Arena(ArenaError::Corrupt { .. })), "{error}");
+    // It may still be read, and is no longer taken for whole: not even after a change that went well.
+    store.set(b"other", b"value").unwrap();
+    let error = Store::attach(&mut memory).unwrap_err();
+    assert!(matches!(error, StoreError::Arena(ArenaError::Header(ArenaHeaderError::Torn { .. }))), "{error}");
+}
