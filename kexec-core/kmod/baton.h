@@ -2,8 +2,8 @@
 /*
  * What the files of baton.ko know of each other. The contract with user space is uapi/baton.h.
  *
- * Lock order: file->lock -> baton_lock -> cpu_hotplug_lock -> given_lock. pci_roots_lock -> pci_rescan_remove_lock stand
- * alone. BATON_IOC_DOORBELL_RING takes none: it lies on the path that is measured.
+ * Lock order: baton_lock -> cpu_hotplug_lock -> given_lock. pci_roots_lock -> pci_rescan_remove_lock stand alone.
+ * BATON_IOC_DOORBELL_RING takes none: it lies on the path that is measured.
  */
 #ifndef _BATON_H
 #define _BATON_H
@@ -22,9 +22,8 @@ struct baton_memory;
 struct baton_line;
 struct baton_notice;
 
-/* One open file of /dev/baton: what ends with it. */
+/* One open file of /dev/baton: what ends with it. Under baton_lock. */
 struct baton_file {
-	struct mutex lock;		/* guards the pointers below */
 	struct baton_line *line;	/* its doorbell */
 	struct baton_notice *notice;	/* its panic notice */
 };
@@ -66,7 +65,7 @@ int baton_instance_destroy(struct baton_call *call);
 
 /* memory.c */
 struct baton_memory *baton_memory_find(u64 start, u64 len);
-struct baton_memory *baton_memory_hold(u64 start, u64 len, int how);
+struct baton_memory *baton_memory_hold(u64 start, u64 len);
 void baton_memory_unhold(struct baton_memory *memory);
 int baton_memory_give_back_all(u32 instance);
 void baton_memory_show(struct seq_file *seq, u32 instance, bool with_addresses);

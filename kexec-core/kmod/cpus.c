@@ -2,18 +2,18 @@
 /*
  * DOC: CPUs, doorbells, the panic notice
  *
- * A CPU that user space has offlined can be recorded as given to an instance. Until its record is taken back, a hotplug
- * callback of ours refuses to online it: INIT and SIPI would tear it out of the other kernel.
+ * A CPU that user space has offlined can be recorded as given to an instance. Until its record is taken back, a
+ * hotplug callback of ours refuses to online it: INIT and SIPI would tear it out of the other kernel.
  *
  * 1. GIVE records it; START also sends INIT, SIPI, SIPI, so that it runs at start_pa in real mode.
  * 2. TAKE ends the record; FENCE first sends INIT, so that it stops whatever it does and waits for a SIPI.
  *
- * A doorbell is a vector on CPU 0, the one that is offlined last. Its affinity is fixed, so that vector and APIC id can be
- * told to the other kernel once and for all.
+ * A doorbell is a vector on CPU 0, the one that is offlined last. Its affinity is fixed, so that vector and APIC id
+ * can be told to the other kernel once and for all.
  *
- * The ICR is written through struct apic, which knows xAPIC from x2APIC and what a hypervisor put in between. In xAPIC mode
- * it is two registers: icr_write() keeps interrupts off between them, and what Linux sends from NMIs uses a shorthand,
- * which leaves the destination register alone.
+ * The ICR is written through struct apic, which knows xAPIC from x2APIC and what a hypervisor put in between. In
+ * xAPIC mode it is two registers: icr_write() keeps interrupts off between them, and what Linux sends from NMIs uses
+ * a shorthand, which leaves the destination register alone.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -121,8 +121,7 @@ static int record(u32 apic_id, u32 instance)
 
 	if (!cpu)
 		return -ENOMEM;
-	cpu->apic_id = apic_id;
-	cpu->instance = instance;
+	*cpu = (struct given_cpu) { .apic_id = apic_id, .instance = instance };
 	guard(cpus_read_lock)();
 	if (apic_id_is_online(apic_id) || (known && known->instance != instance))
 		return -EBUSY;
@@ -235,9 +234,7 @@ struct baton_line {
 
 static irqreturn_t line_rings(int irq, void *data)
 {
-	struct baton_line *line = data;
-
-	eventfd_signal(line->eventfd);
+	eventfd_signal(((struct baton_line *)data)->eventfd);
 	return IRQ_HANDLED;
 }
 
@@ -257,6 +254,7 @@ int baton_doorbell_open(struct baton_call *call)
 	struct irq_cfg *cfg;
 	int ret;
 
+	guard(mutex)(&baton_lock);
 	if (call->file->line)
 		return -EBUSY;
 	line = kzalloc(sizeof(*line), GFP_KERNEL);
@@ -313,10 +311,8 @@ int baton_doorbell_ring(struct baton_call *call)
 struct baton_notice {
 	struct notifier_block block;
 	struct baton_memory *memory;
+	struct baton_panic_notice arg;
 	u64 *word;
-	u64 value;
-	u32 apic_id;
-	u32 vector;
 };
 
 static bool notice_is_set;	/* under baton_lock */
@@ -326,9 +322,9 @@ static int notice_panic(struct notifier_block *block, unsigned long action, void
 {
 	struct baton_notice *notice = container_of(block, struct baton_notice, block);
 
-	WRITE_ONCE(*notice->word, notice->value);
-	if (notice->vector)
-		write_icr(notice->apic_id, APIC_DM_FIXED | notice->vector);
+	WRITE_ONCE(*notice->word, notice->arg.value);
+	if (notice->arg.vector)
+		write_icr(notice->arg.apic_id, APIC_DM_FIXED | notice->arg.vector);
 	return NOTIFY_DONE;
 }
 
@@ -343,14 +339,11 @@ int baton_panic_notice_set(struct baton_call *call)
 		return -ENOMEM;
 	notice->block.notifier_call = notice_panic;
 	notice->block.priority = INT_MAX;
-	notice->value = arg->value;
-	notice->apic_id = arg->apic_id;
-	notice->vector = arg->vector;
-
+	notice->arg = *arg;
 	guard(mutex)(&baton_lock);
 	if (notice_is_set)
 		return -EBUSY;
-	notice->memory = baton_memory_hold(arg->pa, sizeof(u64), BATON_MEM_OUTSIDE);
+	notice->memory = baton_memory_hold(arg->pa, sizeof(u64));
 	if (!notice->memory)
 		return -ENOENT;
 	notice->word = memremap(arg->pa, sizeof(u64), MEMREMAP_WB);

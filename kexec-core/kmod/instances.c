@@ -2,8 +2,8 @@
 /*
  * DOC: Instances
  *
- * An instance is a label: an id, a name, a word for its state that user space chooses, and what is accounted to it: memory
- * objects (memory.c) and CPUs (cpus.c). The module draws no conclusion from the state.
+ * An instance is a label: an id, a name, a word for its state that user space chooses, and what is accounted to it:
+ * memory objects (memory.c) and CPUs (cpus.c). The module draws no conclusion from the state.
  *
  * 1. CREATE gives it an id, never used again while the module is loaded: a stale id can only meet ENOENT.
  * 2. UPDATE changes state and image.

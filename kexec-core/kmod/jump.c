@@ -2,18 +2,20 @@
 /*
  * DOC: Leaving this kernel and coming back
  *
- * YIELD takes the last online CPU out of this kernel: to a loop that waits in memory of another kernel, from where it either
- * comes back or does not. For this kernel no time passes in between.
+ * YIELD takes the last online CPU out of this kernel: to a loop that waits in memory of another kernel, from where it
+ * either comes back or does not. For this kernel no time passes in between.
  *
  * 1. Hotplug is disabled, so that the last CPU stays the last; interrupts are off.
- * 2. The top-level table at table_pa gets this kernel's upper half over the identity map's lower half: the code that leaves, its
- *    stack, the GDT, the IDT and the NMI stacks stay mapped where they were, and the physical addresses are mapped too.
+ * 2. The top-level table at table_pa gets this kernel's upper half over the identity map's lower half: the code that
+ *    leaves, its stack, the GDT, the IDT and the NMI stacks stay mapped where they were, and the physical addresses
+ *    are mapped too.
  * 3. baton_leave() saves what C expects to survive a call, plus CR3 and CR4, and jumps.
  * 4. The way back is a jump to baton_return, in the same tables, on any stack.
  *
- * What is not saved is what nobody changes on the way: the code out there touches no segment register, no FS/GS base, no FPU or
- * vector register, no MSR, and neither GDTR nor IDTR. CR4 and CR3 are restored raw, so that the kernel's own copies of them
- * (cpu_tlbstate) stay true. The TLB needs no further care: changing CR4.PGE empties it, all PCIDs and global entries included.
+ * What is not saved is what nobody changes on the way: the code out there touches no segment register, no FS/GS base,
+ * no FPU or vector register, no MSR, and neither GDTR nor IDTR. CR4 and CR3 are restored raw, so that the kernel's
+ * own copies of them (cpu_tlbstate) stay true. The TLB needs no further care: changing CR4.PGE empties it, all PCIDs
+ * and global entries included.
  *
  * NMIs cannot be turned off. They find their handlers through the upper half, and go back to where they interrupted.
  */
@@ -36,8 +38,8 @@ static struct {
 void baton_leave(u64 entry_pa, u64 arg_pa, u64 table_pa);
 
 /*
- * Both are entered by jumps that IBT checks where it is on: the code at entry_pa starts with ENDBR64, and so does baton_return.
- * Table first, then CR4: CR4.PCIDE may be set or cleared only while CR3 names PCID 0, as table_pa does.
+ * Both are entered by jumps that IBT checks where it is on: the code at entry_pa starts with ENDBR64, and so does
+ * baton_return. Table first, then CR4: CR4.PCIDE may be set or cleared only while CR3 names PCID 0, as table_pa does.
  */
 asm(
 	".pushsection .text\n"
@@ -115,13 +117,11 @@ int baton_yield(struct baton_call *call)
 	guard(mutex)(&baton_lock);	/* what the objects are now, they stay */
 	if (!baton_memory_find(arg->table_pa, PAGE_SIZE) || !baton_memory_find(arg->ident_pa, PAGE_SIZE))
 		return -ENOENT;
-	ret = -ENOMEM;
 	table = memremap(arg->table_pa, PAGE_SIZE, MEMREMAP_WB);
-	if (!table)
-		return ret;
 	ident = memremap(arg->ident_pa, PAGE_SIZE, MEMREMAP_WB);
-	if (!ident)
-		goto unmap_table;
+	ret = -ENOMEM;
+	if (!table || !ident)
+		goto unmap_both;
 	cpu_hotplug_disable();
 	ret = -EBUSY;
 	if (num_online_cpus() != 1)
@@ -132,8 +132,10 @@ int baton_yield(struct baton_call *call)
 
 enable_hotplug:
 	cpu_hotplug_enable();
-	memunmap(ident);
-unmap_table:
-	memunmap(table);
+unmap_both:
+	if (ident)
+		memunmap(ident);
+	if (table)
+		memunmap(table);
 	return ret;
 }

@@ -2,14 +2,14 @@
 /*
  * DOC: baton.ko, the kernel half of a live update
  *
- * Mechanism only: it pins memory, starts and stops CPUs, rings and hears doorbells, leaves this kernel and comes back, shows
- * chosen PCI functions. Why and when is decided in user space; whatever can be computed there, is.
+ * Mechanism only: it pins memory, starts and stops CPUs, rings and hears doorbells, leaves this kernel and comes
+ * back, shows chosen PCI functions. Why and when is decided in user space; whatever can be computed there, is.
  *
  * 1. A caller with CAP_SYS_ADMIN opens /dev/baton and creates an instance.
  * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
  * 3. Doorbells, panic notices and mappings of memory are files: they end with their file, also when its owner dies.
- * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may crash, be
- *    restarted, and find them in /proc/multikernel; each of them holds a reference on the module.
+ * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may
+ *    crash, be restarted, and find them in /proc/multikernel; each of them holds a reference on the module.
  *
  * Unhappy path: every call either does all of what it says or none of it.
  */
@@ -129,22 +129,13 @@ static long baton_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 	if (ret)
 		return ret;
 	call.copied = min_t(size_t, user_size, op->size);
-	/* Only the two calls that make something of the file; a ring must not wait for anybody. */
-	if (op->run != baton_doorbell_open && op->run != baton_panic_notice_set)
-		return op->run(&call);
-	guard(mutex)(&call.file->lock);
 	return op->run(&call);
 }
 
 static int baton_open(struct inode *inode, struct file *file)
 {
-	struct baton_file *open = kzalloc(sizeof(*open), GFP_KERNEL);
-
-	if (!open)
-		return -ENOMEM;
-	mutex_init(&open->lock);
-	file->private_data = open;
-	return 0;
+	file->private_data = kzalloc(sizeof(struct baton_file), GFP_KERNEL);
+	return file->private_data ? 0 : -ENOMEM;
 }
 
 static int baton_close(struct inode *inode, struct file *file)

@@ -5,15 +5,15 @@
  * A memory object is a physical range that is out of this kernel's use and accounted to an instance.
  *
  * 1. TAKE makes it, in one of four ways (ways[]); each has its way back beside it.
- * 2. MEM_FD makes files that map a part of it. A mapping holds its file and a file holds the object (users), also across
- *    fork: so counting files is enough.
+ * 2. MEM_FD makes files that map a part of it. A mapping holds its file and a file holds the object (users), also
+ *    across fork: so counting files is enough.
  * 3. GIVE_BACK, or DESTROY of the instance, ends it. EBUSY, and nothing done, while it has users or while a page is
  *    still pinned by I/O that outlived the mapping.
  *
  * ADOPT is not an object: the range becomes this kernel's own RAM, for good.
  *
- * Pages that were ALLOCated are zero. Pages taken as RESERVED or OUTSIDE keep their content: that is their point. What an
- * instance leaves in pages goes back to the allocator as it is, like any freed page.
+ * Pages that were ALLOCated are zero. Pages taken as RESERVED or OUTSIDE keep their content: that is their point.
+ * What an instance leaves in pages goes back to the allocator as it is, like any freed page.
  */
 #define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
 
@@ -118,9 +118,9 @@ static bool all_reserved(u64 start, u64 len)
 }
 
 /*
- * What free_reserved_page() does, less the freeing. Struct pages of reserved memory are initialised at boot even where
- * DEFERRED_STRUCT_PAGE_INIT puts off the others, so PageReserved can be trusted; but it is also set for memory that the
- * kernel itself took at boot, which nothing tells apart: the caller must know that the range is its own.
+ * What free_reserved_page() does, less the freeing. Struct pages of reserved memory are initialised at boot even
+ * where DEFERRED_STRUCT_PAGE_INIT puts off the others, so PageReserved can be trusted; but it is also set for memory
+ * that the kernel itself took at boot, which nothing tells apart: the caller must know that the range is its own.
  */
 static int take_reserved(u64 start, u64 len)
 {
@@ -180,12 +180,12 @@ static bool overlaps_any(u64 start, u64 len)
 	return false;
 }
 
-/* While somebody holds it, it cannot be given back. NULL when there is none; @how: that way only, unless it is negative. */
-struct baton_memory *baton_memory_hold(u64 start, u64 len, int how)
+/* While somebody holds it, it cannot be given back. */
+struct baton_memory *baton_memory_hold(u64 start, u64 len)
 {
 	struct baton_memory *memory = baton_memory_find(start, len);
 
-	if (!memory || (how >= 0 && memory->how != how))
+	if (!memory)
 		return NULL;
 	memory->users++;
 	return memory;
@@ -207,11 +207,7 @@ int baton_mem_take(struct baton_call *call)
 	struct baton_memory *memory __free(kfree) = kzalloc(sizeof(*memory), GFP_KERNEL);
 	if (!memory)
 		return -ENOMEM;
-	memory->start = arg->start;
-	memory->len = arg->len;
-	memory->instance = arg->instance;
-	memory->how = arg->how;
-
+	*memory = (struct baton_memory) { .start = arg->start, .len = arg->len, .instance = arg->instance, .how = arg->how };
 	guard(mutex)(&baton_lock);
 	if (!baton_instance_exists(arg->instance))
 		return -ENOENT;
@@ -308,9 +304,9 @@ static int map_pages(struct vm_area_struct *vma, unsigned long pfn)
 }
 
 /*
- * Everything is mapped here; there is no fault handler. A READONLY file is open for reading only: do_mmap() then refuses
- * PROT_WRITE for a shared mapping, and takes VM_MAYWRITE away, so that mprotect() refuses it later. A private mapping
- * would hand out copies of what is meant to be one memory.
+ * Everything is mapped here; there is no fault handler. A READONLY file is open for reading only: do_mmap() then
+ * refuses PROT_WRITE for a shared mapping, and takes VM_MAYWRITE away, so that mprotect() refuses it later. A private
+ * mapping would hand out copies of what is meant to be one memory.
  */
 static int part_mmap(struct file *file, struct vm_area_struct *vma)
 {
@@ -325,16 +321,13 @@ static int part_mmap(struct file *file, struct vm_area_struct *vma)
 	return remap_pfn_range(vma, vma->vm_start, pfn, len, vma->vm_page_prot);
 }
 
-static void free_part(struct baton_part *part)
-{
-	scoped_guard(mutex, &baton_lock)
-		baton_memory_unhold(part->memory);
-	kfree(part);
-}
-
 static int part_release(struct inode *inode, struct file *file)
 {
-	free_part(file->private_data);
+	struct baton_part *part = file->private_data;
+
+	guard(mutex)(&baton_lock);
+	baton_memory_unhold(part->memory);
+	kfree(part);
 	return 0;
 }
 
@@ -348,55 +341,41 @@ int baton_mem_fd(struct baton_call *call)
 {
 	struct baton_mem_fd *arg = &call->arg.mem_fd;
 	int ret = check_range(arg->start, arg->len);
-	struct baton_part *part;
+	struct baton_memory *memory;
 	struct file *file;
 
 	if (arg->reserved || arg->flags & ~(BATON_FD_READONLY | BATON_FD_PAGES) || ret)
 		return ret ?: -EINVAL;
-	part = kzalloc(sizeof(*part), GFP_KERNEL);
+	guard(mutex)(&baton_lock);
+	memory = baton_memory_find(arg->start, arg->len);
+	if (!memory)
+		return -ENOENT;
+	if (arg->flags & BATON_FD_PAGES && !has_pages(memory))
+		return -EINVAL;
+	struct baton_part *part __free(kfree) = kzalloc(sizeof(*part), GFP_KERNEL);
 	if (!part)
 		return -ENOMEM;
-	part->start = arg->start;
-	part->len = arg->len;
-	part->by_page = arg->flags & BATON_FD_PAGES;
-	scoped_guard(mutex, &baton_lock)
-		part->memory = baton_memory_hold(arg->start, arg->len, -1);
-	if (!part->memory) {
-		kfree(part);
-		return -ENOENT;
-	}
-	ret = -EINVAL;
-	if (part->by_page && !has_pages(part->memory))
-		goto free_part;
-	ret = arg->fd = get_unused_fd_flags(O_CLOEXEC);
-	if (ret < 0)
-		goto free_part;
+	*part = (struct baton_part) { memory, arg->start, arg->len, arg->flags & BATON_FD_PAGES };
+	CLASS(get_unused_fd, fd)(O_CLOEXEC);
+	if (fd < 0)
+		return fd;
+	arg->fd = fd;
+	if (baton_reply(call))
+		return -EFAULT;
 	file = anon_inode_getfile("[baton-memory]", &part_fops, part,
 				  arg->flags & BATON_FD_READONLY ? O_RDONLY : O_RDWR);
-	ret = PTR_ERR_OR_ZERO(file);
-	if (ret)
-		goto put_fd;
+	if (IS_ERR(file))
+		return PTR_ERR(file);
 	part = NULL;	/* it ends with the file */
-	ret = baton_reply(call);
-	if (ret)
-		goto put_file;
-	fd_install(arg->fd, file);
+	memory->users++;
+	fd_install(take_fd(fd), file);
 	return 0;
-
-put_file:
-	fput(file);
-put_fd:
-	put_unused_fd(arg->fd);
-free_part:
-	if (part)
-		free_part(part);
-	return ret;
 }
 
 /*
- * The resource tree keeps a pointer to the name for as long as the memory is there, that is, for ever. So the name is not
- * the module's, but a string that is never freed: the module can then be exchanged for a newer one, which the next
- * update of a kernel that was itself a successor may need.
+ * The resource tree keeps a pointer to the name for as long as the memory is there, that is, for ever. So the name is
+ * not the module's, but a string that is never freed: the module can then be exchanged for a newer one, which the
+ * next update of a kernel that was itself a successor may need.
  */
 static const char *adopted_name(void)
 {

@@ -192,7 +192,7 @@ struct baton_pci {
 };
 
 /*
- * BATON_IOC_PANIC_NOTICE: when this kernel panics, write `value` to the 8-aligned word at pa (in an OUTSIDE memory
+ * BATON_IOC_PANIC_NOTICE: when this kernel panics, write `value` to the 8-aligned word at pa (in a memory
  * object) and ring (apic_id, vector), unless vector is 0. Ends with the file. One per machine (EBUSY).
  */
 struct baton_panic_notice {
