@@ -88,12 +88,16 @@ pub fn choose(tree: &Tree, progress: Progress) -> Result<Accelerator> {
         return Ok(accelerator);
     }
     task.step("trying whether it runs a stock kernel");
-    let accelerator = match prove(tree) {
-        Ok(()) => Accelerator::Kvm,
-        Err(_) => Accelerator::Tcg,
+    let (accelerator, result) = match prove(tree) {
+        Ok(()) => (Accelerator::Kvm, "works".to_owned()),
+        Err(why) => {
+            let why = why.to_string();
+            let last = why.lines().last().unwrap_or_default().to_owned();
+            (Accelerator::Tcg, format!("does not work here ({last}); machines are emulated"))
+        }
     };
     fs::write(&verdict, accelerator.name()).doing(format_args!("writing {}", verdict.display()))?;
-    task.done(if accelerator == Accelerator::Kvm { "works" } else { "does not work here; machines are emulated" });
+    task.done(&result);
     Ok(accelerator)
 }
 

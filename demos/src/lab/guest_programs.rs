@@ -78,10 +78,9 @@ fn run_cargo(command: &mut Command, progress: Progress) -> Result<()> {
     Ok(())
 }
 
-/// The target folder of the build that this program came from.
+/// The target folder of the build that this program came from, which cargo marked; whatever the environment says by now.
 fn target_folder(workspace: &Path) -> PathBuf {
-    ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET_DIR"]
-        .iter()
-        .find_map(|name| env::var_os(name).filter(|v| !v.is_empty()))
-        .map_or_else(|| workspace.join("target"), |dir| env::current_dir().unwrap_or_default().join(dir))
+    let own = env::current_exe().unwrap_or_default();
+    let marked = own.ancestors().find(|folder| folder.join("CACHEDIR.TAG").is_file());
+    marked.map_or_else(|| workspace.join("target"), Path::to_owned)
 }

@@ -4,15 +4,17 @@
 //! It is made as an operator's machine would be: kernels in `/boot`, modules in `/lib/modules` with `baton.ko` where DKMS puts it, a
 //! configuration in `/etc/baton`. So whatever `baton` does to it, it can do to a real one.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
 use agent::config::{self, Cidr, Config};
 use agent::initrd::Initrd;
-use tempfile::TempPath;
 
 use super::error::{Doing, LabError, Result};
 use super::tree::{Kernel, Tree};
+
 use super::{Lab, cache, guest_programs, host, kmod, net};
 
 /// Where `baton.ko` is, below a kernel's modules.
@@ -49,11 +51,14 @@ pub fn configuration() -> Config {
 #[must_use]
 pub fn demo_service() -> config::Service {
     let listen = format!("{}:{KV_PORT}", net::SERVICE);
-    config::Service { name: "kv".into(), exec: ["/usr/sbin/baton-kv", "--listen", &listen].map(str::to_owned).to_vec() }
+    config::Service {
+        name: crate::kv::run::NAME.into(),
+        exec: ["/usr/sbin/baton-kv", "--listen", &listen].map(str::to_owned).to_vec(),
+    }
 }
 
-/// Writes the initrd. The file goes with the value: a machine that was started keeps its own.
-pub fn image(lab: &Lab, config: &Config) -> Result<TempPath> {
+/// The initrd, in a file without a name.
+pub fn image(lab: &Lab, config: &Config) -> Result<File> {
     let mut initrd = Initrd::new();
     fill(&mut initrd, lab, config)?;
     write(&initrd)
@@ -78,14 +83,13 @@ pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &Config) -> Result<()> {
     program_of_tree(initrd, lab.tree(), "/usr/sbin/kexec")
 }
 
-/// Writes an initrd beside the lab's other files.
-pub fn write(initrd: &Initrd) -> Result<TempPath> {
+/// Packs an initrd into a file without a name.
+pub fn write(initrd: &Initrd) -> Result<File> {
     let root = cache::root()?;
-    let file = tempfile::Builder::new().prefix("initrd-").tempfile_in(&root);
-    let mut file = file.doing(format_args!("creating an initrd in {}", root.display()))?;
+    let mut file = tempfile::tempfile_in(&root).doing(format_args!("creating an initrd in {}", root.display()))?;
     let bytes = initrd.bytes().doing("packing an initrd")?;
-    std::io::Write::write_all(&mut file, &bytes).doing(format_args!("writing {}", file.path().display()))?;
-    Ok(file.into_temp_path())
+    file.write_all(&bytes).doing(format_args!("writing an initrd in {}", root.display()))?;
+    Ok(file)
 }
 
 /// Folders, devices and the few files of /etc that programs expect.

@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
-use tempfile::TempPath;
 
 use super::accel::Accelerator;
 use super::cache;
@@ -28,34 +27,34 @@ const RUNS_KEPT: usize = 30;
 const PORTS: [&str; 2] = ["serial0", "serial1"];
 const PID_FILE: &str = "qemu.pid";
 
-/// A file that a machine boots from. One that was made for the purpose goes when the last that mention it have gone.
+/// A file that a machine boots from.
 #[derive(Clone, Debug)]
 pub enum BootFile {
-    /// Somebody else's.
-    Lasting(PathBuf),
-    /// Made for a machine.
-    Made(Arc<TempPath>),
+    /// One that has a name.
+    Named(PathBuf),
+    /// One that was made for machines. It has no name, so nothing is left of it, however we end.
+    Made(Arc<File>),
 }
 
 impl From<PathBuf> for BootFile {
     fn from(path: PathBuf) -> Self {
-        Self::Lasting(path)
+        Self::Named(path)
     }
 }
 
-impl From<TempPath> for BootFile {
-    fn from(path: TempPath) -> Self {
-        Self::Made(Arc::new(path))
+impl From<File> for BootFile {
+    fn from(file: File) -> Self {
+        Self::Made(Arc::new(file))
     }
 }
 
 impl BootFile {
-    /// Where it is.
+    /// A path at which this process can read it.
     #[must_use]
-    pub fn path(&self) -> &Path {
+    pub fn path(&self) -> PathBuf {
         match self {
-            Self::Lasting(path) => path,
-            Self::Made(path) => path,
+            Self::Named(path) => path.clone(),
+            Self::Made(file) => PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())),
         }
     }
 }
@@ -157,7 +156,7 @@ pub struct Machine {
     qemu: Child,
     qmp: Qmp,
     serials: Vec<Serial>,
-    folder: PathBuf,
+    run: Run,
     started: Instant,
     door: Door,
     // Last: QEMU must be gone before its namespaces go.
@@ -168,10 +167,11 @@ impl Machine {
     /// Starts a machine with a network of its own.
     pub fn start(tree: &Tree, spec: &MachineSpec) -> Result<Self> {
         spec.check()?;
-        let folder = new_run()?;
-        link_or_copy(spec.kernel.path(), &folder.join("kernel"))?;
-        link_or_copy(spec.initrd.path(), &folder.join("initrd"))?;
-        let (inside, door) = Inside::with_own_network(tree, &folder)?;
+        let run = Run::begin()?;
+        let folder = run.folder.as_path();
+        link_or_copy(&spec.kernel.path(), &folder.join("kernel"))?;
+        link_or_copy(&spec.initrd.path(), &folder.join("initrd"))?;
+        let (inside, door) = Inside::with_own_network(tree, folder)?;
         net::lay(&inside, spec.nics())?;
 
         let log_path = folder.join("qemu.log");
@@ -183,19 +183,19 @@ impl Machine {
             unreachable!("both were asked for as pipes");
         };
         // Paused until somebody listens on every port: no byte of a boot is lost.
-        let controlled = Qmp::greet(to, from).and_then(|qmp| Ok((qmp, follow_ports(&folder)?)));
+        let controlled = Qmp::greet(to, from).and_then(|qmp| Ok((qmp, follow_ports(folder)?)));
         let (mut qmp, serials) = match controlled {
             Ok(both) => both,
             Err(why) => {
                 let _ = qemu.kill();
                 let status = qemu.wait().doing("waiting for QEMU")?;
                 let said = fs::read_to_string(&log_path).unwrap_or_default();
-                return Err(LabError::Program { program: "QEMU".into(), status, output: format!("{said}{why}") });
+                return Err(LabError::Program { program: "QEMU".into(), status, output: format!("{why}\n{said}") });
             }
         };
         qmp.execute("cont", Value::Null)?;
         fs::write(folder.join(PID_FILE), qemu.id().to_string()).doing("noting QEMU's process id")?;
-        Ok(Self { qemu, qmp, serials, folder, started: Instant::now(), door, inside })
+        Ok(Self { qemu, qmp, serials, run, started: Instant::now(), door, inside })
     }
 
     /// Port 0 or 1.
@@ -207,7 +207,7 @@ impl Machine {
     /// Where its logs are.
     #[must_use]
     pub fn folder(&self) -> &Path {
-        &self.folder
+        &self.run.folder
     }
 
     /// When its CPUs began to run.
@@ -245,14 +245,14 @@ impl Machine {
     /// The error for something that did not happen in time, with what the machine said last.
     #[must_use]
     pub fn deadline(&self, what: &str, waited: Duration) -> LabError {
-        LabError::Deadline { what: what.into(), waited, logs: self.folder.clone(), tail: self.logs(40) }
+        LabError::Deadline { what: what.into(), waited, logs: self.run.folder.clone(), tail: self.logs(40) }
     }
 
     fn gone(&self, doing: &str) -> LabError {
         LabError::MachineGone {
             doing: doing.into(),
             status: "QEMU has ended".into(),
-            logs: self.folder.clone(),
+            logs: self.run.folder.clone(),
             tail: self.logs(40),
         }
     }
@@ -264,7 +264,7 @@ impl Machine {
         for (port, serial) in self.serials.iter().enumerate() {
             text += &format!("--- serial port {port}\n{}\n", serial.tail(lines));
         }
-        let own = fs::read_to_string(self.folder.join("qemu.log")).unwrap_or_default();
+        let own = fs::read_to_string(self.run.folder.join("qemu.log")).unwrap_or_default();
         let own: Vec<_> = own.lines().filter(|l| !l.contains("TCG doesn't support requested feature")).collect();
         if !own.is_empty() {
             text += &format!("--- QEMU\n{}\n", own.join("\n"));
@@ -299,21 +299,16 @@ impl Drop for Machine {
         // Both fail only if it is gone already.
         let _ = self.qemu.kill();
         let _ = self.qemu.wait();
-        for scrap in ["kernel", "initrd", PID_FILE] {
-            let _ = fs::remove_file(self.folder.join(scrap));
-        }
     }
 }
 
 /// The newest machine that runs now, whichever lab started it: its logs and the way into its network.
 pub fn running() -> Result<Option<(PathBuf, Door)>> {
     let runs = cache::root()?.join("runs");
-    let mut folders: Vec<_> = match fs::read_dir(&runs) {
-        Ok(listing) => listing.filter_map(|e| e.ok().map(|e| e.path())).collect(),
-        Err(_) => return Ok(None),
-    };
-    folders.sort();
-    for folder in folders.into_iter().rev() {
+    if !runs.exists() {
+        return Ok(None);
+    }
+    for folder in all_runs(&runs)?.into_iter().rev() {
         let Ok(pid) = fs::read_to_string(folder.join(PID_FILE)) else { continue };
         // The file of a lab that was killed outlives its machine, and the number may be somebody else's by now.
         let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
@@ -338,24 +333,63 @@ fn follow_ports(folder: &Path) -> Result<Vec<Serial>> {
         .collect()
 }
 
-/// A folder for a new machine's logs; the oldest make way.
-fn new_run() -> Result<PathBuf> {
-    static NUMBER: AtomicU32 = AtomicU32::new(0);
-    let runs = cache::root()?.join("runs");
-    fs::create_dir_all(&runs).doing(format_args!("creating {}", runs.display()))?;
-    let mut old: Vec<_> = fs::read_dir(&runs)
-        .doing(format_args!("listing {}", runs.display()))?
-        .filter_map(|e| e.ok().map(|e| e.path()))
-        .collect();
-    old.sort();
-    for stale in old.iter().take(old.len().saturating_sub(RUNS_KEPT - 1)) {
-        // Another lab may remove the same one at the same time.
-        let _ = fs::remove_dir_all(stale);
+/// A machine's folder below `…/baton/runs`: logs, which stay, and what QEMU needs, which goes.
+#[derive(Debug)]
+struct Run {
+    folder: PathBuf,
+}
+
+impl Run {
+    /// A new folder, named so that the newest sorts last and its lab can be told from the dead. The oldest make way.
+    fn begin() -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let runs = cache::root()?.join("runs");
+        fs::create_dir_all(&runs).doing(format_args!("creating {}", runs.display()))?;
+        let mut old = all_runs(&runs)?;
+        for left_behind in old.iter().filter(|folder| !has_living_lab(folder)) {
+            sweep(left_behind);
+        }
+        old.truncate(old.len().saturating_sub(RUNS_KEPT - 1));
+        for stale in old.iter().filter(|folder| !has_living_lab(folder)) {
+            // Another lab may remove the same one at the same time.
+            let _ = fs::remove_dir_all(stale);
+        }
+        let millis = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let folder = runs.join(format!("{millis}-{}-{number}", std::process::id()));
+        fs::create_dir(&folder).doing(format_args!("creating {}", folder.display()))?;
+        Ok(Self { folder })
     }
-    let millis = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
-    let folder = runs.join(format!("{millis}-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed)));
-    fs::create_dir(&folder).doing(format_args!("creating {}", folder.display()))?;
-    Ok(folder)
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        sweep(&self.folder);
+    }
+}
+
+/// Oldest first.
+fn all_runs(runs: &Path) -> Result<Vec<PathBuf>> {
+    let listing = fs::read_dir(runs).doing(format_args!("listing {}", runs.display()))?;
+    let mut folders: Vec<_> = listing.filter_map(|e| e.ok().map(|e| e.path())).collect();
+    folders.sort();
+    Ok(folders)
+}
+
+fn has_living_lab(folder: &Path) -> bool {
+    let name = folder.file_name().unwrap_or_default().to_string_lossy();
+    name.split('-').nth(1).is_some_and(|pid| Path::new("/proc").join(pid).exists())
+}
+
+/// Removes all but the logs.
+fn sweep(folder: &Path) {
+    let Ok(listing) = fs::read_dir(folder) else { return };
+    for path in listing.filter_map(|e| e.ok().map(|e| e.path())) {
+        if path.extension().is_none_or(|e| e != "log") {
+            // Another lab may sweep at the same time.
+            let _ = fs::remove_file(path);
+        }
+    }
 }
 
 fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
