@@ -5,12 +5,18 @@ use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use socket2::{SockRef, TcpKeepalive};
+
 use super::error::{Doing, LabError, Result};
 use super::inside::Door;
 use super::wire::{self, Exit, FRAME_LIMIT, Kind, Request};
 
 /// How long a guest may be silent on a connection before it is given up, beyond what the command itself may take.
 const SILENCE: Duration = Duration::from_secs(60);
+/// A kernel that is gone (rebooted, or its machine ended) answers no probe or answers with a reset. One that is only stopped for an
+/// update, or starved by emulation, has half a minute.
+const ALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(2)).with_retries(12);
 /// A command's time, unless the caller says otherwise.
 const COMMAND_TIME: Duration = Duration::from_secs(120);
 
@@ -63,6 +69,12 @@ pub struct GuestCommand {
     env: Vec<(String, String)>,
     stdin: Vec<u8>,
     timeout: Duration,
+}
+
+/// A command under way. Dropped, it is killed, if its kernel is still there to do it.
+#[derive(Debug)]
+pub struct Begun {
+    _stream: TcpStream,
 }
 
 impl Guest {
@@ -132,9 +144,12 @@ impl Guest {
         self.ask(&request, content, COMMAND_TIME, |_, _| {}).map(drop)
     }
 
-    /// A connection on which a request can be made by hand.
+    /// A connection on which a request can be made by hand. It notices by itself when the kernel at the other end is gone.
     pub fn connect(&self, patience: Duration) -> io::Result<TcpStream> {
-        self.door.connect(self.address, patience)
+        let stream = self.door.connect(self.address, patience)?;
+        SockRef::from(&stream).set_tcp_keepalive(&ALIVE)?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
     }
 
     fn ask(
@@ -146,7 +161,6 @@ impl Guest {
     ) -> Result<Exit> {
         let speaking = format!("speaking with labd at {}", self.address);
         let mut stream = self.connect(SILENCE).doing(&speaking)?;
-        stream.set_nodelay(true).doing(&speaking)?;
         stream.set_read_timeout(Some(timeout + SILENCE)).doing(&speaking)?;
         wire::send_json(&mut stream, Kind::Request, request).doing(&speaking)?;
         // Beside reading: a command that prints while it reads would block both ends otherwise.
@@ -213,6 +227,24 @@ impl GuestCommand {
         Ok(ran)
     }
 
+    /// Has it begun, and does not wait for its end: for a command that takes its own kernel away.
+    pub fn begin(&self) -> Result<Begun> {
+        let speaking = format!("speaking with labd at {}", self.guest.address);
+        let mut stream = self.guest.connect(SILENCE).doing(&speaking)?;
+        wire::send_json(&mut stream, Kind::Request, &self.request()).doing(&speaking)?;
+        send_input(&mut stream, &self.stdin).doing(&speaking)?;
+        Ok(Begun { _stream: stream })
+    }
+
+    fn request(&self) -> Request {
+        Request::Run {
+            argv: self.argv.clone(),
+            env: self.env.clone(),
+            timeout_ms: Some(u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX)),
+            terminal: None,
+        }
+    }
+
     /// Runs it and insists on exit code 0; its standard output as text.
     pub fn check(&self) -> Result<String> {
         let ran = self.run()?;
@@ -226,13 +258,7 @@ impl GuestCommand {
 
     /// Runs it and hands over its output as it comes.
     pub fn stream(&self, mut each: impl FnMut(Stream, &[u8])) -> Result<Exit> {
-        let request = Request::Run {
-            argv: self.argv.clone(),
-            env: self.env.clone(),
-            timeout_ms: Some(u64::try_from(self.timeout.as_millis()).unwrap_or(u64::MAX)),
-            terminal: None,
-        };
-        self.guest.ask(&request, &self.stdin, self.timeout, |kind, bytes| match kind {
+        self.guest.ask(&self.request(), &self.stdin, self.timeout, |kind, bytes| match kind {
             Kind::Out => each(Stream::Out, bytes),
             Kind::Err => each(Stream::Err, bytes),
             _ => {}

@@ -22,7 +22,6 @@ pub fn attach(mut stream: TcpStream) -> Result<Exit> {
         timeout_ms: None,
         terminal,
     };
-    stream.set_nodelay(true).doing(speaking)?;
     wire::send_json(&mut stream, Kind::Request, &request).doing(speaking)?;
     let raw = terminal.map(|_| Raw::enter()).transpose()?;
     let mut sender = stream.try_clone().doing(speaking)?;

@@ -157,8 +157,8 @@ impl Tree {
     pub fn command(&self, program: &str) -> Command {
         let mut command = host::leashed("chroot");
         command.arg(&self.root).arg(program);
+        // The tree's own world; setpriv and chroot are found by this PATH too.
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin").env("LC_ALL", "C.UTF-8");
-        // `env_clear` would also hide chroot and setpriv from us.
         command
     }
 }
