@@ -66,8 +66,10 @@ fn both_stock_kernels_boot_answer_on_both_nics_and_reboot() {
             machine.wait_for(0, "ADDRESSES UP", before, Patience::BOOT).unwrap_or_else(|e| panic!("{e}"));
             guest.wait_ready(Duration::from_secs(60)).unwrap_or_else(|e| panic!("{e}"));
         }
+        // Held to the end: dropped earlier, it could be killed before it has done its work.
+        let mut _begun = None;
         if spec.reboots {
-            let _begun = guest.command(&["poweroff", "-f"]).begin().unwrap_or_else(|e| panic!("{e}"));
+            _begun = Some(guest.command(&["poweroff", "-f"]).begin().unwrap_or_else(|e| panic!("{e}")));
         } else {
             // Waiting for a command under which the kernel goes away ends, with an error.
             let began = Instant::now();
