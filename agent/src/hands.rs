@@ -552,7 +552,8 @@ impl<'k> Hands<'k> {
     pub fn quiesce(&mut self) -> Result<()> {
         self.kernel.services.stop();
         nix::unistd::sync();
-        let stopped = sysfs::quiesce_pci()?;
+        let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
+        let stopped = sysfs::quiesce_pci(&granted)?;
         tracing::info!("quiesced: {}", stopped.join(" "));
         Ok(())
     }

@@ -87,7 +87,8 @@ const PCI_COMMAND_MASTER: u8 = 1 << 2;
 
 /// Stops every PCI function of this kernel: drivers off, bus mastering off. For a kernel that is about to leave the
 /// machine: what DMA wrote afterwards would hit its heir's memory. Bridges are left alone; they start nothing themselves.
-pub fn quiesce_pci() -> Result<Vec<String>> {
+/// So is `granted`: this kernel still sees the heir's functions, and must not touch them.
+pub fn quiesce_pci(granted: &[Bdf]) -> Result<Vec<String>> {
     use std::os::unix::fs::FileExt;
     const BRIDGE_CLASS: &str = "0x06";
     let mut stopped = Vec::new();
@@ -95,7 +96,9 @@ pub fn quiesce_pci() -> Result<Vec<String>> {
     for folder in folders {
         let folder = folder?.path();
         let folder = fs::canonicalize(&folder).with_context(|| format!("cannot follow {}", folder.display()))?;
-        if fs::read_to_string(folder.join("class"))?.starts_with(BRIDGE_CLASS) {
+        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let is_granted = parse_bdf(&name).is_some_and(|bdf| granted.contains(&bdf));
+        if is_granted || fs::read_to_string(folder.join("class"))?.starts_with(BRIDGE_CLASS) {
             continue;
         }
         unbind(&folder)?;
@@ -109,7 +112,7 @@ pub fn quiesce_pci() -> Result<Vec<String>> {
         if command[0] & PCI_COMMAND_MASTER != 0 {
             config.write_all_at(&[command[0] & !PCI_COMMAND_MASTER], PCI_COMMAND)?;
         }
-        stopped.push(folder.file_name().unwrap_or_default().to_string_lossy().into_owned());
+        stopped.push(name);
     }
     Ok(stopped)
 }

@@ -11,6 +11,7 @@
 //! ```
 
 use std::sync::TryLockError;
+use std::time::Duration;
 
 use anyhow::Result;
 use kexec_core::cpus::Move;
@@ -23,6 +24,10 @@ use crate::kernel::Kernel;
 use crate::outcome::{Class, Failure};
 use crate::plan::{self, Plan};
 use crate::timeline::tsc;
+
+/// How long this kernel's network stays up after its last word, so that whoever waits for the word hears it. The service
+/// does not wait: it is with the successor already.
+const FAREWELL: Duration = Duration::from_millis(200);
 
 /// Makes an update, telling `replies` how it goes; gives the last word.
 pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) -> Reply {
@@ -99,6 +104,7 @@ impl<'k> Update<'_, 'k> {
         self.move_cpus().map_err(|error| ("probation", error))?;
         self.phase("commit", &[("commit", Hands::commit)])?;
         self.tell_committed();
+        std::thread::sleep(FAREWELL);
         self.phase("drained", &[("quiesce", Hands::quiesce), ("leave", Hands::leave)])
     }
 

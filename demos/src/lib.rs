@@ -8,3 +8,4 @@ pub mod kv;
 pub mod lab;
 pub mod load;
 pub mod measure;
+pub mod story;

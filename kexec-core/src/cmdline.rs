@@ -74,6 +74,10 @@ pub fn complete(given: &str, control_block: Range, tsc_khz: u32, max: u64) -> Re
     if !has("tsc") {
         add("tsc=reliable".into());
     }
+    // IPI shorthands ("all but self") reach the CPUs of the other kernel too.
+    if !has("no_ipi_broadcast") {
+        add("no_ipi_broadcast=1".into());
+    }
     // How our own programs find the control block.
     add(format!("baton.control={:#x}", control_block.start()));
     if let Some(init) = init {

@@ -34,8 +34,9 @@ impl Arena {
     pub fn map(file: impl AsFd, len: u64, fresh: bool) -> Result<Self, Error> {
         let stat = fstat(&file).map_err(io::Error::from)?;
         let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
-        // A device knows its own end and refuses a longer mapping; behind a file's end there would be SIGBUS instead.
-        let held = if kind == SFlag::S_IFCHR { len } else { u64::try_from(stat.st_size).unwrap_or(0) };
+        // The module's memory file (an anonymous inode: no kind, no size) knows its own end and refuses a longer mapping;
+        // behind the end of a regular file there would be SIGBUS instead.
+        let held = if kind == SFlag::S_IFREG { u64::try_from(stat.st_size).unwrap_or(0) } else { len };
         let bad = Error::ArenaLength { held, announced: len };
         if len > held || len > MAX_ARENA || !len.is_multiple_of(PAGE) {
             return Err(bad);

@@ -1,0 +1,169 @@
+//! The stage of every story: a machine with a stock kernel, the demo service on it, and a lab's-eye view of both kernels.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use agent::config::{Config, Update};
+use agent::control::Status;
+use anyhow::{Context, Result, bail};
+
+use crate::lab::guest::Ran;
+use crate::lab::net::{NICS, SERVICE};
+use crate::lab::{Guest, Kernel, Lab, Machine, MachineSpec, Patience, incumbent};
+
+/// Where the demo service answers.
+pub const SERVICE_PORT: u16 = 6379;
+
+/// The service's address and port.
+pub fn service() -> SocketAddr {
+    SocketAddr::from((SERVICE, SERVICE_PORT))
+}
+
+/// What a machine is made of.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    /// Virtual CPUs.
+    pub vcpus: u8,
+    /// Memory, MiB.
+    pub memory_mib: u32,
+    /// How its agent makes updates.
+    pub update: Update,
+    /// More words for the incumbent's command line.
+    pub cmdline: String,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Shape { vcpus: 4, memory_mib: 3072, update: Update::default(), cmdline: String::new() }
+    }
+}
+
+/// The configuration of the lab's machines.
+pub fn config(shape: &Shape) -> Config {
+    let mut config = incumbent::configuration();
+    config.service = vec![incumbent::demo_service()];
+    config.update = shape.update.clone();
+    config
+}
+
+/// A machine that runs, and which of its NICs (and serial ports) the serving kernel has.
+pub struct Stage {
+    /// The machine.
+    pub machine: Machine,
+    /// Index into [`NICS`] of the serving kernel's NIC; serial ports alternate alike.
+    pub serving: usize,
+}
+
+/// How an upgrade ended.
+pub enum Upgraded {
+    /// It failed, or was never begun; the old kernel serves.
+    Refused(Ran),
+    /// The new kernel has the whole machine.
+    Drained(Status),
+}
+
+/// How long a whole update may take, on a busy host.
+const UPGRADE_PATIENCE: Duration = Duration::from_secs(300);
+
+impl Stage {
+    /// The machine to be started for a story.
+    pub fn spec(lab: &Lab, kernel: &Kernel, shape: &Shape) -> Result<MachineSpec> {
+        let mut spec = lab.incumbent(kernel, &config(shape))?;
+        spec.vcpus = shape.vcpus;
+        spec.memory_mib = shape.memory_mib;
+        spec.cmdline = format!("{} {}", cmdline(0), shape.cmdline);
+        Ok(spec)
+    }
+
+    /// Starts a machine and waits until its service answers.
+    pub fn open(lab: &Lab, kernel: &Kernel, shape: &Shape) -> Result<Stage> {
+        let machine = lab.start(&Stage::spec(lab, kernel, shape)?)?;
+        let stage = Stage { machine, serving: 0 };
+        stage.await_serving()?;
+        Ok(stage)
+    }
+
+    /// Waits until the serving kernel's service answers.
+    pub fn await_serving(&self) -> Result<()> {
+        let guest = self.guest();
+        guest.wait_ready(Patience::BOOT.total)?;
+        let deadline = Instant::now() + Patience::BOOT.total;
+        loop {
+            let status = self.status();
+            if let Ok(status) = &status
+                && !status.services.is_empty()
+                && status.services.iter().all(|service| service.state == "serving")
+            {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("the service does not serve: {status:?}\n{}", self.machine.logs(60));
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
+    /// The serving kernel.
+    pub fn guest(&self) -> Guest {
+        self.machine.guest(self.address(self.serving))
+    }
+
+    /// The kernel that an update would bring, or has left.
+    pub fn other(&self) -> Guest {
+        self.machine.guest(self.address(1 - self.serving))
+    }
+
+    fn address(&self, nic: usize) -> Ipv4Addr {
+        NICS[nic].address
+    }
+
+    /// `baton status` of the serving kernel.
+    pub fn status(&self) -> Result<Status> {
+        status_of(&self.guest())
+    }
+
+    /// `baton upgrade` to this kernel. It ends in one of two ways: the command fails, and the old kernel goes on; or the new
+    /// kernel says that the machine is its own, and is looked at from then on. (The command's success is not waited for: the
+    /// kernel that would tell of it leaves.)
+    pub fn upgrade(&mut self, release: &str, more: &[&str]) -> Result<Upgraded> {
+        // Until its function is taken away, the old kernel answers at the heir's address too.
+        let hops = self.status()?.hops;
+        let image = format!("/boot/vmlinuz-{release}");
+        let line = cmdline(1 - self.serving);
+        let mut words = vec!["baton", "upgrade", "--json", "--kernel", &image, "--cmdline", &line];
+        words.extend(more);
+        let command = self.guest().command(&words).timeout(UPGRADE_PATIENCE);
+        let (end, ended) = mpsc::channel();
+        std::thread::spawn(move || end.send(command.run()));
+        let heir = self.other();
+        let deadline = Instant::now() + UPGRADE_PATIENCE;
+        loop {
+            match ended.recv_timeout(Duration::from_millis(100)) {
+                Ok(Ok(ran)) if !ran.success() => return Ok(Upgraded::Refused(ran)),
+                _ => {}
+            }
+            if let Ok(status) = status_of(&heir)
+                && status.role == "incumbent"
+                && status.hops > hops
+            {
+                self.serving = 1 - self.serving;
+                return Ok(Upgraded::Drained(status));
+            }
+            if Instant::now() > deadline {
+                bail!("the update did not end\n{}", self.machine.logs(60));
+            }
+        }
+    }
+}
+
+/// The kernels of one machine take the serial ports by turns, so that each log is one kernel's at a time.
+pub fn cmdline(port: usize) -> String {
+    format!("console=ttyS{port},115200 printk.devkmsg=on panic=-1")
+}
+
+/// `baton status` of a kernel.
+pub fn status_of(guest: &Guest) -> Result<Status> {
+    let text = guest.command(&["baton", "status", "--json"]).timeout(Duration::from_secs(20)).check()?;
+    serde_json::from_str(&text).with_context(|| format!("`baton status --json` printed {text:?}"))
+}
