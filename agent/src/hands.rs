@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use kexec_core::cpus::{CpuFacts, Move, ParkedCpus};
-use kexec_core::device::{Access, Device, GiveCpu, InfoFlags, Mapping, TakeCpu, TakeMemory, Yield};
+use kexec_core::device::{Access, Device, DeviceError, GiveCpu, InfoFlags, Mapping, TakeCpu, TakeMemory, Yield};
 use kexec_core::image::BzImage;
 use kexec_core::layout::{LowSlot, PAGE, SIPI_PAGE};
 use kexec_core::memory_map::division::Division;
@@ -23,7 +23,7 @@ use zerocopy::IntoBytes;
 
 use crate::birth::phys;
 use crate::facts::managed_memory;
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, Order};
 use crate::line::{Incumbent, Line};
 use crate::plan::Plan;
 use crate::sysfs;
@@ -31,12 +31,15 @@ use crate::timeline::{Timeline, tsc};
 
 /// How long a CPU may take to reach the park page, once it was sent there.
 const PARK_PATIENCE: Duration = Duration::from_secs(10);
+/// How far apart the places are that are tried for the cap.
+const CAP_STEP: u64 = 256 << 10;
 
 /// A successor's memory, from its taking to its giving back.
 struct Site {
     instance: u32,
     region: Range,
     low_slot: LowSlot,
+    division: Division,
     /// Pages below 1 MiB that are written: the SIPI page, and the slot's first.
     low: Vec<(Range, Mapping)>,
 }
@@ -106,12 +109,13 @@ impl<'k> Hands<'k> {
     pub fn take_memory(&mut self) -> Result<()> {
         let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
         let taken = self.take_region(instance).and_then(|region| {
+            let division = self.divide(instance, region)?;
             let mut low = Vec::new();
             let low_slot = self.free_slot()?;
             for page in [Range::new(SIPI_PAGE, SIPI_PAGE + PAGE), low_slot.root_page()] {
                 low.push((page, self.take_low_page(instance, page)?));
             }
-            Ok(Site { instance, region, low_slot, low })
+            Ok(Site { instance, region, low_slot, division, low })
         });
         match taken {
             Ok(site) => {
@@ -144,7 +148,29 @@ impl<'k> Hands<'k> {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
         }
-        self.kernel.take_contiguous(instance, len, grain, &avoid)
+        self.kernel.take_contiguous(instance, len, grain, &avoid, Order::HighestFirst)
+    }
+
+    /// Which memory reaches the successor by which road; takes the cap if one is needed.
+    fn divide(&self, instance: u32, region: Range) -> Result<Division> {
+        let arenas: RangeSet = self.arenas().collect();
+        let division = Division::new(&self.plan.facts.ram, region, &arenas, self.plan.block_size)?;
+        let Some(room) = division.room_for_cap() else { return Ok(division) };
+        for place in room.iter().rev() {
+            let mut end = place.end();
+            while end > place.start() {
+                let page = Range::new(end - PAGE, end);
+                match self.device.take_memory(instance, page, TakeMemory::Alloc) {
+                    Ok(()) => return Ok(division.with_cap(page)),
+                    // In use, or none of this kernel's: a little lower.
+                    Err(DeviceError::Busy { .. } | DeviceError::Exists { .. } | DeviceError::Refused { .. }) => {
+                        end = end.saturating_sub(CAP_STEP);
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        bail!("no page above {region} can be freed for the successor's end of memory (tried in {room})")
     }
 
     /// What this kernel's own firmware lies in, and the arenas.
@@ -200,6 +226,32 @@ impl<'k> Hands<'k> {
         Ok(())
     }
 
+    /// After a fence: a kernel that was itself a successor onlines its CPUs through its mailbox, and waits there without
+    /// limit. So what was fenced goes back to this kernel's own park page first.
+    fn park_here(&self, apic_id: u32) -> Result<()> {
+        let (Some(birth), Some(site)) = (&self.kernel.birth, &self.site) else { return Ok(()) };
+        let own = ParkedCpus::new(&*birth.control, control_block::MAILBOX.offset);
+        let slot = LowSlot::holding(birth.record.grant.low_slot.start).context("this kernel has no low slot")?;
+        let args = SipiArgs {
+            cr3: slot.root_page().start(),
+            entry: birth.base + control_block::PARK_PAGE.offset,
+            arg: 0,
+            stack: birth.base + control_block::STACK.end(),
+        };
+        site.low[0].1.write(0, &sipi_page(&args));
+        self.device.give_cpu(site.instance, apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
+        let deadline = Instant::now() + PARK_PATIENCE;
+        let mut arrived = true;
+        while arrived && !own.is_parked(apic_id) {
+            arrived = pause(deadline);
+        }
+        self.device.take_cpu(site.instance, apic_id, TakeCpu::Record)?;
+        if !arrived {
+            bail!("CPU with APIC id {apic_id} did not come back to this kernel's park page in {PARK_PATIENCE:?}");
+        }
+        Ok(())
+    }
+
     /// The undo of [`Hands::offline_spare`].
     pub fn online_spare(&mut self) -> Result<()> {
         if std::mem::take(&mut self.spare_taken) && self.plan.spare.online {
@@ -216,8 +268,7 @@ impl<'k> Hands<'k> {
         let facts = &self.plan.facts;
         let info = self.device.info()?;
         let image = BzImage::parse(&self.plan.image)?;
-        let arenas: RangeSet = self.arenas().collect();
-        let division = Division::new(&facts.ram, site.region, &arenas, self.plan.block_size)?;
+        let division = &site.division;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let placement = Placement::new(&PlacementRequest {
             image: &image,
@@ -229,6 +280,7 @@ impl<'k> Hands<'k> {
             other_cpus: &others,
             phantom: None,
             reserved_ram: division.reserved_in_successor(),
+            cap: division.cap,
             identity: facts.ram.clone(),
             gigabyte_pages: raw_cpuid::CpuId::new()
                 .get_extended_processor_and_feature_identifiers()
@@ -238,7 +290,7 @@ impl<'k> Hands<'k> {
         })?;
         self.write(site, &placement)?;
         let control = self.device.map(placement.control_block, Access::ReadWrite)?;
-        let frame = self.record(site, &division, info.tsc_khz).to_frame(record::HandoverRecord::VERSION)?;
+        let frame = self.record(site, info.tsc_khz).to_frame(record::HandoverRecord::VERSION)?;
         if frame.len() as u64 > control_block::HANDOVER.size {
             bail!("the handover record has {} bytes, {} fit", frame.len(), control_block::HANDOVER.size);
         }
@@ -272,7 +324,8 @@ impl<'k> Hands<'k> {
     }
 
     /// What the successor's agent must know.
-    fn record(&self, site: &Site, division: &Division, tsc_khz: u32) -> record::HandoverRecord {
+    fn record(&self, site: &Site, tsc_khz: u32) -> record::HandoverRecord {
+        let division = &site.division;
         let facts = &self.plan.facts;
         let crossings = self.kernel.services.crossings();
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
@@ -374,9 +427,10 @@ impl<'k> Hands<'k> {
         let Some(site) = &self.site else { return Ok(()) };
         let mut first_error = Ok(());
         let started = std::mem::take(&mut self.started).then_some(self.plan.spare.apic_id);
-        for apic_id in started.into_iter().chain(self.moved.drain(..)) {
+        for apic_id in started.into_iter().chain(std::mem::take(&mut self.moved)) {
             let fenced = self.device.take_cpu(site.instance, apic_id, TakeCpu::Fence);
-            first_error = first_error.and(fenced);
+            let parked = fenced.map_err(anyhow::Error::from).and_then(|()| self.park_here(apic_id));
+            first_error = first_error.and(parked);
         }
         first_error.context("cannot stop the successor")
     }

@@ -21,6 +21,16 @@ use crate::services::{Arena, Services};
 /// Arenas start and end here, so that the successor can map them by large pages.
 const ARENA_GRAIN: u64 = 2 << 20;
 
+/// Which places are tried first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// For arenas: they stay where they are for ever, in the block that low memory breaks anyway, and below every region
+    /// (what is reserved above a region costs a cap: see `kexec_core::memory_map::division`).
+    LowestFirst,
+    /// For regions.
+    HighestFirst,
+}
+
 /// What changes.
 #[derive(Debug)]
 pub struct State {
@@ -151,17 +161,28 @@ impl Kernel {
 
     fn allocate_arena(&self, len: u64) -> Result<Arena> {
         let len = len.max(kexec_core::layout::REGION_MIN).next_multiple_of(ARENA_GRAIN);
-        let range = self.take_contiguous(device::SELF, len, ARENA_GRAIN, &RangeSet::new())?;
+        let range = self.take_contiguous(device::SELF, len, ARENA_GRAIN, &RangeSet::new(), Order::LowestFirst)?;
         let file = self.device()?.memory_file(range, FileFlags::PAGES)?;
         Ok(Arena { range, file, fresh: true })
     }
 
     /// Takes `len` contiguous bytes out of this kernel's allocator, wherever they can be had.
-    pub fn take_contiguous(&self, instance: u32, len: u64, grain: u64, avoid: &RangeSet) -> Result<Range> {
+    pub fn take_contiguous(
+        &self,
+        instance: u32,
+        len: u64,
+        grain: u64,
+        avoid: &RangeSet,
+        order: Order,
+    ) -> Result<Range> {
         let device = self.device()?;
         let wish = Wish { size: len, grain, below: None };
         let mut tried = 0;
-        for range in candidates(&managed_memory()?, avoid, &wish)? {
+        let mut places: Vec<Range> = candidates(&managed_memory()?, avoid, &wish)?.collect();
+        if order == Order::LowestFirst {
+            places.reverse();
+        }
+        for range in places {
             tried += 1;
             match device.take_memory(instance, range, TakeMemory::Alloc) {
                 Ok(()) => return Ok(range),

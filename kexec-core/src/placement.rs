@@ -47,6 +47,8 @@ pub struct PlacementRequest<'a> {
     /// RAM outside of the region that it knows from the start and must not touch: fragments and arenas
     /// ([`crate::memory_map::division::Division::reserved_in_successor`]).
     pub reserved_ram: RangeSet,
+    /// Its own RAM outside of the region: [`crate::memory_map::division::Division::cap`].
+    pub cap: Option<Range>,
     /// RAM that the identity map covers beside the region's start: usually all that the machine has, so that CPUs parked
     /// here can one day be sent to the park page of the *next* successor, wherever that lies.
     pub identity: RangeSet,
@@ -323,7 +325,7 @@ fn place_images(image: &BzImage<'_>, initrd_len: u64, region: Range) -> Result<(
 /// The successor's whole world.
 fn e820(request: &PlacementRequest<'_>, control_block: Range) -> Result<Vec<E820Entry>, PlacementError> {
     let region = request.region;
-    for range in &request.reserved_ram {
+    for range in request.reserved_ram.iter().chain(request.cap) {
         if range != range.shrink_to(PAGE) || range.overlaps(region) || range.start() < LOW_MEMORY_END {
             return Err(PlacementError::Reserved { range, region });
         }
@@ -333,7 +335,7 @@ fn e820(request: &PlacementRequest<'_>, control_block: Range) -> Result<Vec<E820
         E820Entry::reserved(control_block),
         E820Entry::ram(Range::new(control_block.end(), region.end())),
     ];
-    entries.extend(request.reserved_ram.iter().map(E820Entry::ram));
+    entries.extend(request.reserved_ram.iter().chain(request.cap).map(E820Entry::ram));
     entries.sort_by_key(|entry| entry.range);
     Ok(entries)
 }

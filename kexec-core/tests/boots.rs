@@ -113,6 +113,7 @@ fn stock_kernels_boot_from_a_placement_alone() {
             other_cpus: &[1, 2, 3],
             phantom: None,
             reserved_ram: RangeSet::from(vec![arena, fragment]),
+            cap: None,
             identity: RangeSet::new(),
             gigabyte_pages: false,
             tsc_khz: 1_000_000,

@@ -26,6 +26,7 @@ fn request<'a>(image: &'a BzImage<'a>, region: Range, initrd: &'a [u8]) -> Place
         other_cpus: &[0, 1, 2],
         phantom: None,
         reserved_ram: RangeSet::new(),
+        cap: None,
         identity: RangeSet::new(),
         gigabyte_pages: false,
         tsc_khz: 2_000_000,

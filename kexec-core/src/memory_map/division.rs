@@ -8,6 +8,11 @@
 //! fragments  what is left in blocks that are not whole: e820 RAM, reserved like an arena, released after commit
 //! ```
 //!
+//! And one exception: the cap. Kernels before 6.16 take `max_pfn` from the e820's plain RAM only (`e820__end_of_ram_pfn`; what
+//! setup_data reserves has become `E820_TYPE_RESERVED_KERN` by then), and fall over RAM beyond it that belongs to no node
+//! (`free_area_init`). So when anything reserved lies above the region, a page above it must be plain RAM of the successor:
+//! taken from the incumbent like the region. What lies above the cap stays unused until the next update.
+//!
 //! Why two roads for the bulk: hot-add takes whole memory blocks only; a fragment costs struct pages in the region from
 //! the start ([`struct_page_bytes`](super::struct_page_bytes)). So: fragments where it must be, blocks where it can.
 
@@ -29,6 +34,10 @@ pub struct Division {
     pub fragments: RangeSet,
     /// RAM that is hot-added after commit; every end is a multiple of `block_size`.
     pub blocks: RangeSet,
+    /// A page of the successor's own that is its highest RAM at boot; see above.
+    pub cap: Option<Range>,
+    /// RAM above the cap that nobody gets.
+    pub unused: RangeSet,
     /// The grain of hot-add.
     pub block_size: u64,
 }
@@ -81,7 +90,27 @@ impl Division {
         // `rest` holds neither low memory nor region nor arenas, so a block that lies wholly in it is free of them.
         let blocks = rest.shrink_to(block_size);
         let fragments = rest.subtract(&blocks);
-        Ok(Division { low, region, arenas: arenas.clone(), fragments, blocks, block_size })
+        let (cap, unused) = (None, RangeSet::new());
+        Ok(Division { low, region, arenas: arenas.clone(), fragments, blocks, cap, unused, block_size })
+    }
+
+    /// Where the cap may be, if one is needed: in fragments above the region and all arenas.
+    pub fn room_for_cap(&self) -> Option<RangeSet> {
+        let reserved_end = self.reserved_in_successor().end();
+        if reserved_end <= self.region.end() || self.cap.is_some() {
+            return None;
+        }
+        let floor = self.region.end().max(self.arenas.end());
+        Some(self.fragments.subtract(&Range::new(0, floor).into()))
+    }
+
+    /// The same division with the cap here, which must lie in [`Division::room_for_cap`].
+    pub fn with_cap(mut self, cap: Range) -> Division {
+        let above = RangeSet::from(Range::new(cap.end(), u64::MAX));
+        self.unused = self.fragments.intersect(&above);
+        self.fragments = self.fragments.subtract(&above).subtract(&cap.into());
+        self.cap = Some(cap);
+        self
     }
 
     /// What the successor's e820 shows as RAM, and its setup_data reserves: fragments and arenas, touching ones as one.
@@ -100,7 +129,8 @@ impl Division {
 
     /// Bytes that the successor has in the end: all but low memory.
     pub fn total_after_commit(&self) -> u64 {
-        self.region.len() + self.arenas.total() + self.fragments.total() + self.blocks.total()
+        let cap = self.cap.map_or(0, Range::len);
+        self.region.len() + self.arenas.total() + self.fragments.total() + self.blocks.total() + cap
     }
 }
 
@@ -112,6 +142,26 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const BLOCK: u64 = 128 * MIB;
+
+    #[test]
+    fn a_cap_stands_above_all_that_is_reserved() {
+        let ram = RangeSet::from(Range::new(MIB, 0x7ffd_e000));
+        let arenas = RangeSet::from(Range::new(15 * BLOCK, 15 * BLOCK + 64 * MIB));
+        let division = Division::new(&ram, Range::new(11 * BLOCK, 15 * BLOCK), &arenas, BLOCK).unwrap();
+        let room = division.room_for_cap().unwrap();
+        assert_eq!(room.to_string(), "0x7c000000-0x7ffddfff");
+        let total = division.total_after_commit();
+        let cap = Range::new(0x7ff0_0000, 0x7ff0_1000);
+        let capped = division.with_cap(cap);
+        assert_eq!(capped.reserved_in_successor().end(), cap.start());
+        assert_eq!(capped.unused, RangeSet::from(Range::new(cap.end(), 0x7ffd_e000)));
+        assert_eq!(capped.total_after_commit() + capped.unused.total(), total);
+        assert_eq!(capped.room_for_cap(), None);
+        // A region above everything else needs none.
+        let ram = RangeSet::from(Range::new(MIB, 16 * BLOCK));
+        let division = Division::new(&ram, Range::new(12 * BLOCK, 16 * BLOCK), &RangeSet::new(), BLOCK).unwrap();
+        assert_eq!(division.room_for_cap(), None);
+    }
 
     #[test]
     fn a_machine_of_two_gib() {
