@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::lab::guest::Ran;
 use crate::lab::net::{NICS, SERVICE};
+use crate::lab::serial::NotSeen;
 use crate::lab::{Guest, Kernel, Lab, Machine, MachineSpec, Patience, incumbent};
 
 /// Where the demo service answers.
@@ -63,6 +64,10 @@ pub enum Upgraded {
     Drained(Status),
 }
 
+/// What a successor's agent logs when the machine is its own.
+const DRAINED: &str = "drained: this kernel has the machine";
+/// How long the serial port is watched before the command is looked at again.
+const LOOK: Duration = Duration::from_millis(100);
 /// How long a whole update may take, on a busy host.
 const UPGRADE_PATIENCE: Duration = Duration::from_secs(300);
 
@@ -109,11 +114,6 @@ impl Stage {
         self.machine.guest(self.address(self.serving))
     }
 
-    /// The kernel that an update would bring, or has left.
-    pub fn other(&self) -> Guest {
-        self.machine.guest(self.address(1 - self.serving))
-    }
-
     fn address(&self, nic: usize) -> Ipv4Addr {
         NICS[nic].address
     }
@@ -124,34 +124,39 @@ impl Stage {
     }
 
     /// `baton upgrade` to this kernel. It ends in one of two ways: the command fails, and the old kernel goes on; or the new
-    /// kernel says that the machine is its own, and is looked at from then on. (The command's success is not waited for: the
-    /// kernel that would tell of it leaves.)
+    /// kernel says on its serial port that the machine is its own, and is looked at from then on. (The command's success is
+    /// not waited for: the kernel that would tell of it leaves.)
     pub fn upgrade(&mut self, release: &str, more: &[&str]) -> Result<Upgraded> {
-        // Until its function is taken away, the old kernel answers at the heir's address too.
-        let hops = self.status()?.hops;
         let image = format!("/boot/vmlinuz-{release}");
-        let line = cmdline(1 - self.serving);
-        let mut words = vec!["baton", "upgrade", "--json", "--kernel", &image, "--cmdline", &line];
-        words.extend(more);
+        self.upgrade_with(&["--kernel", &image], more)
+    }
+
+    /// The same with any arguments; `--cmdline` is given already.
+    pub fn upgrade_with(&mut self, image: &[&str], more: &[&str]) -> Result<Upgraded> {
+        let port = 1 - self.serving;
+        let line = cmdline(port);
+        let mut words = vec!["baton", "upgrade", "--json", "--cmdline", &line];
+        words.extend(image.iter().chain(more));
         let command = self.guest().command(&words).timeout(UPGRADE_PATIENCE);
+        let seen = self.machine.serial(port).position();
         let (end, ended) = mpsc::channel();
         std::thread::spawn(move || end.send(command.run()));
-        let heir = self.other();
         let deadline = Instant::now() + UPGRADE_PATIENCE;
         loop {
-            match ended.recv_timeout(Duration::from_millis(100)) {
+            match ended.try_recv() {
                 Ok(Ok(ran)) if !ran.success() => return Ok(Upgraded::Refused(ran)),
                 _ => {}
             }
-            if let Ok(status) = status_of(&heir)
-                && status.role == "incumbent"
-                && status.hops > hops
-            {
-                self.serving = 1 - self.serving;
-                return Ok(Upgraded::Drained(status));
-            }
-            if Instant::now() > deadline {
-                bail!("the update did not end\n{}", self.machine.logs(60));
+            match self.machine.serial(port).wait_for(DRAINED, seen, Patience::of(LOOK)) {
+                Ok(_) => {
+                    self.serving = port;
+                    return Ok(Upgraded::Drained(self.status()?));
+                }
+                Err(NotSeen::Closed) => bail!("the machine ended\n{}", self.machine.logs(60)),
+                Err(NotSeen::TimedOut) if Instant::now() > deadline => {
+                    bail!("the update did not end\n{}", self.machine.logs(60));
+                }
+                Err(NotSeen::TimedOut) => {}
             }
         }
     }
