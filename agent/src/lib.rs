@@ -1,4 +1,5 @@
-//! WHO does it.
+#![doc = include_str!("../README.md")]
+
 pub mod birth;
 pub mod check;
 pub mod cli;
