@@ -4,8 +4,12 @@
 //! loader with the tree's libraries, so that neither root nor a package on this host is needed.
 
 use std::io::{BufRead, BufReader};
-use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+
+#[path = "../../tests/support/lab_tree.rs"]
+mod lab_tree;
+
+use lab_tree::lab_tree;
 
 struct Server {
     process: Child,
@@ -28,7 +32,7 @@ impl Server {
 
     /// Runs a program of the tree against this server; its output.
     fn run(&self, program: &str, arguments: &[&str]) -> String {
-        let tree = tree();
+        let tree = lab_tree();
         let output = Command::new(tree.join("usr/lib64/ld-linux-x86-64.so.2"))
             .arg("--library-path")
             .arg(tree.join("usr/lib/x86_64-linux-gnu"))
@@ -48,18 +52,6 @@ impl Drop for Server {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
-}
-
-fn tree() -> PathBuf {
-    let tree = std::env::var_os("BATON_LAB_TREE")
-        .map(PathBuf::from)
-        .unwrap_or_else(|| demos::lab::tree::lab_root().expect("a home").join("current/tree"));
-    assert!(
-        tree.join("usr/bin/redis-benchmark").exists(),
-        "no redis tools in {}: run `cargo demo lab`",
-        tree.display()
-    );
-    tree
 }
 
 #[test]

@@ -147,12 +147,12 @@ mod tests {
 
     #[test]
     fn adds_what_is_missing() {
-        let ours = "maxcpus=1 pci=off tsc_early_khz=2400000 tsc=reliable baton.control=0x58000000";
+        let ours = "maxcpus=1 pci=off tsc_early_khz=2400000 tsc=reliable no_ipi_broadcast=1 baton.control=0x58000000";
         assert_eq!(done(""), ours);
         assert_eq!(done("quiet"), format!("quiet {ours}"));
         assert_eq!(
             done("tsc=nowatchdog pci=off maxcpus=1 tsc_early_khz=1"),
-            "tsc=nowatchdog pci=off maxcpus=1 tsc_early_khz=1 baton.control=0x58000000"
+            "tsc=nowatchdog pci=off maxcpus=1 tsc_early_khz=1 no_ipi_broadcast=1 baton.control=0x58000000"
         );
         assert!(!complete("", CONTROL, 0, 2047).unwrap().contains("tsc_early_khz"));
     }

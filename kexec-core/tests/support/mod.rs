@@ -4,17 +4,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// The lab's Debian tree.
-pub fn lab_tree() -> PathBuf {
-    let tree = std::env::var_os("BATON_LAB_TREE").map(PathBuf::from).unwrap_or_else(|| {
-        let cache = std::env::var_os("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .unwrap_or_else(|| PathBuf::from(std::env::var_os("HOME").expect("HOME is set")).join(".cache"));
-        cache.join("baton/lab/current/tree")
-    });
-    assert!(tree.join("usr").is_dir(), "there is no lab at {}: run `cargo demo lab`", tree.display());
-    tree
-}
+#[path = "../../../tests/support/lab_tree.rs"]
+mod lab_tree;
+
+pub use lab_tree::lab_tree;
 
 /// The lab's stock kernels: release prefix and image.
 pub fn lab_kernels() -> Vec<(&'static str, PathBuf)> {

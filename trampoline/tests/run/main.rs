@@ -6,6 +6,8 @@
 
 mod guest;
 mod image;
+#[path = "../../../tests/support/lab_tree.rs"]
+mod lab_tree;
 mod qemu;
 mod script;
 

@@ -1,10 +1,11 @@
 //! Finds QEMU and runs one firmware image to its end.
 
 use std::io::{Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::lab_tree::lab_tree;
 use crate::script::PASSED;
 
 /// Far beyond what any run takes (0.1-0.5 s alone, seconds on a busy host): a machine that is still there hangs.
@@ -34,18 +35,7 @@ fn command() -> Vec<String> {
         assert!(!words.is_empty(), "BATON_QEMU is set but empty");
         return words;
     }
-    let cache = std::env::var_os("XDG_CACHE_HOME")
-        .map(PathBuf::from)
-        .or_else(|| std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache")))
-        .expect("XDG_CACHE_HOME or HOME is set");
-    let tree = cache.join("baton/lab/current/tree");
-    assert!(
-        tree.join("usr/bin/qemu-system-x86_64").exists(),
-        "no QEMU to run the trampoline in: there is no lab at {} and BATON_QEMU is not set; \
-         `cargo demo lab` makes the lab",
-        tree.display()
-    );
-    let tree = tree.canonicalize().expect("the lab's tree resolves");
+    let tree = lab_tree();
     vec![
         "chroot".into(),
         tree.into_os_string().into_string().expect("the lab's path is text"),
