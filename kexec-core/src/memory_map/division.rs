@@ -8,7 +8,7 @@
 //! fragments  what is left in blocks that are not whole: e820 RAM, reserved like an arena, released after commit
 //! ```
 //!
-//! And one exception: the cap. Kernels before 6.16 take `max_pfn` from the e820's plain RAM only (`e820__end_of_ram_pfn`; what
+//! And one exception: the cap. Linux 6.12 (7.3 no longer) takes `max_pfn` from the e820's plain RAM only (`e820__end_of_ram_pfn`; what
 //! setup_data reserves has become `E820_TYPE_RESERVED_KERN` by then), and fall over RAM beyond it that belongs to no node
 //! (`free_area_init`). So when anything reserved lies above the region, a page above it must be plain RAM of the successor:
 //! taken from the incumbent like the region. What lies above the cap stays unused until the next update.
@@ -134,6 +134,14 @@ impl Division {
     }
 }
 
+/// Which of the hot-added blocks a kernel keeps movable, so that the *next* region, of `want` bytes, can be taken from them
+/// again: the highest place where it fits. The others become ordinary memory: a kernel whose memory is mostly movable
+/// runs out of room for its own (page tables, slab) while there seems to be plenty.
+pub fn keep_movable(blocks: &RangeSet, want: u64) -> RangeSet {
+    let place = blocks.iter().rev().find(|range| range.len() >= want);
+    place.map_or_else(RangeSet::new, |range| Range::new(range.end() - want, range.end()).into())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -142,6 +150,14 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const BLOCK: u64 = 128 * MIB;
+
+    #[test]
+    fn the_highest_place_for_a_region_stays_movable() {
+        let blocks = RangeSet::from(vec![Range::new(BLOCK, 9 * BLOCK), Range::new(32 * BLOCK, 34 * BLOCK)]);
+        assert_eq!(keep_movable(&blocks, 4 * BLOCK), RangeSet::from(Range::new(5 * BLOCK, 9 * BLOCK)));
+        assert_eq!(keep_movable(&blocks, 2 * BLOCK), RangeSet::from(Range::new(32 * BLOCK, 34 * BLOCK)));
+        assert!(keep_movable(&blocks, 9 * BLOCK).is_empty());
+    }
 
     #[test]
     fn a_cap_stands_above_all_that_is_reserved() {
