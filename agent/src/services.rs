@@ -1,6 +1,6 @@
 //! The services of this kernel, as batond holds them: who is connected, where each one's arena is, and how it stands.
 //!
-//! A service's thread of life is its connection ([`crate::service::AgentEnd`]); orders inside the blackout are sent to all
+//! A service's thread of life is its connection ([`AgentEnd`]); orders inside the blackout are sent to all
 //! services first and their answers gathered after, so that they work at the same time.
 
 use std::collections::BTreeMap;
