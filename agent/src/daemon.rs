@@ -62,6 +62,15 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
             }
         })?;
     }
+    if !kernel.is_successor()
+        && let Ok(device) = kernel.device()
+    {
+        match crate::recover::recover(device, &kernel.netlink, &kernel.config) {
+            Ok(None) => {}
+            Ok(Some(what)) => warn!("took back what an earlier batond left: {what}"),
+            Err(error) => warn!("an earlier batond left something behind: {error:#}"),
+        }
+    }
     tell_init();
     info!(release = kernel.release(), role = kernel.role(), "batond is ready");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
