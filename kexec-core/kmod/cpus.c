@@ -15,8 +15,6 @@
  * xAPIC mode it is two registers: icr_write() keeps interrupts off between them, and what Linux sends from NMIs uses
  * a shorthand, which leaves the destination register alone.
  */
-#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/cpu.h>
 #include <linux/delay.h>
 #include <linux/eventfd.h>
@@ -24,19 +22,16 @@
 #include <linux/irq.h>
 #include <linux/irqdomain.h>
 #include <linux/panic_notifier.h>
+#include <linux/xarray.h>
 #include <asm/apic.h>
 #include <asm/irqdomain.h>
 #include "baton.h"
 
-struct given_cpu {
-	struct list_head node;
-	u32 apic_id;
-	u32 instance;
-};
-
-/* Changed under baton_lock and given_lock, so either is enough to read. given_lock is for the hotplug callback. */
-static LIST_HEAD(given);
-static DEFINE_SPINLOCK(given_lock);
+/*
+ * The instance of each APIC id that was given. Changed under baton_lock and cpus_read_lock, so either baton_lock or
+ * cpus_write_lock, which the hotplug callback runs under, is enough to read.
+ */
+static DEFINE_XARRAY(given);
 static int hotplug_state;
 
 /* No broadcast, and in xAPIC mode only 8 bits. */
@@ -55,28 +50,23 @@ static bool apic_id_is_online(u32 apic_id)
 	return false;
 }
 
-static struct given_cpu *find_given(u32 apic_id)
+/* BATON_SELF, to which no CPU is given, when it is nobody's. */
+static u32 given_to(u32 apic_id)
 {
-	struct given_cpu *cpu;
-
-	list_for_each_entry(cpu, &given, node)
-		if (cpu->apic_id == apic_id)
-			return cpu;
-	return NULL;
+	return xa_to_value(xa_load(&given, apic_id));
 }
 
 static int refuse_given(unsigned int cpu)
 {
-	guard(spinlock)(&given_lock);
-	return find_given(cpu_physical_id(cpu)) ? -EBUSY : 0;
+	return given_to(cpu_physical_id(cpu)) == BATON_SELF ? 0 : -EBUSY;
 }
 
 static int write_icr(u32 apic_id, u32 command)
 {
-	/* What was written to shared memory must be there before the interrupt is; in x2APIC mode nothing else orders it. */
+	/* What was written to shared memory must be there first; in x2APIC mode nothing else orders it. */
 	mb();
 	rmb();
-	/* An interrupt between the wait and the write may send an IPI of its own. Busy for 1 ms: nobody is at the other end. */
+	/* An interrupt between the wait and the write may send an IPI of its own. Busy for 1 ms: nobody is there. */
 	guard(irqsave)();
 	for (int us = 0; !x2apic_mode && apic->icr_read() & APIC_ICR_BUSY; us++) {
 		if (us == 1000)
@@ -88,54 +78,42 @@ static int write_icr(u32 apic_id, u32 command)
 }
 
 /* Sleeps instead of spinning: each write is complete in itself, so it does not matter which CPU sends the next. */
+static int write_icr_twice(u32 apic_id, u32 first, u32 second, unsigned int us_between)
+{
+	int ret = write_icr(apic_id, first);
+
+	fsleep(us_between);
+	return ret ?: write_icr(apic_id, second);
+}
+
 static int send_init(u32 apic_id)
 {
-	int ret = write_icr(apic_id, APIC_INT_LEVELTRIG | APIC_INT_ASSERT | APIC_DM_INIT);
-
-	usleep_range(10000, 11000);
-	return ret ?: write_icr(apic_id, APIC_INT_LEVELTRIG | APIC_DM_INIT);
+	return write_icr_twice(apic_id, APIC_INT_LEVELTRIG | APIC_INT_ASSERT | APIC_DM_INIT,
+			       APIC_INT_LEVELTRIG | APIC_DM_INIT, 10000);
 }
 
-/* Twice, as the specification asks for; a CPU that runs already ignores the second. */
-static int send_startup(u32 apic_id, u64 start_pa)
+static void forget(u32 apic_id)
 {
-	int ret = write_icr(apic_id, APIC_DM_STARTUP | PHYS_PFN(start_pa));
-
-	usleep_range(300, 500);
-	return ret ?: write_icr(apic_id, APIC_DM_STARTUP | PHYS_PFN(start_pa));
+	xa_erase(&given, apic_id);
+	module_put(THIS_MODULE);
 }
 
-static void forget(struct given_cpu *cpu)
+/* Whether the CPU is the instance's, or can be: it is offline here and nobody else's. */
+static int check_cpu(const struct baton_cpu *arg)
 {
-	scoped_guard(spinlock, &given_lock)
-		list_del(&cpu->node);
-	kfree(cpu);
-	baton_release();
-}
+	u32 owner = given_to(arg->apic_id);
 
-/* No CPU comes or goes between the check and the record; afterwards refuse_given() keeps it away. */
-static int record(u32 apic_id, u32 instance)
-{
-	struct given_cpu *known = find_given(apic_id);
-	struct given_cpu *cpu __free(kfree) = kzalloc(sizeof(*cpu), GFP_KERNEL);
-
-	if (!cpu)
-		return -ENOMEM;
-	*cpu = (struct given_cpu) { .apic_id = apic_id, .instance = instance };
-	guard(cpus_read_lock)();
-	if (apic_id_is_online(apic_id) || (known && known->instance != instance))
+	if (!baton_instance_exists(arg->instance))
+		return -ENOENT;
+	if (apic_id_is_online(arg->apic_id) || (owner != BATON_SELF && owner != arg->instance))
 		return -EBUSY;
-	if (known)
-		return 0;
-	scoped_guard(spinlock, &given_lock)
-		list_add_tail(&no_free_ptr(cpu)->node, &given);
-	baton_depend();
 	return 0;
 }
 
 int baton_cpu_give(struct baton_call *call)
 {
-	const struct baton_cpu *arg = &call->arg.cpu;
+	const struct baton_cpu *arg = call->arg;
+	u32 sipi = APIC_DM_STARTUP | PHYS_PFN(arg->start_pa);
 	bool start = arg->how == BATON_CPU_START;
 	int ret;
 
@@ -145,47 +123,47 @@ int baton_cpu_give(struct baton_call *call)
 	if (arg->start_pa >= SZ_1M)
 		return -ERANGE;
 	guard(mutex)(&baton_lock);
-	if (!baton_instance_exists(arg->instance))
-		return -ENOENT;
-	ret = record(arg->apic_id, arg->instance);
-	if (ret || !start)
+	guard(cpus_read_lock)();	/* no CPU comes between the check and the record, which then keeps it away */
+	ret = check_cpu(arg);
+	if (ret)
 		return ret;
-	ret = send_init(arg->apic_id) ?: send_startup(arg->apic_id, arg->start_pa);
-	if (ret) {
-		pr_warn("APIC id %u does not take INIT and SIPI: %pe\n", arg->apic_id, ERR_PTR(ret));
-		forget(find_given(arg->apic_id));
+	if (given_to(arg->apic_id) == BATON_SELF) {
+		ret = xa_err(xa_store(&given, arg->apic_id, xa_mk_value(arg->instance), GFP_KERNEL));
+		if (ret)
+			return ret;
+		__module_get(THIS_MODULE);
 	}
+	/* SIPI twice, as the specification asks for; a CPU that runs already ignores the second. */
+	if (start)
+		ret = send_init(arg->apic_id) ?: write_icr_twice(arg->apic_id, sipi, sipi, 300);
+	if (ret)
+		forget(arg->apic_id);
 	return ret;
 }
 
 int baton_cpu_take(struct baton_call *call)
 {
-	const struct baton_cpu *arg = &call->arg.cpu;
-	struct given_cpu *cpu;
-	int ret = 0;
+	const struct baton_cpu *arg = call->arg;
+	int ret;
 
 	if ((arg->how != BATON_CPU_RECORD && arg->how != BATON_CPU_FENCE) || !apic_id_is_valid(arg->apic_id) ||
 	    arg->instance == BATON_SELF || arg->start_pa)
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
-	scoped_guard(cpus_read_lock)
-		if (apic_id_is_online(arg->apic_id))
-			return -EBUSY;
-	cpu = find_given(arg->apic_id);
-	if (!cpu || !baton_instance_exists(arg->instance))
-		return -ENOENT;
-	if (cpu->instance != arg->instance)
-		return -EBUSY;
-	if (arg->how == BATON_CPU_FENCE)
+	guard(cpus_read_lock)();
+	ret = check_cpu(arg);
+	if (!ret && given_to(arg->apic_id) == BATON_SELF)
+		ret = -ENOENT;
+	if (!ret && arg->how == BATON_CPU_FENCE)
 		ret = send_init(arg->apic_id);
 	if (!ret)
-		forget(cpu);
+		forget(arg->apic_id);
 	return ret;
 }
 
 int baton_cpu_info(struct baton_call *call)
 {
-	struct baton_cpu_info *info = &call->arg.cpu_info;
+	struct baton_cpu_info *info = call->arg;
 
 	if (info->cpu >= nr_cpu_ids || !cpu_possible(info->cpu))
 		return -ENOENT;
@@ -196,11 +174,12 @@ int baton_cpu_info(struct baton_call *call)
 
 bool baton_cpus_recorded(u32 instance)
 {
-	struct given_cpu *cpu;
+	unsigned long apic_id;
+	void *owner;
 
 	lockdep_assert_held(&baton_lock);
-	list_for_each_entry(cpu, &given, node)
-		if (cpu->instance == instance)
+	xa_for_each(&given, apic_id, owner)
+		if (xa_to_value(owner) == instance)
 			return true;
 	return false;
 }
@@ -208,88 +187,76 @@ bool baton_cpus_recorded(u32 instance)
 /* A list of APIC ids such as "0-2,5". */
 void baton_cpus_show(struct seq_file *seq, u32 instance)
 {
-	unsigned long *ids = bitmap_zalloc(MAX_LOCAL_APIC, GFP_KERNEL);
-	struct given_cpu *cpu;
-	int number;
+	unsigned long *ids __free(bitmap) = bitmap_zalloc(MAX_LOCAL_APIC, GFP_KERNEL), apic_id;
+	void *owner;
+	int cpu;
 
 	if (!ids)
 		return seq_putc(seq, '?');
 	if (instance == BATON_SELF)
-		for_each_online_cpu(number)
-			__set_bit(cpu_physical_id(number), ids);
-	list_for_each_entry(cpu, &given, node)
-		if (cpu->instance == instance)
-			__set_bit(cpu->apic_id, ids);
+		for_each_online_cpu(cpu)
+			__set_bit(cpu_physical_id(cpu), ids);
+	xa_for_each(&given, apic_id, owner)
+		if (xa_to_value(owner) == instance)
+			__set_bit(apic_id, ids);
 	if (bitmap_empty(ids, MAX_LOCAL_APIC))
 		seq_putc(seq, '-');
 	else
 		seq_printf(seq, "%*pbl", MAX_LOCAL_APIC, ids);
-	bitmap_free(ids);
 }
 
-struct baton_line {
-	int irq;
-	struct eventfd_ctx *eventfd;
-};
-
-static irqreturn_t line_rings(int irq, void *data)
+static irqreturn_t doorbell_rings(int irq, void *eventfd)
 {
-	eventfd_signal(((struct baton_line *)data)->eventfd);
+	eventfd_signal(eventfd);
 	return IRQ_HANDLED;
 }
 
-void baton_doorbell_close(struct baton_line *line)
+void baton_doorbell_close(struct baton_file *file)
 {
-	free_irq(line->irq, line);
-	irq_dispose_mapping(line->irq);
-	eventfd_ctx_put(line->eventfd);
-	kfree(line);
+	free_irq(file->irq, file->doorbell);
+	irq_dispose_mapping(file->irq);
+	eventfd_ctx_put(file->doorbell);
 }
 
 int baton_doorbell_open(struct baton_call *call)
 {
 	struct irq_alloc_info info = { .type = X86_IRQ_ALLOC_TYPE_PCI_MSI, .mask = cpumask_of(0) };
-	struct baton_doorbell *arg = &call->arg.doorbell;
-	struct baton_line *line;
+	struct baton_doorbell *arg = call->arg;
+	struct eventfd_ctx *eventfd;
 	struct irq_cfg *cfg;
-	int ret;
+	int irq, ret;
 
 	guard(mutex)(&baton_lock);
-	if (call->file->line)
+	if (call->file->doorbell)
 		return -EBUSY;
-	line = kzalloc(sizeof(*line), GFP_KERNEL);
-	if (!line)
-		return -ENOMEM;
-	line->eventfd = eventfd_ctx_fdget(arg->eventfd);
-	ret = -EINVAL;
-	if (IS_ERR(line->eventfd))
-		goto free_line;
-	ret = line->irq = irq_domain_alloc_irqs(x86_vector_domain, 1, NUMA_NO_NODE, &info);
+	eventfd = eventfd_ctx_fdget(arg->eventfd);
+	if (IS_ERR(eventfd))
+		return -EINVAL;
+	ret = irq = irq_domain_alloc_irqs(x86_vector_domain, 1, NUMA_NO_NODE, &info);
 	if (ret < 0)
 		goto put_eventfd;
-	irq_set_handler(line->irq, handle_edge_irq);
-	/* Before the start, so that it starts there; IRQF_NOBALANCING then keeps it there, against user space as well. */
-	ret = irq_set_affinity(line->irq, cpumask_of(0)) ?:
-	      request_irq(line->irq, line_rings, IRQF_NOBALANCING, "baton-doorbell", line);
+	irq_set_handler(irq, handle_edge_irq);
+	/* Before the start, so that it starts there; IRQF_NOBALANCING then keeps it, against user space as well. */
+	ret = irq_set_affinity(irq, cpumask_of(0)) ?:
+	      request_irq(irq, doorbell_rings, IRQF_NOBALANCING, "baton-doorbell", eventfd);
 	if (ret)
 		goto dispose_irq;
-	cfg = irqd_cfg(irq_get_irq_data(line->irq));
+	cfg = irqd_cfg(irq_get_irq_data(irq));
 	arg->apic_id = cfg->dest_apicid;
 	arg->vector = cfg->vector;
 	ret = baton_reply(call);
 	if (ret)
 		goto free_irq;
-	call->file->line = line;
+	call->file->doorbell = eventfd;
+	call->file->irq = irq;
 	return 0;
 
 free_irq:
-	free_irq(line->irq, line);
+	free_irq(irq, eventfd);
 dispose_irq:
-	irq_dispose_mapping(line->irq);
+	irq_dispose_mapping(irq);
 put_eventfd:
-	eventfd_ctx_put(line->eventfd);
-free_line:
-	kfree(line);
+	eventfd_ctx_put(eventfd);
 	return ret;
 }
 
@@ -301,69 +268,63 @@ static bool may_ring(u32 apic_id, u32 vector)
 /* Does not wait for delivery: the next write does, and a ring must not cost more than it has to. */
 int baton_doorbell_ring(struct baton_call *call)
 {
-	struct baton_doorbell *arg = &call->arg.doorbell;
+	struct baton_doorbell *arg = call->arg;
 
 	if (!may_ring(arg->apic_id, arg->vector))
 		return -EINVAL;
 	return write_icr(arg->apic_id, APIC_DM_FIXED | arg->vector);
 }
 
-struct baton_notice {
-	struct notifier_block block;
-	struct baton_memory *memory;
+/* One per machine, so there is no more than this; under baton_lock. */
+static struct {
 	struct baton_panic_notice arg;
-	u64 *word;
-};
-
-static bool notice_is_set;	/* under baton_lock */
+	struct baton_memory *memory;
+	u64 *word;			/* NULL: no notice is set */
+} notice;
 
 /* Runs on a dying kernel: one store, one ICR write, no lock, no allocation, no wait without an end. */
 static int notice_panic(struct notifier_block *block, unsigned long action, void *message)
 {
-	struct baton_notice *notice = container_of(block, struct baton_notice, block);
-
-	WRITE_ONCE(*notice->word, notice->arg.value);
-	if (notice->arg.vector)
-		write_icr(notice->arg.apic_id, APIC_DM_FIXED | notice->arg.vector);
+	WRITE_ONCE(*notice.word, notice.arg.value);
+	if (notice.arg.vector)
+		write_icr(notice.arg.apic_id, APIC_DM_FIXED | notice.arg.vector);
 	return NOTIFY_DONE;
 }
 
+static struct notifier_block notice_block = { .notifier_call = notice_panic, .priority = INT_MAX };
+
 int baton_panic_notice_set(struct baton_call *call)
 {
-	const struct baton_panic_notice *arg = &call->arg.panic_notice;
+	const struct baton_panic_notice *arg = call->arg;
+	struct baton_memory *memory;
+	u64 *word;
 
 	if (arg->reserved || !IS_ALIGNED(arg->pa, sizeof(u64)) || (arg->vector && !may_ring(arg->apic_id, arg->vector)))
 		return -EINVAL;
-	struct baton_notice *notice __free(kfree) = kzalloc(sizeof(*notice), GFP_KERNEL);
-	if (!notice)
-		return -ENOMEM;
-	notice->block.notifier_call = notice_panic;
-	notice->block.priority = INT_MAX;
-	notice->arg = *arg;
 	guard(mutex)(&baton_lock);
-	if (notice_is_set)
+	if (notice.word)
 		return -EBUSY;
-	notice->memory = baton_memory_hold(arg->pa, sizeof(u64));
-	if (!notice->memory)
+	memory = baton_memory_find(arg->pa, sizeof(u64));
+	if (!memory)
 		return -ENOENT;
-	notice->word = memremap(arg->pa, sizeof(u64), MEMREMAP_WB);
-	if (!notice->word) {
-		baton_memory_unhold(notice->memory);
+	word = memremap(arg->pa, sizeof(u64), MEMREMAP_WB);
+	if (!word)
 		return -ENOMEM;
-	}
-	notice_is_set = true;
-	call->file->notice = no_free_ptr(notice);
-	return atomic_notifier_chain_register(&panic_notifier_list, &call->file->notice->block);
+	memory->users++;
+	notice.arg = *arg;
+	notice.memory = memory;
+	notice.word = word;
+	call->file->has_notice = true;
+	return atomic_notifier_chain_register(&panic_notifier_list, &notice_block);
 }
 
-void baton_panic_notice_clear(struct baton_notice *notice)
+void baton_panic_notice_clear(void)
 {
-	atomic_notifier_chain_unregister(&panic_notifier_list, &notice->block);
-	memunmap(notice->word);
 	guard(mutex)(&baton_lock);
-	baton_memory_unhold(notice->memory);
-	notice_is_set = false;
-	kfree(notice);
+	atomic_notifier_chain_unregister(&panic_notifier_list, &notice_block);
+	memunmap(notice.word);
+	notice.word = NULL;
+	notice.memory->users--;
 }
 
 int baton_cpus_init(void)

@@ -60,33 +60,28 @@ u32 baton_instances_count(void)
 	return list_count_nodes(&labels) - 1;
 }
 
-static bool is_name_char(char c)
+/* NUL-terminated; an image may have all that can be printed. */
+static bool is_text(const char *text, size_t size, bool is_name)
 {
-	return isascii(c) && (isalnum(c) || strchr("._+-", c));
-}
-
-static bool is_image_char(char c)
-{
-	return isascii(c) && isprint(c);
-}
-
-static bool is_text(const char *text, size_t size, bool (*is_good)(char c))
-{
-	size_t i = 0;
-
-	while (i < size && text[i] && is_good(text[i]))
-		i++;
-	return i < size && !text[i];
+	for (size_t i = 0; i < size; i++) {
+		if (!text[i])
+			return true;
+		if (!isascii(text[i]) || !isprint(text[i]))
+			return false;
+		if (is_name && !isalnum(text[i]) && !strchr("._+-", text[i]))
+			return false;
+	}
+	return false;
 }
 
 int baton_instance_create(struct baton_call *call)
 {
-	struct baton_instance *arg = &call->arg.instance;
+	struct baton_instance *arg = call->arg;
 	struct baton_label *other;
 	static u32 last_id = BATON_SELF;
 
 	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !arg->name[0] ||
-	    !is_text(arg->name, BATON_NAME_LEN, is_name_char) || !is_text(arg->image, BATON_IMAGE_LEN, is_image_char))
+	    !is_text(arg->name, BATON_NAME_LEN, true) || !is_text(arg->image, BATON_IMAGE_LEN, false))
 		return -EINVAL;
 	struct baton_label *label __free(kfree) = kzalloc(sizeof(*label), GFP_KERNEL);
 	if (!label)
@@ -103,16 +98,16 @@ int baton_instance_create(struct baton_call *call)
 		return -EFAULT;
 	last_id++;
 	list_add_tail(&no_free_ptr(label)->node, &labels);
-	baton_depend();
+	__module_get(THIS_MODULE);
 	return 0;
 }
 
 int baton_instance_update(struct baton_call *call)
 {
-	const struct baton_instance *arg = &call->arg.instance;
+	const struct baton_instance *arg = call->arg;
 	struct baton_label *label;
 
-	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !is_text(arg->image, BATON_IMAGE_LEN, is_image_char))
+	if (arg->reserved || arg->state >= ARRAY_SIZE(state_words) || !is_text(arg->image, BATON_IMAGE_LEN, false))
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
 	label = find_label(arg->id);
@@ -126,13 +121,14 @@ int baton_instance_update(struct baton_call *call)
 
 int baton_instance_destroy(struct baton_call *call)
 {
+	const struct baton_instance *arg = call->arg;
 	struct baton_label *label;
 	int ret;
 
-	if (call->arg.instance.reserved || call->arg.instance.id == BATON_SELF)
+	if (arg->reserved || arg->id == BATON_SELF)
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
-	label = find_label(call->arg.instance.id);
+	label = find_label(arg->id);
 	if (!label)
 		return -ENOENT;
 	if (baton_cpus_recorded(label->id))
@@ -142,11 +138,11 @@ int baton_instance_destroy(struct baton_call *call)
 		return ret;
 	list_del(&label->node);
 	kfree(label);
-	baton_release();
+	module_put(THIS_MODULE);
 	return 0;
 }
 
-/* One row an instance, columns apart by one blank; the image is last, since it may hold blanks. "-": none, or not for you. */
+/* Columns are apart by one blank; the image is last, since it may hold blanks. "-": none, or not for you. */
 int baton_instances_show(struct seq_file *seq, void *unused)
 {
 	/* Like /proc/iomem: physical addresses are not for everybody. */

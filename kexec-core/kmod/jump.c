@@ -30,6 +30,9 @@
 #include <asm/tsc.h>
 #include "baton.h"
 
+DEFINE_FREE(memunmap, void *, if (_T) memunmap(_T))
+DEFINE_LOCK_GUARD_0(no_hotplug, cpu_hotplug_disable(), cpu_hotplug_enable())
+
 /* Written by baton_leave(), read by baton_return. One CPU at a time can be the last. */
 static struct {
 	u64 rsp, rbp, rbx, r12, r13, r14, r15, cr3, cr4;
@@ -74,7 +77,7 @@ asm(
 	"	mov	baton_left+16(%rip), %rbx;	mov	baton_left+24(%rip), %r12\n"
 	"	mov	baton_left+32(%rip), %r13;	mov	baton_left+40(%rip), %r14\n"
 	"	mov	baton_left+48(%rip), %r15\n"
-	"	pushq	$2\n"				/* no flag but the one that is always set: IF, DF, NT, AC are clear */
+	"	pushq	$2\n"				/* the flag that is always set; IF, DF, NT, AC clear */
 	"	popfq\n"
 	"	" ASM_RET
 	".size baton_return, . - baton_return\n"
@@ -104,38 +107,25 @@ static u64 leave_and_return(const struct baton_yield *arg)
 
 int baton_yield(struct baton_call *call)
 {
-	struct baton_yield *arg = &call->arg.yield;
-	u64 *table, *ident;
-	int ret;
+	struct baton_yield *arg = call->arg;
 
 	if (arg->reserved || !PAGE_ALIGNED(arg->table_pa) || !PAGE_ALIGNED(arg->ident_pa) ||
 	    arg->table_pa == arg->ident_pa || !arg->entry_pa)
 		return -EINVAL;
-	/* With page table isolation, the NMI entry takes a CR3 with this bit for that of user space and "corrects" it. */
+	/* With page table isolation, the NMI entry takes a CR3 with this bit for user space's and "corrects" it. */
 	if (cpu_feature_enabled(X86_FEATURE_PTI) && arg->table_pa & PAGE_SIZE)
 		return -EINVAL;
 	guard(mutex)(&baton_lock);	/* what the objects are now, they stay */
 	if (!baton_memory_find(arg->table_pa, PAGE_SIZE) || !baton_memory_find(arg->ident_pa, PAGE_SIZE))
 		return -ENOENT;
-	table = memremap(arg->table_pa, PAGE_SIZE, MEMREMAP_WB);
-	ident = memremap(arg->ident_pa, PAGE_SIZE, MEMREMAP_WB);
-	ret = -ENOMEM;
+	u64 *table __free(memunmap) = memremap(arg->table_pa, PAGE_SIZE, MEMREMAP_WB);
+	u64 *ident __free(memunmap) = memremap(arg->ident_pa, PAGE_SIZE, MEMREMAP_WB);
 	if (!table || !ident)
-		goto unmap_both;
-	cpu_hotplug_disable();
-	ret = -EBUSY;
+		return -ENOMEM;
+	guard(no_hotplug)();
 	if (num_online_cpus() != 1)
-		goto enable_hotplug;
+		return -EBUSY;
 	compose_table(table, ident);
 	arg->away_tsc = leave_and_return(arg);
-	ret = baton_reply(call);
-
-enable_hotplug:
-	cpu_hotplug_enable();
-unmap_both:
-	if (ident)
-		memunmap(ident);
-	if (table)
-		memunmap(table);
-	return ret;
+	return baton_reply(call);
 }

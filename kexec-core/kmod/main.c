@@ -9,7 +9,8 @@
  * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
  * 3. Doorbells, panic notices and mappings of memory are files: they end with their file, also when its owner dies.
  * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may
- *    crash, be restarted, and find them in /proc/multikernel; each of them holds a reference on the module.
+ *    crash, be restarted, and find them in /proc/multikernel. Each holds a reference on the module, which an open
+ *    file of it cannot fail to get.
  *
  * Unhappy path: every call either does all of what it says or none of it.
  */
@@ -18,7 +19,6 @@
 #include <linux/cpumask.h>
 #include <linux/memory.h>
 #include <linux/miscdevice.h>
-#include <linux/module.h>
 #include <linux/proc_fs.h>
 #include <linux/security.h>
 #include <linux/uaccess.h>
@@ -29,25 +29,14 @@
 
 DEFINE_MUTEX(baton_lock);
 
-/* Called from an ioctl, whose open file keeps the module: so it cannot fail. */
-void baton_depend(void)
-{
-	__module_get(THIS_MODULE);
-}
-
-void baton_release(void)
-{
-	module_put(THIS_MODULE);
-}
-
 int baton_reply(const struct baton_call *call)
 {
-	return copy_to_user(call->user, &call->arg, call->copied) ? -EFAULT : 0;
+	return copy_to_user(call->user, call->arg, call->copied) ? -EFAULT : 0;
 }
 
 static int baton_info(struct baton_call *call)
 {
-	struct baton_info *info = &call->arg.info;
+	struct baton_info *info = call->arg;
 
 	info->abi = BATON_ABI_VERSION;
 	info->flags = (x2apic_mode ? BATON_INFO_X2APIC : 0) |
@@ -72,8 +61,11 @@ struct baton_op {
 	int (*run)(struct baton_call *call);
 };
 
+#define ARG_SIZE 128	/* the longest of our structs fits */
+
 #define OP(_cmd, _run, _struct, _last, _mutates) \
-	{ BATON_IOC_##_cmd, sizeof(struct _struct), offsetofend(struct _struct, _last), _mutates, _run }
+	{ BATON_IOC_##_cmd, sizeof(struct _struct) + BUILD_BUG_ON_ZERO(sizeof(struct _struct) > ARG_SIZE), \
+	  offsetofend(struct _struct, _last), _mutates, _run }
 
 static const struct baton_op baton_ops[] = {
 	OP(INFO, baton_info, baton_info, abi, false),
@@ -108,7 +100,8 @@ static int baton_may_mutate(void)
 
 static long baton_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 {
-	struct baton_call call = { .file = file->private_data, .user = (void __user *)arg };
+	u64 copy[ARG_SIZE / sizeof(u64)];
+	struct baton_call call = { .file = file->private_data, .user = (void __user *)arg, .arg = copy };
 	const struct baton_op *op;
 	u32 user_size;
 	int ret;
@@ -125,7 +118,7 @@ static long baton_ioctl(struct file *file, unsigned int cmd, unsigned long arg)
 		return -EINVAL;
 	if (user_size > PAGE_SIZE)
 		return -E2BIG;
-	ret = copy_struct_from_user(&call.arg, op->size, call.user, user_size);
+	ret = copy_struct_from_user(copy, op->size, call.user, user_size);
 	if (ret)
 		return ret;
 	call.copied = min_t(size_t, user_size, op->size);
@@ -142,10 +135,10 @@ static int baton_close(struct inode *inode, struct file *file)
 {
 	struct baton_file *open = file->private_data;
 
-	if (open->notice)
-		baton_panic_notice_clear(open->notice);
-	if (open->line)
-		baton_doorbell_close(open->line);
+	if (open->has_notice)
+		baton_panic_notice_clear();
+	if (open->doorbell)
+		baton_doorbell_close(open);
 	kfree(open);
 	return 0;
 }

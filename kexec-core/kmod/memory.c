@@ -4,7 +4,7 @@
  *
  * A memory object is a physical range that is out of this kernel's use and accounted to an instance.
  *
- * 1. TAKE makes it, in one of four ways (ways[]); each has its way back beside it.
+ * 1. TAKE makes it, in one of four ways (ways[]).
  * 2. MEM_FD makes files that map a part of it. A mapping holds its file and a file holds the object (users), also
  *    across fork: so counting files is enough.
  * 3. GIVE_BACK, or DESTROY of the instance, ends it. EBUSY, and nothing done, while it has users or while a page is
@@ -15,8 +15,6 @@
  * Pages that were ALLOCated are zero. Pages taken as RESERVED or OUTSIDE keep their content: that is their point.
  * What an instance leaves in pages goes back to the allocator as it is, like any freed page.
  */
-#define pr_fmt(fmt) KBUILD_MODNAME ": " fmt
-
 #include <linux/anon_inodes.h>
 #include <linux/file.h>
 #include <linux/memory.h>
@@ -24,15 +22,6 @@
 #include <linux/sched/signal.h>
 #include "baton.h"
 #include "compat.h"
-
-struct baton_memory {
-	struct list_head node;
-	u64 start;
-	u64 len;
-	u32 instance;
-	u32 how;
-	unsigned int users;	/* open files of it, panic notices into it */
-};
 
 static LIST_HEAD(memories);	/* under baton_lock; no two overlap */
 
@@ -77,7 +66,7 @@ static void give_back_pages(u64 start, u64 len)
 	}
 }
 
-/* alloc_contig_range() wants one zone at a time. It moves what can be moved, and fails with EBUSY when something cannot. */
+/* alloc_contig_range() wants one zone at a time. It moves what can be moved; EBUSY when something cannot be. */
 static int take_alloc(u64 start, u64 len)
 {
 	unsigned long end = PHYS_PFN(start + len), next;
@@ -91,7 +80,7 @@ static int take_alloc(u64 start, u64 len)
 		int ret = fatal_signal_pending(current) ? -EINTR : 0;
 
 		next = min3(end, ALIGN_DOWN(pfn, CHUNK_PAGES) + CHUNK_PAGES, zone_end_pfn(page_zone(pfn_to_page(pfn))));
-		ret = ret ?: compat_alloc_contig_range(pfn, next, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN);
+		ret = ret ?: alloc_contig_range(pfn, next, COMPAT_ACR_NONE, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN);
 		if (ret) {
 			give_back_pages(start, PFN_PHYS(pfn) - start);
 			return ret;
@@ -143,20 +132,12 @@ static int take_borrow(u64 start, u64 len)
 	return all_reserved(start, len) ? 0 : -EINVAL;
 }
 
-static const struct {
-	int (*take)(u64 start, u64 len);
-	void (*give_back)(u64 start, u64 len);	/* only where it holds ordinary allocated pages of this kernel */
-} ways[] = {
-	[BATON_MEM_ALLOC] = { take_alloc, give_back_pages },
-	[BATON_MEM_OUTSIDE] = { take_outside },
-	[BATON_MEM_RESERVED] = { take_reserved, give_back_pages },
-	[BATON_MEM_BORROW] = { take_borrow },
+static int (* const ways[])(u64 start, u64 len) = {
+	[BATON_MEM_ALLOC] = take_alloc,
+	[BATON_MEM_OUTSIDE] = take_outside,
+	[BATON_MEM_RESERVED] = take_reserved,
+	[BATON_MEM_BORROW] = take_borrow,
 };
-
-static bool has_pages(const struct baton_memory *memory)
-{
-	return ways[memory->how].give_back;
-}
 
 /* The object that holds all of the range; NULL when there is none. */
 struct baton_memory *baton_memory_find(u64 start, u64 len)
@@ -180,26 +161,9 @@ static bool overlaps_any(u64 start, u64 len)
 	return false;
 }
 
-/* While somebody holds it, it cannot be given back. */
-struct baton_memory *baton_memory_hold(u64 start, u64 len)
-{
-	struct baton_memory *memory = baton_memory_find(start, len);
-
-	if (!memory)
-		return NULL;
-	memory->users++;
-	return memory;
-}
-
-void baton_memory_unhold(struct baton_memory *memory)
-{
-	lockdep_assert_held(&baton_lock);
-	memory->users--;
-}
-
 int baton_mem_take(struct baton_call *call)
 {
-	const struct baton_mem *arg = &call->arg.mem;
+	const struct baton_mem *arg = call->arg;
 	int ret = check_range(arg->start, arg->len);
 
 	if (arg->reserved || arg->how >= ARRAY_SIZE(ways) || ret)
@@ -207,17 +171,20 @@ int baton_mem_take(struct baton_call *call)
 	struct baton_memory *memory __free(kfree) = kzalloc(sizeof(*memory), GFP_KERNEL);
 	if (!memory)
 		return -ENOMEM;
-	*memory = (struct baton_memory) { .start = arg->start, .len = arg->len, .instance = arg->instance, .how = arg->how };
+	memory->start = arg->start;
+	memory->len = arg->len;
+	memory->instance = arg->instance;
+	memory->has_pages = arg->how == BATON_MEM_ALLOC || arg->how == BATON_MEM_RESERVED;
 	guard(mutex)(&baton_lock);
 	if (!baton_instance_exists(arg->instance))
 		return -ENOENT;
 	if (overlaps_any(arg->start, arg->len))
 		return -EEXIST;
-	ret = ways[arg->how].take(arg->start, arg->len);
+	ret = ways[arg->how](arg->start, arg->len);
 	if (ret)
 		return ret;
 	list_add_tail(&no_free_ptr(memory)->node, &memories);
-	baton_depend();
+	__module_get(THIS_MODULE);
 	return 0;
 }
 
@@ -226,7 +193,7 @@ static bool is_idle(const struct baton_memory *memory)
 {
 	if (memory->users)
 		return false;
-	if (has_pages(memory))
+	if (memory->has_pages)
 		for_each_pfn(pfn, memory->start, memory->len)
 			if (page_count(pfn_to_page(pfn)) != 1)
 				return false;
@@ -235,16 +202,16 @@ static bool is_idle(const struct baton_memory *memory)
 
 static void give_back(struct baton_memory *memory)
 {
-	if (has_pages(memory))
-		ways[memory->how].give_back(memory->start, memory->len);
+	if (memory->has_pages)
+		give_back_pages(memory->start, memory->len);
 	list_del(&memory->node);
 	kfree(memory);
-	baton_release();
+	module_put(THIS_MODULE);
 }
 
 int baton_mem_give_back(struct baton_call *call)
 {
-	const struct baton_mem *arg = &call->arg.mem;
+	const struct baton_mem *arg = call->arg;
 	int ret = check_range(arg->start, arg->len);
 	struct baton_memory *memory;
 
@@ -326,7 +293,7 @@ static int part_release(struct inode *inode, struct file *file)
 	struct baton_part *part = file->private_data;
 
 	guard(mutex)(&baton_lock);
-	baton_memory_unhold(part->memory);
+	part->memory->users--;
 	kfree(part);
 	return 0;
 }
@@ -339,7 +306,7 @@ static const struct file_operations part_fops = {
 
 int baton_mem_fd(struct baton_call *call)
 {
-	struct baton_mem_fd *arg = &call->arg.mem_fd;
+	struct baton_mem_fd *arg = call->arg;
 	int ret = check_range(arg->start, arg->len);
 	struct baton_memory *memory;
 	struct file *file;
@@ -350,7 +317,7 @@ int baton_mem_fd(struct baton_call *call)
 	memory = baton_memory_find(arg->start, arg->len);
 	if (!memory)
 		return -ENOENT;
-	if (arg->flags & BATON_FD_PAGES && !has_pages(memory))
+	if (arg->flags & BATON_FD_PAGES && !memory->has_pages)
 		return -EINVAL;
 	struct baton_part *part __free(kfree) = kzalloc(sizeof(*part), GFP_KERNEL);
 	if (!part)
@@ -372,69 +339,53 @@ int baton_mem_fd(struct baton_call *call)
 	return 0;
 }
 
-/*
- * The resource tree keeps a pointer to the name for as long as the memory is there, that is, for ever. So the name is
- * not the module's, but a string that is never freed: the module can then be exchanged for a newer one, which the
- * next update of a kernel that was itself a successor may need.
- */
-static const char *adopted_name(void)
-{
-	static const char *name;
-
-	lockdep_assert_held(&baton_lock);
-	name = name ?: kstrdup("System RAM (baton)", GFP_KERNEL);
-	return name;
-}
-
 int baton_mem_adopt(struct baton_call *call)
 {
-	const struct baton_adopt *arg = &call->arg.adopt;
+	const struct baton_adopt *arg = call->arg;
 	int ret = check_range(arg->start, arg->len), nid;
 	u64 grain = memory_block_size_bytes();
+	/*
+	 * The resource tree points to it for ever. So it is not the module's, but a string that is never freed: the
+	 * module can then be exchanged for a newer one before the next update of a kernel that was itself a successor.
+	 */
+	static const char *name;
 
 	if (arg->reserved || !IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain) || ret)
 		return ret ?: -EINVAL;
 	guard(mutex)(&baton_lock);
 	if (ram_bytes(arg->start, arg->len) || overlaps_any(arg->start, arg->len))
 		return -EEXIST;
-	if (!adopted_name())
+	name = name ?: kstrdup("System RAM (baton)", GFP_KERNEL);
+	if (!name)
 		return -ENOMEM;
 	nid = memory_add_physaddr_to_nid(arg->start);
-	ret = add_memory_driver_managed(nid == NUMA_NO_NODE ? first_online_node : nid, arg->start, arg->len,
-					adopted_name(), MHP_NONE);
-	if (ret)
-		pr_warn("cannot adopt %#llx+%#llx: %pe\n", arg->start, arg->len, ERR_PTR(ret));
+	ret = add_memory_driver_managed(nid == NUMA_NO_NODE ? first_online_node : nid, arg->start, arg->len, name,
+					MHP_NONE);
 	return ret == -E2BIG ? -ERANGE : ret;	/* E2BIG: beyond what the direct map can hold */
 }
 
-static int show_range(struct resource *res, void *seq)
-{
-	seq_printf(seq, "%llx-%llx,", res->start, res->end);
-	return 0;
-}
-
-/* "<bytes> <ranges>". BATON_SELF holds what it calls System RAM, less the bytes that it allocated for others. */
+/*
+ * "<bytes> <ranges>". BATON_SELF holds what it calls System RAM, less what it allocated for others; where that is
+ * stands in /proc/iomem.
+ */
 void baton_memory_show(struct seq_file *seq, u32 instance, bool with_addresses)
 {
 	u64 bytes = instance == BATON_SELF ? (u64)totalram_pages() << PAGE_SHIFT : 0;
 	struct baton_memory *memory;
-	size_t before;
+	char separator = ' ';
 
 	list_for_each_entry(memory, &memories, node) {
 		if (instance == BATON_SELF)
-			bytes -= memory->instance != BATON_SELF && has_pages(memory) ? memory->len : 0;
+			bytes -= memory->instance != BATON_SELF && memory->has_pages ? memory->len : 0;
 		else if (memory->instance == instance)
 			bytes += memory->len;
 	}
-	seq_printf(seq, "%llu ", bytes);
-	before = seq->count;
-	if (with_addresses && instance == BATON_SELF)
-		walk_iomem_res_desc(IORES_DESC_NONE, IORESOURCE_SYSTEM_RAM, 0, U64_MAX, seq, show_range);
+	seq_printf(seq, "%llu", bytes);
 	list_for_each_entry(memory, &memories, node)
-		if (with_addresses && instance != BATON_SELF && memory->instance == instance)
-			show_range(&DEFINE_RES_MEM(memory->start, memory->len), seq);
-	if (seq->count > before && !seq_has_overflowed(seq))
-		seq->count--;	/* the last comma */
-	else
-		seq_putc(seq, '-');
+		if (with_addresses && memory->instance == instance) {
+			seq_printf(seq, "%c%llx-%llx", separator, memory->start, memory->start + memory->len - 1);
+			separator = ',';
+		}
+	if (separator == ' ')
+		seq_puts(seq, " -");
 }

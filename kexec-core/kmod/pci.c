@@ -15,27 +15,21 @@
 #include "baton.h"
 
 struct baton_root {
-	struct list_head node;
 	struct pci_sysdata sysdata;	/* bus->sysdata, for child buses too */
 	struct resource busn;
-	struct pci_bus *bus;
-	u32 functions;
-	struct {
-		u16 bdf;
-		void __iomem *config;
-	} function[BATON_PCI_MAX];
+	struct baton_pci granted;
+	void __iomem *config[BATON_PCI_MAX];	/* of each function */
 };
 
-static LIST_HEAD(roots);
-static DEFINE_MUTEX(pci_roots_lock);
+DEFINE_LOCK_GUARD_0(pci_rescan_remove, pci_lock_rescan_remove(), pci_unlock_rescan_remove())
 
 static void __iomem *config_address(struct pci_bus *bus, unsigned int devfn, int where)
 {
 	struct baton_root *root = container_of(bus->sysdata, struct baton_root, sysdata);
 
-	for (u32 i = 0; i < root->functions; i++)
-		if (root->function[i].bdf == PCI_DEVID(bus->number, devfn))
-			return root->function[i].config + where;
+	for (u32 i = 0; i < root->granted.functions; i++)
+		if (root->granted.bdf[i] == PCI_DEVID(bus->number, devfn))
+			return root->config[i] + where;
 	return NULL;	/* the generic accessors make it PCIBIOS_DEVICE_NOT_FOUND and all ones */
 }
 
@@ -47,23 +41,18 @@ static struct pci_ops config_ops = {
 
 static void unmap_functions(struct baton_root *root)
 {
-	while (root->functions)
-		iounmap(root->function[--root->functions].config);
+	for (u32 i = 0; i < root->granted.functions && root->config[i]; i++)
+		iounmap(root->config[i]);
 }
 
 /* What is mapped when it fails, the caller unmaps. */
-static int map_functions(struct baton_root *root, const struct baton_pci *arg)
+static int map_functions(struct baton_root *root)
 {
-	for (u32 i = 0; i < arg->functions; i++) {
-		u64 pa = arg->ecam_pa + ((u64)arg->bdf[i] << 12);
-		void __iomem *config = ioremap(pa, SZ_4K);
-
-		if (!config)
+	for (u32 i = 0; i < root->granted.functions; i++) {
+		root->config[i] = ioremap(root->granted.ecam_pa + ((u64)root->granted.bdf[i] << 12), SZ_4K);
+		if (!root->config[i])
 			return -ENOMEM;
-		root->function[i].bdf = arg->bdf[i];
-		root->function[i].config = config;
-		root->functions++;
-		if (PCI_POSSIBLE_ERROR(readl(config)))
+		if (PCI_POSSIBLE_ERROR(readl(root->config[i])))
 			return -ENOENT;
 	}
 	return 0;
@@ -71,37 +60,26 @@ static int map_functions(struct baton_root *root, const struct baton_pci *arg)
 
 static int scan(struct baton_root *root)
 {
+	struct pci_bus *bus, *child;
 	LIST_HEAD(windows);
 
 	pci_add_resource(&windows, &root->busn);
 	pci_add_resource(&windows, &iomem_resource);
 	pci_add_resource(&windows, &ioport_resource);
-	root->bus = pci_scan_root_bus(NULL, 0, &config_ops, &root->sysdata, &windows);
-	if (!root->bus) {
+	bus = pci_scan_root_bus(NULL, 0, &config_ops, &root->sysdata, &windows);
+	if (!bus) {
 		pci_free_resource_list(&windows);
 		return -ENOMEM;
 	}
 	/* A scan looks at functions 1-7 only where there is a function 0, which may not be ours. */
-	for (u32 i = 0; i < root->functions; i++) {
-		struct pci_bus *bus = pci_find_bus(root->sysdata.domain, PCI_BUS_NUM(root->function[i].bdf));
-
-		if (bus)
-			pci_scan_single_device(bus, root->function[i].bdf & 0xff);
+	for (u32 i = 0; i < root->granted.functions; i++) {
+		child = pci_find_bus(root->granted.domain, PCI_BUS_NUM(root->granted.bdf[i]));
+		if (child)
+			pci_scan_single_device(child, root->granted.bdf[i] & 0xff);
 	}
-	pci_bus_claim_resources(root->bus);
-	pci_bus_add_devices(root->bus);
+	pci_bus_claim_resources(bus);
+	pci_bus_add_devices(bus);
 	return 0;
-}
-
-static struct baton_root *find_root(int domain)
-{
-	struct baton_root *root;
-
-	lockdep_assert_held(&pci_roots_lock);
-	list_for_each_entry(root, &roots, node)
-		if (root->sysdata.domain == domain)
-			return root;
-	return NULL;
 }
 
 static int check_functions(const struct baton_pci *arg)
@@ -121,7 +99,7 @@ static int check_functions(const struct baton_pci *arg)
 
 int baton_pci_add(struct baton_call *call)
 {
-	const struct baton_pci *arg = &call->arg.pci;
+	const struct baton_pci *arg = call->arg;
 	int ret = check_functions(arg);
 
 	if (ret)
@@ -129,45 +107,41 @@ int baton_pci_add(struct baton_call *call)
 	struct baton_root *root __free(kfree) = kzalloc(sizeof(*root), GFP_KERNEL);
 	if (!root)
 		return -ENOMEM;
+	root->granted = *arg;
 	root->sysdata.domain = arg->domain;
 	root->sysdata.node = NUMA_NO_NODE;
 	root->busn = (struct resource) { .name = "baton", .end = arg->bus_end, .flags = IORESOURCE_BUS };
 
-	guard(mutex)(&pci_roots_lock);
-	if (find_root(arg->domain) || pci_find_bus(arg->domain, 0))
+	guard(pci_rescan_remove)();
+	if (pci_find_bus(arg->domain, 0))
 		return -EEXIST;
-	ret = map_functions(root, arg);
-	if (!ret) {
-		pci_lock_rescan_remove();
-		ret = scan(root);
-		pci_unlock_rescan_remove();
-	}
+	ret = map_functions(root) ?: scan(root);
 	if (ret) {
 		unmap_functions(root);
 		return ret;
 	}
-	list_add_tail(&no_free_ptr(root)->node, &roots);
-	baton_depend();
+	root = NULL;	/* REMOVE finds it through its bus */
+	__module_get(THIS_MODULE);
 	return 0;
 }
 
 int baton_pci_remove(struct baton_call *call)
 {
+	const struct baton_pci *arg = call->arg;
 	struct baton_root *root;
+	struct pci_bus *bus;
 
-	if (call->arg.pci.domain > INT_MAX)
+	if (arg->domain > INT_MAX)
 		return -EINVAL;
-	guard(mutex)(&pci_roots_lock);
-	root = find_root(call->arg.pci.domain);
-	if (!root)
+	guard(pci_rescan_remove)();
+	bus = pci_find_bus(arg->domain, 0);
+	if (!bus || bus->ops != &config_ops)
 		return -ENOENT;
-	pci_lock_rescan_remove();
-	pci_stop_root_bus(root->bus);
-	pci_remove_root_bus(root->bus);
-	pci_unlock_rescan_remove();
-	list_del(&root->node);
+	root = container_of(bus->sysdata, struct baton_root, sysdata);
+	pci_stop_root_bus(bus);
+	pci_remove_root_bus(bus);
 	unmap_functions(root);
 	kfree(root);
-	baton_release();
+	module_put(THIS_MODULE);
 	return 0;
 }

@@ -743,10 +743,12 @@ static void test_pci(uint64_t ecam, uint32_t bdf)
 /* With the device open, but no right to use it: what a service that inherits the file could do. */
 static void test_rights(void)
 {
-	uint32_t id;
+	uint32_t id, hidden;
 	int status;
 	char row[512];
 
+	create("hidden", &hidden);
+	truth("memory whose place is not for everybody", alloc_anywhere(hidden, 2 * MIB));
 	fflush(stdout);
 	if (!fork()) {
 		if (setresuid(65534, 65534, 65534))
@@ -755,10 +757,11 @@ static void test_rights(void)
 			_exit(2);
 		if (!create("nobody", &id) || errno != EPERM)
 			_exit(3);
-		_exit(proc_row(0, row, sizeof(row)) && strstr(row, " - ") ? 0 : 4);
+		_exit(proc_row(hidden, row, sizeof(row)) && strstr(row, " 2097152 - ") ? 0 : 4);
 	}
 	wait(&status);
 	truth("without CAP_SYS_ADMIN: INFO, no change, no addresses", !status);
+	is("DESTROY", destroy(hidden), 0);
 }
 
 static void test_unload(const char *when, int want)

@@ -12,6 +12,10 @@
  *   EBUSY       something depends on it, or pages there cannot be moved now
  *   EEXIST      it overlaps what is there already       EPERM       kernel lockdown, or no CAP_SYS_ADMIN
  *   EOPNOTSUPP  this machine or kernel cannot           ERANGE      address outside what the call is for
+ *   EFAULT      the caller's struct cannot be read, or not be written
+ *   ENOMEM      no memory for the module's own records or mappings
+ *   EINTR       the caller was killed while memory was taken; none of it was
+ *   EIO         the interrupt controller was busy for 1 ms: nothing took the interrupt that was sent before
  *
  * The module knows memory objects, instances (a label with an id, to which CPUs and memory are accounted),
  * CPUs, doorbells and PCI functions. It knows nothing of updates, services or formats.
@@ -106,8 +110,8 @@ struct baton_mem {
 /*
  * BATON_IOC_MEM_FD: a file for [start, start + len), which must lie within one memory object. The file can be
  * mmapped (MAP_SHARED, offset 0 = start) and nothing else; it may be passed to an unprivileged process.
- * PAGES maps by struct page, so that O_DIRECT, futexes and ptrace work on it (ALLOC and RESERVED only);
- * otherwise by frame number.
+ * PAGES maps by struct page, so that O_DIRECT, private futexes and ptrace work on it (ALLOC and RESERVED only; a
+ * shared futex gets EFAULT); otherwise by frame number.
  */
 #define BATON_FD_READONLY	(1u << 0)
 #define BATON_FD_PAGES		(1u << 1)
