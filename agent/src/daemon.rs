@@ -44,6 +44,7 @@ pub struct Args {
 
 /// Runs until SIGTERM.
 pub fn run(args: Args) -> Result<()> {
+    crate::sys::keep_no_large_buffers();
     let config = Config::load(&args.config)?;
     let kernel = Arc::new(Kernel::open(config, args.config.clone())?);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;

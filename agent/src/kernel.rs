@@ -91,7 +91,7 @@ impl Kernel {
         if let Some(device) = self.device.get() {
             return Ok(device);
         }
-        let opened = Device::open().map_err(|error| Failure::precondition(error.to_string(), advice(&error)))?;
+        let opened = Device::open().map_err(|error| unusable(&error))?;
         Ok(self.device.get_or_init(|| opened))
     }
 
@@ -203,16 +203,17 @@ impl Kernel {
     }
 }
 
-/// What to do about a module that cannot be used.
-fn advice(error: &DeviceError) -> &'static str {
-    match error {
+/// A module that cannot be used, and what to do about it.
+pub fn unusable(error: &DeviceError) -> Failure {
+    let advice = match error {
         DeviceError::ModuleMissing { .. } => "load it with `modprobe baton`; `dkms install baton` builds it",
         DeviceError::OtherVersion { .. } | DeviceError::NotBaton { .. } => {
             "install the module of the same version as this agent, and load it"
         }
         DeviceError::Lockdown => "boot without lockdown (it follows Secure Boot): baton does not get around it",
         _ => "run batond as root",
-    }
+    };
+    Failure::precondition(error.to_string(), advice)
 }
 
 /// Gives every configured interface its own address, and the first of them the service address.

@@ -8,14 +8,14 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
 use kexec_core::cpus::{CpuFacts, Move, choose_spare, order_of_moves, parse_cpu_list};
-use kexec_core::device::Device;
+use kexec_core::device::{Device, DeviceError, InfoFlags};
 use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
 use kexec_core::placement::smallest_region;
 
 use crate::config::Nic;
 use crate::control::{Finding, Upgrade};
 use crate::facts::{Facts, managed_memory};
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, unusable};
 use crate::kernels;
 use crate::mkinitrd;
 use crate::net::{Mac, parse_mac};
@@ -135,6 +135,10 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
 fn module(kernel: &Kernel) -> Result<(&Device, String)> {
     let device = kernel.device()?;
     let info = device.info()?;
+    // Asked again: a running kernel can be locked down, but not released, and the device may be open for long.
+    if info.flags.contains(InfoFlags::LOCKDOWN) {
+        return Err(unusable(&DeviceError::Lockdown).into());
+    }
     Ok((device, format!("baton.ko, TSC {} kHz, memory blocks of {} MiB", info.tsc_khz, info.memory_block_size >> 20)))
 }
 

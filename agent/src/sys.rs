@@ -10,6 +10,14 @@ pub fn tsc() -> u64 {
     unsafe { core::arch::x86_64::_rdtsc() }
 }
 
+/// Has the allocator give every buffer of a mebibyte or more back as soon as it is free. Left to itself it raises that limit with
+/// each large buffer, and keeps up to 64 MiB for each thread that ever held an initrd.
+pub fn keep_no_large_buffers() {
+    // SAFETY: mallopt(3) takes two numbers and locks what it changes.
+    let set = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 20) };
+    debug_assert_eq!(set, 1, "a number below HEAP_MAX_SIZE / 2 is taken");
+}
+
 /// A raw socket that sends whole Ethernet frames on one interface and receives nothing.
 pub struct PacketSocket {
     fd: OwnedFd,

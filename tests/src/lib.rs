@@ -1,1 +1,80 @@
-//! Whole-machine tests live in `cases/`; this crate has no code of its own.
+//! What the whole-machine tests share. The tests themselves are in `cases/`, one promise a file, named by it.
+//!
+//! Rules: one machine at a time ([`Turn`]), as many assertions on it as it can bear (a boot costs seconds, an update more);
+//! patience follows what the guest says, not the clock; a test that cannot be made says so with [`skip`], which `.ci/run`
+//! collects, and never passes in silence. They need root, and fail with one line where they have none.
+
+pub mod clients;
+pub mod console;
+pub mod images;
+pub mod refusal;
+pub mod snapshot;
+
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result};
+use demos::lab::cache::{self, Lock};
+use demos::lab::{Kernel, Lab, Progress};
+use demos::story::stage::{Shape, Stage};
+
+/// The series of the lab's two kernels.
+pub const OLD: &str = "6.12";
+/// See [`OLD`].
+pub const NEW: &str = "7.";
+
+static SKIPPED: AtomicU32 = AtomicU32::new(0);
+
+/// The lab, set up once per process. What keeps it from that (no root, no network) is one line.
+pub fn lab() -> &'static Lab {
+    static LAB: OnceLock<Lab> = OnceLock::new();
+    LAB.get_or_init(|| {
+        Lab::set_up(Progress::auto()).unwrap_or_else(|why| panic!("whole-machine tests cannot run: {why}"))
+    })
+}
+
+/// One of the lab's kernels, by series.
+pub fn kernel(series: &str) -> &'static Kernel {
+    lab().tree().kernel(series).unwrap_or_else(|why| panic!("{why}"))
+}
+
+/// The turn to run a machine: emulated CPUs need the host's, and two machines at a time only run into each other's deadlines.
+/// Held across processes.
+#[derive(Debug)]
+pub struct Turn {
+    _lock: Lock,
+}
+
+impl Turn {
+    /// Waits for it.
+    pub fn take() -> Turn {
+        let folder = cache::root().unwrap_or_else(|why| panic!("{why}"));
+        let task = Progress::auto().task("turn to run a machine");
+        let lock = Lock::exclusive(&folder.join("machine.lock"), &task).unwrap_or_else(|why| panic!("{why}"));
+        Turn { _lock: lock }
+    }
+}
+
+/// A machine with its turn. The machine goes first.
+pub struct Played {
+    /// The machine.
+    pub stage: Stage,
+    _turn: Turn,
+}
+
+/// Opens a stage when it is its turn.
+pub fn open(series: &str, shape: &Shape) -> Result<Played> {
+    let lab = lab();
+    let turn = Turn::take();
+    let stage = Stage::open(lab, kernel(series), shape)
+        .with_context(|| format!("a machine with {series}, {} CPUs, {} MiB", shape.vcpus, shape.memory_mib))?;
+    eprintln!("machine's logs: {}", stage.machine.folder().display());
+    Ok(Played { stage, _turn: turn })
+}
+
+/// Says that something is not tested, and why. Counted; `.ci/run` lists these lines.
+pub fn skip(reason: &str) {
+    let count = SKIPPED.fetch_add(1, Ordering::Relaxed) + 1;
+    // A line of its own, whatever the test harness has written before.
+    println!("\nSKIPPED {count}: {reason}");
+}

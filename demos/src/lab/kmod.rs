@@ -21,7 +21,12 @@ pub fn sources() -> PathBuf {
 
 /// `baton.ko` for this kernel.
 pub fn module_for(tree: &Tree, kernel: &Kernel, progress: Progress) -> Result<PathBuf> {
-    let files = read_sources(&sources())?;
+    module_from(tree, kernel, &sources(), progress)
+}
+
+/// The same from sources elsewhere: a module of another version, for a test.
+pub fn module_from(tree: &Tree, kernel: &Kernel, sources: &Path, progress: Progress) -> Result<PathBuf> {
+    let files = read_sources(sources)?;
     let key = files.iter().fold(Key::default().with(tree.key().as_bytes()), |key, (name, text)| {
         key.with(name.to_string_lossy().as_bytes()).with(text)
     });

@@ -26,6 +26,7 @@ const PACKAGES: &[&str] = &[
     "qemu-system-x86",
     "seabios",
     "gcc-14",
+    "libc6-dev",
     "make",
     "kmod",
     "cpio",

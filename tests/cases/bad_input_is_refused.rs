@@ -1,0 +1,173 @@
+//! Whatever is wrong with an image, an initrd, a CPU, the memory or the moment: the update is refused in words that help, with the
+//! exit code of its class, and the machine is as it was. All on one machine, under load, which is updated at the end: nothing that
+//! was refused has spoiled it.
+
+use std::time::Duration;
+
+use agent::config::{Config, Service, Update};
+use agent::outcome::Class;
+use anyhow::{Context, Result, ensure};
+use baton_tests::clients::Clients;
+use baton_tests::refusal::{assert_refused, baton};
+use baton_tests::snapshot::{self, assert_untouched};
+use baton_tests::{NEW, OLD, console, images, kernel, lab, open};
+use demos::lab::Patience;
+use demos::story::stage::{Shape, Stage, Upgraded};
+
+/// What to ask for, and what must be said to it.
+type Case<'a> = (&'a str, Vec<&'a str>, &'a [&'a str]);
+
+#[test]
+fn bad_input_is_refused_and_leaves_everything_as_it_was() -> Result<()> {
+    let mut played = open(OLD, &Shape::default())?;
+    let stage = &mut played.stage;
+    let release = &kernel(NEW).release;
+    let good = format!("/boot/vmlinuz-{release}");
+    lay_traps(stage, release)?;
+    let clients = Clients::start(stage, 40)?;
+    // A good one is not refused; and from here on the agent has what memory it keeps for such work.
+    stage.guest().command(&["baton", "check", "--kernel", &good]).timeout(Duration::from_secs(240)).check()?;
+    let before = snapshot::of(stage)?;
+
+    let image = |path| vec!["--kernel", path];
+    let with = |more: [&'static str; 2]| [vec!["--kernel", good.as_str()], more.to_vec()].concat();
+    let cases: Vec<Case<'_>> = vec![
+        ("absent image", image("/tmp/absent"), &["/tmp/absent", "No such file", "vmlinuz"]),
+        ("truncated image", image("/tmp/truncated"), &["truncated", "/tmp/truncated", "vmlinuz"]),
+        ("no Linux image", image("/tmp/text"), &["not a Linux kernel image", "bzImage"]),
+        ("ELF file", image("/bin/busybox"), &["ELF", "bzImage"]),
+        ("32-bit image", image("/tmp/only-32-bit"), &["32-bit only", "64-bit"]),
+        ("too large an image", image("/tmp/large"), &["300 MiB is too large", "at most 256 MiB"]),
+        ("no ACPI wakeup", image("/tmp/without-wakeup"), &["older than 6.10", "CONFIG_ACPI_MADT_WAKEUP", "choose"]),
+        ("absent initrd", with(["--initrd", "/tmp/no-initrd"]), &["/tmp/no-initrd", "No such file", "name an initrd"]),
+        ("CPU that is not there", with(["--cpu", "9"]), &["CPU 9 does not exist", "0, 1, 2, 3", "--cpu"]),
+        ("boot CPU", with(["--cpu", "0"]), &["CPU 0", "moves last", "--cpu"]),
+        ("busy CPU", with(["--cpu", "2"]), &["CPU 2 is busy", "--cpu"]),
+    ];
+    for (what, arguments, words) in cases {
+        for verb in ["check", "upgrade"] {
+            let ran = baton(&stage.guest(), &[&[verb], arguments.as_slice()].concat())?;
+            assert_refused(&format!("{verb}: {what}"), &ran, Class::Precondition, words)?;
+        }
+        let after = snapshot::of(stage)?;
+        assert_untouched(what, &before, &after);
+        eprintln!("refused: {what} ({} KiB available)", after.mem_available_kib);
+    }
+
+    last_cpu(stage, &good)?;
+    assert_untouched("last CPU", &before, &snapshot::of(stage)?);
+    other_configurations(stage, &good)?;
+    assert_untouched("other configurations", &before, &snapshot::of(stage)?);
+
+    second_update(stage, release)?;
+    clients.await_more(20)?;
+    let report = clients.finish()?;
+    ensure!(report.is_clean(), "{report:?}");
+    assert_eq!(console::complaints(&stage.machine), [""; 0]);
+    Ok(())
+}
+
+/// Bad images, and a task that is bound to CPU 2.
+fn lay_traps(stage: &Stage, release: &str) -> Result<()> {
+    let guest = stage.guest();
+    let good = std::fs::read(lab().tree().vmlinuz(kernel(NEW))).context("the new kernel's image")?;
+    ensure!(good.len() > 4 << 20, "{release} has an image of {} bytes", good.len());
+    guest.put("/tmp/truncated", 0o644, &good[..1 << 20])?;
+    guest.put("/tmp/text", 0o644, "no kernel at all\n".repeat(4096).as_bytes())?;
+    guest.put("/tmp/only-32-bit", 0o644, &images::only_32_bit(&good))?;
+    guest.put("/tmp/without-wakeup", 0o644, &images::without_wakeup(&good)?)?;
+    guest.put("/tmp/unsigned", 0o644, &images::unsigned(&good)?)?;
+    guest.check(&["truncate", "-s", "300M", "/tmp/large"])?;
+    guest.check(&["sh", "-c", "taskset 0x4 sleep 100000 >/dev/null 2>&1 &"])?;
+    Ok(())
+}
+
+/// With all others offline, the last one cannot be given away; and the last one is the boot CPU.
+fn last_cpu(stage: &Stage, good: &str) -> Result<()> {
+    let guest = stage.guest();
+    let switch = |to: &str| -> Result<()> {
+        let script = format!("for n in 1 2 3; do echo {to} > /sys/devices/system/cpu/cpu$n/online || exit 1; done");
+        guest.check(&["sh", "-c", &script])?;
+        Ok(())
+    };
+    switch("0")?;
+    let ran = baton(&guest, &["upgrade", "--kernel", good, "--cpu", "0"])?;
+    switch("1")?;
+    assert_refused("last CPU", &ran, Class::Precondition, &["CPU 0 is the last one online", "second one"])
+}
+
+/// What depends on the configuration: a second agent beside the first, which reads another one.
+fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
+    let update = |change: fn(&mut Update)| {
+        let mut config = Config::default();
+        change(&mut config.update);
+        config
+    };
+    let absent = Service { name: "absent".into(), exec: vec!["/usr/sbin/baton-kv".into()] };
+    let cases: [(&str, Config, &str, &[&str]); 5] = [
+        (
+            "unsigned image",
+            update(|update| update.require_signature = true),
+            "/tmp/unsigned",
+            &["no signature", "require_signature"],
+        ),
+        (
+            "region that is too small",
+            update(|update| update.region_mib = 16),
+            good,
+            &["region of 128 MiB is too small", "set update.region_mib to"],
+        ),
+        (
+            "more memory than there is",
+            update(|update| update.region_mib = 64 << 10),
+            good,
+            &["65536 MiB are needed", "available", "update.region_mib"],
+        ),
+        // Between the low memory and the holes below 4 GiB, or above them, there is never that much without the kernel in it.
+        (
+            "not enough contiguous memory",
+            update(|update| update.region_mib = 1792),
+            good,
+            &["no 1792 MiB of contiguous memory", "places tried", "memmap="],
+        ),
+        (
+            "service that is not there",
+            Config { service: vec![absent], ..Config::default() },
+            good,
+            &["service absent is configured and not connected", "start it"],
+        ),
+    ];
+    let guest = stage.guest();
+    for (what, config, image, words) in cases {
+        guest.put("/tmp/other.toml", 0o644, toml::to_string(&config)?.as_bytes())?;
+        let daemon = "batond --config /tmp/other.toml --socket /run/other.sock --services /run/other-services.sock";
+        guest.check(&["sh", "-c", &format!("{daemon} >/tmp/other.log 2>&1 & echo $! > /tmp/other.pid")])?;
+        let ready = "until grep -q 'batond is ready' /tmp/other.log; do kill -0 $(cat /tmp/other.pid) || exit 1; done";
+        guest.check(&["sh", "-c", ready]).context("a second agent")?;
+        let ran = baton(&guest, &["--socket", "/run/other.sock", "upgrade", "--kernel", image])?;
+        let end = "kill $(cat /tmp/other.pid); while kill -0 $(cat /tmp/other.pid) 2>/dev/null; do sleep 0.1; done";
+        guest.check(&["sh", "-c", end])?;
+        assert_refused(what, &ran, Class::Precondition, words)?;
+        eprintln!("refused: {what}");
+    }
+    guest.check(&["rm", "-f", "/tmp/other.toml", "/tmp/other.log", "/tmp/other.pid"])?;
+    Ok(())
+}
+
+/// A second update while one runs is refused, and the first one succeeds.
+fn second_update(stage: &mut Stage, release: &str) -> Result<()> {
+    let (guest, log) = (stage.guest(), stage.machine.serial(stage.serving).clone());
+    let from = log.position();
+    let good = format!("/boot/vmlinuz-{release}");
+    let second = std::thread::spawn(move || -> Result<_> {
+        let begun = log.wait_for("phase=\"granted\"", from, Patience::of(Duration::from_secs(240)));
+        begun.map_err(|why| anyhow::anyhow!("the first update does not begin: {why:?}"))?;
+        baton(&guest, &["upgrade", "--kernel", &good])
+    });
+    let first = stage.upgrade(release, &[])?;
+    let second = second.join().expect("it does not panic")?;
+    assert_refused("second update", &second, Class::Busy, &["another update runs", "baton status"])?;
+    let Upgraded::Drained(status) = first else { anyhow::bail!("the first update failed") };
+    assert_eq!(&status.kernel_release, release);
+    Ok(())
+}
