@@ -1,7 +1,9 @@
 //! The command line of `cargo demo`: which stories there are, and how their ends become exit codes.
 
+mod compare;
 mod lab;
 mod shell;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -9,14 +11,21 @@ use clap::{Parser, Subcommand};
 
 /// Replaces the Linux kernel of a running machine, in a machine made for the purpose, and measures what its clients notice.
 #[derive(Debug, Parser)]
-#[command(name = "cargo demo", bin_name = "cargo demo", version)]
+#[command(name = "cargo demo", bin_name = "cargo demo", version, args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
     story: Option<Story>,
+    /// Without a story: the main one.
+    #[command(flatten)]
+    upgrade: upgrade::UpgradeArguments,
 }
 
 #[derive(Debug, Subcommand)]
 enum Story {
+    /// Updates the kernel of a running machine under load, and says what its clients noticed (the default).
+    Upgrade(upgrade::UpgradeArguments),
+    /// Measures the silence of a live update beside that of kexec and of a reboot.
+    Compare(compare::CompareArguments),
     /// Sets up what the other commands need (or, with --clean, removes it).
     Lab(lab::LabArguments),
     /// Starts a machine and attaches a shell to it (or, with --attach, enters one that runs).
@@ -26,12 +35,14 @@ enum Story {
 pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let end = match arguments.story {
-        Some(Story::Lab(arguments)) => lab::run(&arguments),
-        Some(Story::Shell(arguments)) => shell::run(&arguments),
-        None => Err(anyhow::anyhow!("no story yet")),
+        Some(Story::Upgrade(arguments)) => upgrade::run(&arguments),
+        Some(Story::Compare(arguments)) => compare::run(&arguments),
+        Some(Story::Lab(arguments)) => lab::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Some(Story::Shell(arguments)) => shell::run(&arguments).map(|()| ExitCode::SUCCESS),
+        None => upgrade::run(&arguments.upgrade),
     };
     match end {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("cargo demo: {error:#}");
             ExitCode::FAILURE

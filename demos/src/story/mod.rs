@@ -1,2 +1,15 @@
 //! The stories that `cargo demo` tells, as functions that tests call too.
+//!
+//! | file | what it is |
+//! |---|---|
+//! | `stage.rs` | a machine, and which of its kernels serves |
+//! | `clients.rs` | who looks on from outside: the prober and the load, for the length of one change of kernel |
+//! | `upgrade.rs` | the main story: live updates under load |
+//! | `compare.rs` | the same change three ways: Baton, kexec, reboot |
+//! | `report.rs` | what both say: plain data, as JSON and for people |
+
+pub mod clients;
+pub mod compare;
+pub mod report;
 pub mod stage;
+pub mod upgrade;

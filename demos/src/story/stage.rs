@@ -8,7 +8,7 @@ use agent::config::{Config, Update};
 use agent::control::Status;
 use anyhow::{Context, Result, bail};
 
-use crate::lab::guest::Ran;
+use crate::lab::guest::{GuestCommand, Ran, Stream};
 use crate::lab::net::{NICS, SERVICE};
 use crate::lab::serial::NotSeen;
 use crate::lab::{Guest, Kernel, Lab, Machine, MachineSpec, Patience, incumbent};
@@ -62,6 +62,15 @@ pub enum Upgraded {
     Refused(Ran),
     /// The new kernel has the whole machine.
     Drained(Status),
+}
+
+/// What is told while an upgrade runs.
+#[derive(Debug, Clone, Copy)]
+pub enum News<'a> {
+    /// A line of `baton upgrade`: phase and step.
+    Said(&'a str),
+    /// The new kernel has just said that the machine is its own.
+    Drained,
 }
 
 /// What a successor's agent logs when the machine is its own.
@@ -133,6 +142,16 @@ impl Stage {
 
     /// The same with any arguments; `--cmdline` is given already.
     pub fn upgrade_with(&mut self, image: &[&str], more: &[&str]) -> Result<Upgraded> {
+        self.upgrade_telling(image, more, &mut |_| {})
+    }
+
+    /// The same, and tells how it goes.
+    pub fn upgrade_telling(
+        &mut self,
+        image: &[&str],
+        more: &[&str],
+        tell: &mut dyn FnMut(News<'_>),
+    ) -> Result<Upgraded> {
         let port = 1 - self.serving;
         let line = cmdline(port);
         let mut words = vec!["baton", "upgrade", "--json", "--cmdline", &line];
@@ -140,15 +159,18 @@ impl Stage {
         let command = self.guest().command(&words).timeout(UPGRADE_PATIENCE);
         let seen = self.machine.serial(port).position();
         let (end, ended) = mpsc::channel();
-        std::thread::spawn(move || end.send(command.run()));
+        let (line, lines) = mpsc::channel();
+        std::thread::spawn(move || end.send(run_telling(&command, &line)));
         let deadline = Instant::now() + UPGRADE_PATIENCE;
         loop {
+            lines.try_iter().for_each(|line: String| tell(News::Said(line.trim())));
             match ended.try_recv() {
                 Ok(Ok(ran)) if !ran.success() => return Ok(Upgraded::Refused(ran)),
                 _ => {}
             }
             match self.machine.serial(port).wait_for(DRAINED, seen, Patience::of(LOOK)) {
                 Ok(_) => {
+                    tell(News::Drained);
                     self.serving = port;
                     return Ok(Upgraded::Drained(self.status()?));
                 }
@@ -160,6 +182,24 @@ impl Stage {
             }
         }
     }
+}
+
+/// Runs a command to its end, handing over the lines of its standard error as they come.
+fn run_telling(command: &GuestCommand, lines: &mpsc::Sender<String>) -> crate::lab::Result<Ran> {
+    let mut ran = Ran::default();
+    let mut told = 0;
+    ran.exit = command.stream(|stream, bytes| match stream {
+        Stream::Out => ran.stdout.extend_from_slice(bytes),
+        Stream::Err => {
+            ran.stderr.extend_from_slice(bytes);
+            while let Some(len) = ran.stderr[told..].iter().position(|b| *b == b'\n') {
+                // Whoever listened may have seen enough.
+                let _ = lines.send(String::from_utf8_lossy(&ran.stderr[told..told + len]).into_owned());
+                told += len + 1;
+            }
+        }
+    })?;
+    Ok(ran)
 }
 
 /// The kernels of one machine take the serial ports by turns, so that each log is one kernel's at a time.

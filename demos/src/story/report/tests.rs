@@ -1,0 +1,200 @@
+use super::*;
+
+fn span(name: &str, at_ms: f64, ms: f64) -> Span {
+    Span { name: name.into(), at_ms, ms }
+}
+
+/// As a successor gave it, shortened: in the order in which the steps ended.
+fn timeline() -> Vec<Span> {
+    vec![
+        span("take memory", 0.6, 306.2),
+        span("granted", 0.0, 357.7),
+        span("await hello", 455.3, 3557.8),
+        span("booting", 357.8, 3655.3),
+        span("freeze", 4020.9, 6.6),
+        span("release address", 4027.9, 12.3),
+        span("activate", 4040.5, 11.3),
+        span("cutover", 4020.6, 31.2),
+        span("move cpu 1", 4051.9, 781.6),
+        span("move cpu 3", 4833.6, 198.8),
+        span("probation", 4051.9, 980.6),
+        span("successor: prepare", 3779.2, 230.3),
+        span("successor: activate", 4041.7, 8.9),
+        span("adopt memory", 5492.2, 137.7),
+        span("drained", 5320.2, 309.7),
+    ]
+}
+
+fn hop(lost: u64) -> Hop {
+    let silence = Silence {
+        blackout_ms: 33.0,
+        max_reply_gap_ms: 33.0,
+        unanswered_window_ms: 31.0,
+        began_at_ms: 100.0,
+        ended_at_ms: 133.0,
+        open_ended: false,
+        prober_stalled_ms: 0.2,
+    };
+    Hop {
+        incumbent_release: "6.12.1+deb13-cloud-amd64".into(),
+        successor_release: "7.3.4+deb13-cloud-amd64".into(),
+        blackout_ms: silence.blackout_ms,
+        silence,
+        silence_began_in: Some("cutover".into()),
+        latencies: None,
+        epoch_regressions: 0,
+        phases: phases(&timeline()),
+        cpus: Cpus { total: 4, moved: 4, online: 4 },
+        mem_total_kib: BeforeAfter { before: 1000, after: 990 },
+        writes: Writes { acknowledged: 100, lost, ..Writes::default() },
+        connections: Connections { kept: 0, reset: 8, timed_out: 0 },
+        left_undone: Vec::new(),
+    }
+}
+
+fn machine() -> MachineShape {
+    MachineShape { vcpus: 4, memory_mib: 3072, probe_hz: 1000 }
+}
+
+fn report(outcome: Outcome) -> Report {
+    Report {
+        schema_version: SCHEMA_VERSION,
+        outcome,
+        accelerator: Some(Accelerator::Tcg),
+        machine: machine(),
+        hops: vec![hop(0)],
+        failure: (outcome != Outcome::Committed).then(|| "the reason".into()),
+        logs: Some("/logs".into()),
+    }
+}
+
+fn method(blackouts: &[f64], phases: Vec<PhaseTime>) -> Method {
+    let run = |(n, ms): (usize, &f64)| Run {
+        from: if n % 2 == 0 { "6.12.1-x" } else { "7.3.4-x" }.into(),
+        to: if n % 2 == 0 { "7.3.4-x" } else { "6.12.1-x" }.into(),
+        blackout_ms: *ms,
+        prober_stalled_ms: 0.1,
+    };
+    Method {
+        blackout_ms: blackouts.to_vec(),
+        distribution: Distribution::of(blackouts.iter().copied()).expect("values"),
+        runs: blackouts.iter().enumerate().map(run).collect(),
+        data_survives: !phases.is_empty(),
+        phases,
+        writes: Writes { acknowledged: 10, ..Writes::default() },
+        logs: "/logs".into(),
+    }
+}
+
+fn comparison() -> Comparison {
+    let phases = phases(&timeline());
+    Comparison {
+        schema_version: SCHEMA_VERSION,
+        accelerator: Accelerator::Tcg,
+        machine: machine(),
+        methods: Methods {
+            baton: method(&[40.0, 30.0, 32.0], medians(&[&phases, &phases])),
+            kexec: method(&[4000.0], Vec::new()),
+            reboot: method(&[8000.0], Vec::new()),
+        },
+        ratio_kexec_over_baton: 125.0,
+        ratio_reboot_over_baton: 250.0,
+    }
+}
+
+#[test]
+fn upgrade_json_has_every_promised_field() {
+    let json = serde_json::to_value(report(Outcome::Committed)).expect("written");
+    assert_eq!(
+        (&json["schema_version"], &json["outcome"], &json["accelerator"]),
+        (&1.into(), &"committed".into(), &"tcg".into())
+    );
+    let hop = &json["hops"][0];
+    for path in [
+        "/incumbent_release",
+        "/successor_release",
+        "/blackout_ms",
+        "/phases/0/name",
+        "/phases/0/ms",
+        "/cpus/total",
+        "/cpus/moved",
+        "/mem_total_kib/before",
+        "/mem_total_kib/after",
+        "/writes/acknowledged",
+        "/writes/lost",
+        "/connections/kept",
+        "/connections/reset",
+    ] {
+        assert!(hop.pointer(path).is_some_and(|value| !value.is_null()), "{path} is missing in {hop:#}");
+    }
+    let back: Report = serde_json::from_value(json).expect("read");
+    assert_eq!(back, report(Outcome::Committed));
+    let failed = serde_json::to_value(report(Outcome::RolledBack)).expect("written");
+    assert_eq!((&failed["outcome"], &failed["failure"]), (&"rolled_back".into(), &"the reason".into()));
+}
+
+#[test]
+fn compare_json_has_every_promised_field() {
+    let json = serde_json::to_value(comparison()).expect("written");
+    assert_eq!((&json["schema_version"], &json["ratio_kexec_over_baton"]), (&1.into(), &125.0.into()));
+    assert_eq!(json["accelerator"], "tcg");
+    // In the order of the runs, not sorted.
+    assert_eq!(json["methods"]["baton"]["blackout_ms"], serde_json::json!([40.0, 30.0, 32.0]));
+    assert_eq!(json["methods"]["baton"]["distribution"]["median"], 32.0);
+    for name in ["kexec", "reboot"] {
+        assert!(json["methods"][name]["blackout_ms"].is_array() && json["methods"][name].get("phases").is_none());
+    }
+    assert_eq!(serde_json::from_value::<Comparison>(json).expect("read"), comparison());
+}
+
+#[test]
+fn a_timeline_becomes_phases_with_steps() {
+    let phases = phases(&timeline());
+    let names: Vec<&str> = phases.iter().map(|phase| phase.name.as_str()).collect();
+    assert_eq!(names, ["granted", "booting", "cutover", "probation", "drained"]);
+    let steps = |n: usize| phases[n].steps.iter().map(|step| step.name.as_str()).collect::<Vec<_>>();
+    assert_eq!(steps(1), ["await hello", "successor: prepare"]);
+    assert_eq!(steps(2), ["freeze", "release address", "activate", "successor: activate"]);
+    assert_eq!((phase_at(&phases, 4030.0), phase_at(&phases, -1.0)), (Some("cutover"), None));
+    assert!(super::phases(&[]).is_empty());
+}
+
+#[test]
+fn medians_count_one_updates_cpus_together() {
+    let other: Vec<Span> = timeline().into_iter().map(|span| Span { ms: span.ms * 3.0, ..span }).collect();
+    let (one, other) = (phases(&timeline()), phases(&other));
+    let medians = medians(&[&one, &other]);
+    let cutover = medians.iter().find(|phase| phase.name == "cutover").expect("there");
+    assert!((cutover.ms - 62.4).abs() < 1e-9, "{cutover:?}");
+    let probation = medians.iter().find(|phase| phase.name == "probation").expect("there");
+    assert_eq!((probation.steps.len(), probation.steps[0].name.as_str()), (1, "move cpu"));
+    assert!((probation.steps[0].ms - (781.6 + 198.8) * 2.0).abs() < 1e-9);
+}
+
+#[test]
+fn a_lost_write_and_a_load_without_writes_are_objected_to() {
+    assert_eq!(Report::objection(&[hop(0)]), None);
+    let words = Report::objection(&[hop(0), hop(2)]).expect("an objection");
+    assert!(words.contains("update 2") && words.contains("2 are lost"), "{words}");
+    let idle = Hop { writes: Writes::default(), ..hop(0) };
+    assert!(Report::objection(&[idle]).is_some());
+}
+
+#[test]
+fn people_read_what_was_measured_and_what_emulation_does_to_it() {
+    let text = for_people(&report(Outcome::Committed));
+    for wanted in
+        ["emulated (TCG): compare ratios", "33.0 ms, began in `cutover`", "100 acknowledged, 0 of them lost", "/logs"]
+    {
+        assert!(text.contains(wanted), "{wanted:?} is missing:\n{text}");
+    }
+    assert!(for_people(&report(Outcome::Failed)).ends_with("outcome: failed: the reason\n"));
+    let text = comparison_for_people(&comparison());
+    for wanted in
+        ["emulated (TCG)", "kexec's median silence is 125 times Baton's", "to 7.3.4", "`release address`", "EMPTY"]
+    {
+        assert!(text.contains(wanted), "{wanted:?} is missing:\n{text}");
+    }
+    let width = text.lines().map(|line| line.chars().count()).max();
+    assert!(width <= Some(140), "{width:?}:\n{text}");
+}
