@@ -206,7 +206,7 @@ impl Kernel {
 /// A module that cannot be used, and what to do about it.
 pub fn unusable(error: &DeviceError) -> Failure {
     let advice = match error {
-        DeviceError::ModuleMissing { .. } => "load it with `modprobe baton`; `dkms install baton` builds it",
+        DeviceError::ModuleMissing { .. } => "load it with `modprobe baton`; `dkms install baton/1` builds it",
         DeviceError::OtherVersion { .. } | DeviceError::NotBaton { .. } => {
             "install the module of the same version as this agent, and load it"
         }

@@ -101,9 +101,7 @@ fn images(folder: &Path) -> Result<Vec<Image>> {
             Ok(image) => (Some(image.release().to_owned()), None),
             Err(error) => (None, Some(error.to_string())),
         };
-        let module = release.as_ref().is_some_and(|release| {
-            Path::new(&format!("/lib/modules/{release}/{}", crate::mkinitrd::OWN_MODULE)).exists()
-        });
+        let module = release.as_deref().and_then(crate::mkinitrd::own_module).is_some();
         images.push(Image { path, release, problem, module });
     }
     images.sort_by(|a, b| a.path.cmp(&b.path));

@@ -17,7 +17,13 @@ use crate::initrd::Initrd;
 /// The agent's own programs, taken from the folder of the running one.
 const OWN_PROGRAMS: [&str; 3] = ["baton", "batond", "baton-init"];
 /// The module's place below `/lib/modules/RELEASE` (DKMS's folder).
-pub const OWN_MODULE: &str = "updates/dkms/baton.ko";
+const OWN_MODULE: &str = "updates/dkms/baton.ko";
+
+/// The module for a kernel, compressed or not: DKMS does as the kernel's other modules are.
+pub fn own_module(release: &str) -> Option<PathBuf> {
+    let plain = format!("/lib/modules/{release}/{OWN_MODULE}");
+    ["", ".xz", ".zst", ".gz"].iter().map(|suffix| PathBuf::from(format!("{plain}{suffix}"))).find(|path| path.exists())
+}
 
 /// Makes the archive for a kernel of this `release`.
 pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u8>> {
@@ -56,13 +62,12 @@ pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u
 /// Adds the modules and the list in which `baton-init` finds them, dependencies first.
 fn modules(tree: &mut Initrd, config: &Config, release: &str) -> Result<()> {
     let root = PathBuf::from(format!("/lib/modules/{release}"));
-    let own = root.join(OWN_MODULE);
-    if !own.exists() {
-        return Err(anyhow!(
-            "there is no module for kernel {release}: {} is missing; build it with `dkms install baton -k {release}`",
-            own.display()
-        ));
-    }
+    let own = own_module(release).ok_or_else(|| {
+        anyhow!(
+            "there is no module for kernel {release}: {} is missing; build it with `dkms install baton/1 -k {release}`",
+            root.join(OWN_MODULE).display()
+        )
+    })?;
     let index = fs::read_to_string(root.join("modules.dep"))
         .with_context(|| format!("{} has no modules.dep; run `depmod {release}`", root.display()))?;
     let mut ordered = Vec::new();
