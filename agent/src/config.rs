@@ -90,9 +90,9 @@ pub struct Update {
     pub require_signature: bool,
     /// Added to the command line of every successor.
     pub cmdline: String,
-    /// How long a successor may take from the SIPI to its agent's hello, seconds.
+    /// How long the phase `booting` may take, seconds: from writing the image to the hello of the successor's agent.
     pub boot_timeout_s: u64,
-    /// How long each other step before the cutover may take, seconds.
+    /// How long each other phase, each CPU that moves, and each undo may take, seconds.
     pub step_timeout_s: u64,
     /// How long the cutover may take before it is undone, milliseconds.
     pub cutover_timeout_ms: u64,

@@ -1,11 +1,19 @@
-//! The incumbent's hands: each effect of an update, and its undo, as one small function. What is decided is decided
-//! elsewhere ([`crate::plan`], [`crate::upgrade`]); what is held is held here, so that an undo always knows what there is
-//! to undo, and does nothing where there is nothing.
+//! The incumbent's hands: each effect of an update, and its undo, as one small function ([`Hands::do_it`] is the table).
+//! What is decided is decided elsewhere ([`crate::plan`], `handover`); what is held is held here, so that an undo always
+//! knows what there is to undo, and does nothing where there is nothing.
+//!
+//! Every wait ends at the deadline of the effect under way, which the state machine gives.
 
+use std::collections::BTreeSet;
+use std::mem::offset_of;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use kexec_core::cpus::{CpuFacts, Move, ParkedCpus};
+use handover::error::{Blame, Cause, Sort};
+use handover::machine::Event;
+use handover::plan::Cpu;
+use handover::undo::Effect;
+use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::{Access, Device, DeviceError, GiveCpu, InfoFlags, Mapping, TakeCpu, TakeMemory, Yield};
 use kexec_core::image::BzImage;
 use kexec_core::layout::{LowSlot, PAGE, SIPI_PAGE};
@@ -13,8 +21,9 @@ use kexec_core::memory_map::division::Division;
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
 use kexec_core::placement::{Placement, PlacementRequest};
 use kexec_core::registry::State;
-use kexec_core::trampoline::{SipiArgs, YieldArgs, sipi_page, yield_command};
+use kexec_core::trampoline::{Epitaph, SipiArgs, SipiPage, YieldArgs, sipi_page, step, yield_command};
 use state_schemas::Payload;
+use state_schemas::control_block::words::BootMark;
 use state_schemas::control_block::{self, Piece, words};
 use state_schemas::latest::handover_record as record;
 use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
@@ -24,13 +33,16 @@ use zerocopy::IntoBytes;
 use crate::birth::phys;
 use crate::facts::managed_memory;
 use crate::kernel::{Kernel, Order};
-use crate::line::{Incumbent, Line};
+use crate::line::{Incumbent, Line, Unanswered};
+use crate::net::Held;
+use crate::outcome::Failure;
 use crate::plan::Plan;
 use crate::sysfs;
 use crate::timeline::{Timeline, tsc};
 
-/// How long a CPU may take to reach the park page, once it was sent there.
-const PARK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long this kernel's network stays up after its last word, so that whoever waits for the word hears it. The service
+/// does not wait: it is with the successor already.
+const FAREWELL: Duration = Duration::from_millis(200);
 /// How far apart the places are that are tried for the cap.
 const CAP_STEP: u64 = 256 << 10;
 
@@ -59,16 +71,26 @@ pub struct Hands<'k> {
     plan: &'k Plan,
     /// When each step was made.
     pub timeline: Timeline,
+    /// What this machine cannot do, found out when nothing was touched yet.
+    pub refusal: Option<Failure>,
+    /// How far a successor came that never answered.
+    pub last_words: Option<String>,
     id: record::UpdateId,
+    /// When the effect under way must be over.
+    until: Instant,
     site: Option<Site>,
     placed: Option<Placed>,
-    spare_taken: bool,
-    started: bool,
     unbound: Option<sysfs::Unbound>,
-    frozen: bool,
-    address_released: bool,
-    /// CPUs that the successor has, by APIC id.
-    moved: Vec<u32>,
+    /// The service address: looked up in the trial, dropped in the cutover.
+    address: Option<Held>,
+    /// The successor's agent has answered.
+    heard: bool,
+    /// CPUs, by APIC id, that the module counts as the successor's.
+    given: BTreeSet<u32>,
+    /// CPUs that got INIT and wait for nobody; a kernel that was a successor wants them at its mailbox again.
+    stopped: BTreeSet<u32>,
+    /// What is sealed, by service.
+    sealed: BTreeSet<String>,
 }
 
 impl<'k> Hands<'k> {
@@ -79,16 +101,91 @@ impl<'k> Hands<'k> {
             device: kernel.device()?,
             plan,
             timeline: Timeline::default(),
+            refusal: None,
+            last_words: None,
             id,
+            until: Instant::now(),
             site: None,
             placed: None,
-            spare_taken: false,
-            started: false,
             unbound: None,
-            frozen: false,
-            address_released: false,
-            moved: Vec::new(),
+            address: None,
+            heard: false,
+            given: BTreeSet::new(),
+            stopped: BTreeSet::new(),
+            sealed: BTreeSet::new(),
         })
+    }
+
+    /// Carries an effect out, and says what came of it.
+    pub fn carry_out(&mut self, effect: &Effect, until: Instant) -> Event {
+        self.until = until;
+        match self.do_it(effect) {
+            Ok(()) => Event::Done,
+            Err(error) => self.what_happened(effect, &error),
+        }
+    }
+
+    /// One line for each effect, in the order of `handover::undo`.
+    fn do_it(&mut self, effect: &Effect) -> Result<()> {
+        match effect {
+            Effect::TakeMemory => self.take_memory(),
+            Effect::GrantDevices => self.grant_devices(),
+            Effect::OfflineCpu { cpu } => offline_cpu(*cpu),
+            Effect::Place => self.place(),
+            Effect::StartCpu { cpu } => self.start_cpu(*cpu),
+            Effect::AwaitHello => self.await_hello(),
+            Effect::StandBy => self.stand_by(),
+            Effect::CheckHealth => self.check_health(),
+            Effect::Freeze => self.freeze(),
+            Effect::Seal => self.seal(),
+            Effect::ReleaseAddress => self.release_address(),
+            Effect::Activate { epoch } => self.activate(*epoch),
+            Effect::ParkCpu { cpu } => self.park_cpu(*cpu),
+            Effect::HandCpu { cpu } => self.hand_cpu(*cpu),
+            Effect::Commit => self.commit(),
+            Effect::QuiesceDevices => self.quiesce_devices(),
+            Effect::YieldLastCpu { cpu } => self.yield_last_cpu(*cpu),
+
+            Effect::StandDown { epoch } => self.stand_down(*epoch),
+            Effect::TakeAddressBack => self.take_address_back(),
+            // The services unseal their own arenas, when they are told to go on.
+            Effect::Unseal { .. } => Ok(()),
+            Effect::Unfreeze { epoch } => self.unfreeze(*epoch),
+            Effect::TakeCpuBack { cpu } => self.take_cpu_back(*cpu),
+            Effect::UnparkCpu { cpu } => self.unpark_cpu(*cpu),
+            Effect::Fence { cpus } => self.fence(cpus),
+            Effect::ReadLastWords => self.read_last_words(),
+            Effect::DestroyInstance => self.unplace(),
+            Effect::OnlineCpu { cpu } => self.online_cpu(*cpu),
+            Effect::TakeDevicesBack => self.take_devices_back(),
+            Effect::GiveBackMemory => self.give_back_memory(),
+        }
+    }
+
+    /// What an error means to the state machine. Where it is not certain that nothing is left behind, nobody knows.
+    fn what_happened(&mut self, effect: &Effect, error: &anyhow::Error) -> Event {
+        let what = format!("{error:#}");
+        let answer = error.downcast_ref::<Unanswered>();
+        let cause = match answer {
+            Some(Unanswered::Panicked(_)) => Cause::successor_died(what),
+            Some(Unanswered::Silent { .. }) => Cause { blame: Blame::Successor, sort: Sort::Deadline, what },
+            Some(Unanswered::Refused { .. }) => Cause::broken(Blame::Successor, what),
+            None => Cause::broken(effect.carried_out_by(), what),
+        };
+        match (effect, answer) {
+            (Effect::TakeMemory, _) => {
+                self.refusal = error.downcast_ref().cloned();
+                Event::Failed(cause)
+            }
+            // A successor that says so has not taken the CPU, or has not committed.
+            (Effect::HandCpu { .. } | Effect::Commit, Some(Unanswered::Refused { .. })) => Event::Failed(cause),
+            _ => Event::Unknown(cause),
+        }
+    }
+
+    /// Time left for the effect under way.
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
     }
 
     fn site(&self) -> Result<&Site> {
@@ -106,7 +203,7 @@ impl<'k> Hands<'k> {
     // ---- granted ----------------------------------------------------------------------------------------------
 
     /// Takes the successor's memory: a range reserved at boot if there is one, else out of the allocator.
-    pub fn take_memory(&mut self) -> Result<()> {
+    fn take_memory(&mut self) -> Result<()> {
         let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
         let taken = self.take_region(instance).and_then(|region| {
             let division = self.divide(instance, region)?;
@@ -130,11 +227,10 @@ impl<'k> Hands<'k> {
         }
     }
 
-    /// The undo of [`Hands::take_memory`] and [`Hands::place`].
-    pub fn give_back_memory(&mut self) -> Result<()> {
-        // Mappings first: the module gives back nothing that is in use.
-        self.placed = None;
+    /// The undo of [`Hands::take_memory`].
+    fn give_back_memory(&mut self) -> Result<()> {
         let Some(mut site) = self.site.take() else { return Ok(()) };
+        // Mappings first: the module gives back nothing that is in use.
         site.low.clear();
         self.device.destroy_instance(site.instance).context("cannot give the successor's memory back")
     }
@@ -198,7 +294,7 @@ impl<'k> Hands<'k> {
     }
 
     /// Takes the interface that the successor gets off this kernel's driver.
-    pub fn release_nic(&mut self) -> Result<()> {
+    fn grant_devices(&mut self) -> Result<()> {
         let Some(granted) = &self.plan.nic else { return Ok(()) };
         if let Some(link) = self.kernel.netlink.find(granted.mac)? {
             let (_, folder) = sysfs::pci_function_of(&link.name)?;
@@ -207,30 +303,45 @@ impl<'k> Hands<'k> {
         Ok(())
     }
 
-    /// The undo of [`Hands::release_nic`].
-    pub fn take_nic_back(&mut self) -> Result<()> {
-        let (Some(unbound), Some(granted)) = (self.unbound.take(), &self.plan.nic) else { return Ok(()) };
+    /// The undo of [`Hands::grant_devices`].
+    fn take_devices_back(&mut self) -> Result<()> {
+        let (Some(unbound), Some(granted)) = (&self.unbound, &self.plan.nic) else { return Ok(()) };
         unbound.bind()?;
+        self.unbound = None;
         let link = self.kernel.netlink.find(granted.mac)?.context("the interface did not come back")?;
         self.kernel.netlink.link_up(&link)?;
         self.kernel.netlink.add(&link, granted.nic.address)
     }
 
-    /// Takes the spare CPU offline.
-    pub fn offline_spare(&mut self) -> Result<()> {
-        let spare = self.plan.spare;
-        if spare.online {
-            sysfs::offline_cpu(spare.cpu).with_context(|| format!("{spare} cannot be taken offline"))?;
+    /// The undo of [`offline_cpu`].
+    fn online_cpu(&mut self, cpu: Cpu) -> Result<()> {
+        self.bring_home(cpu.apic_id)?;
+        if self.own_mailbox().is_some_and(|own| !own.is_parked(cpu.apic_id)) {
+            bail!("{} does not wait at this kernel's mailbox: onlining it would never end", name(cpu));
         }
-        self.spare_taken = true;
+        sysfs::online_cpu(cpu.number)
+    }
+
+    fn own_mailbox(&self) -> Option<ParkedCpus<'k, Mapping>> {
+        let birth = self.kernel.birth.as_ref()?;
+        Some(ParkedCpus::new(&birth.control, control_block::MAILBOX.offset))
+    }
+
+    /// Back to this kernel's own park page, if it was stopped by INIT.
+    fn bring_home(&mut self, apic_id: u32) -> Result<()> {
+        if self.stopped.contains(&apic_id) {
+            self.park_here(apic_id)?;
+            self.stopped.remove(&apic_id);
+        }
         Ok(())
     }
 
     /// After a fence: a kernel that was itself a successor onlines its CPUs through its mailbox, and waits there without
     /// limit. So what was fenced goes back to this kernel's own park page first.
     fn park_here(&self, apic_id: u32) -> Result<()> {
-        let (Some(birth), Some(site)) = (&self.kernel.birth, &self.site) else { return Ok(()) };
-        let own = ParkedCpus::new(&*birth.control, control_block::MAILBOX.offset);
+        let (Some(birth), Some(own), Some(site)) = (&self.kernel.birth, self.own_mailbox(), &self.site) else {
+            return Ok(());
+        };
         let slot = LowSlot::holding(birth.record.grant.low_slot.start).context("this kernel has no low slot")?;
         let args = SipiArgs {
             cr3: slot.root_page().start(),
@@ -240,30 +351,15 @@ impl<'k> Hands<'k> {
         };
         site.low[0].1.write(0, &sipi_page(&args));
         self.device.give_cpu(site.instance, apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
-        let deadline = Instant::now() + PARK_PATIENCE;
-        let mut arrived = true;
-        while arrived && !own.is_parked(apic_id) {
-            arrived = pause(deadline);
-        }
+        let arrived = await_parked(&own, apic_id, self.until);
         self.device.take_cpu(site.instance, apic_id, TakeCpu::Record)?;
-        if !arrived {
-            bail!("CPU with APIC id {apic_id} did not come back to this kernel's park page in {PARK_PATIENCE:?}");
-        }
-        Ok(())
-    }
-
-    /// The undo of [`Hands::offline_spare`].
-    pub fn online_spare(&mut self) -> Result<()> {
-        if std::mem::take(&mut self.spare_taken) && self.plan.spare.online {
-            sysfs::online_cpu(self.plan.spare.cpu)?;
-        }
-        Ok(())
+        arrived.context("at this kernel's own park page")
     }
 
     // ---- booting ----------------------------------------------------------------------------------------------
 
     /// Writes kernel, initrd, firmware and handover record into the region.
-    pub fn place(&mut self) -> Result<()> {
+    fn place(&mut self) -> Result<()> {
         let site = self.site()?;
         let facts = &self.plan.facts;
         let info = self.device.info()?;
@@ -301,6 +397,13 @@ impl<'k> Hands<'k> {
         self.device.update_instance(site.instance, State::Loaded, None)?;
         self.placed = Some(Placed { boot: placement.boot, park: placement.park, root, line });
         Ok(())
+    }
+
+    /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.
+    fn unplace(&mut self) -> Result<()> {
+        self.placed = None;
+        let stopped = self.stopped.clone();
+        stopped.into_iter().try_for_each(|apic_id| self.bring_home(apic_id))
     }
 
     fn write(&self, site: &Site, placement: &Placement<'_>) -> Result<()> {
@@ -408,46 +511,74 @@ impl<'k> Hands<'k> {
         }
     }
 
-    /// Starts the spare CPU in the successor's kernel.
-    pub fn start(&mut self) -> Result<()> {
-        let apic_id = self.plan.spare.apic_id;
+    /// Starts a CPU in the successor's kernel.
+    fn start_cpu(&mut self, cpu: Cpu) -> Result<()> {
         let boot = self.placed()?.boot;
         let site = self.site()?;
+        let instance = site.instance;
         site.low[0].1.write(0, &sipi_page(&boot));
-        self.device.give_cpu(site.instance, apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
-        self.forget_parked(apic_id);
-        self.started = true;
-        let instance = self.site()?.instance;
+        self.device.give_cpu(instance, cpu.apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
+        self.given.insert(cpu.apic_id);
+        self.forget_parked(cpu.apic_id);
         self.device.update_instance(instance, State::Booting, None)?;
         Ok(())
     }
 
-    /// The undo of [`Hands::start`] and of every CPU moved: nothing runs in the successor any more.
-    pub fn fence(&mut self) -> Result<()> {
+    /// The undo of [`Hands::start_cpu`], and of every CPU handed over since: nothing runs in the successor any more.
+    fn fence(&mut self, cpus: &[Cpu]) -> Result<()> {
         let Some(site) = &self.site else { return Ok(()) };
-        let mut first_error = Ok(());
-        let started = std::mem::take(&mut self.started).then_some(self.plan.spare.apic_id);
-        for apic_id in started.into_iter().chain(std::mem::take(&mut self.moved)) {
-            let fenced = self.device.take_cpu(site.instance, apic_id, TakeCpu::Fence);
-            let parked = fenced.map_err(anyhow::Error::from).and_then(|()| self.park_here(apic_id));
-            first_error = first_error.and(parked);
+        if !self.heard {
+            self.last_words = Some(how_far_without_agent(&site.low[0].1));
         }
+        let mut first_error = Ok(());
+        // All of them, whatever one says, and nothing in between: what runs on may still answer clients.
+        for cpu in cpus.iter().filter(|cpu| self.given.contains(&cpu.apic_id)) {
+            let fenced = if self.is_firmware_bsp(cpu.apic_id) {
+                Err(anyhow::anyhow!("{} booted the machine: INIT would reset everything", name(*cpu)))
+            } else {
+                self.device.take_cpu(site.instance, cpu.apic_id, TakeCpu::Fence).map_err(Into::into)
+            };
+            first_error = first_error.and(fenced.map(|()| {
+                self.stopped.insert(cpu.apic_id);
+            }));
+        }
+        self.given.retain(|apic_id| !self.stopped.contains(apic_id));
         first_error.context("cannot stop the successor")
+    }
+
+    fn is_firmware_bsp(&self, apic_id: u32) -> bool {
+        self.plan.moves.iter().any(|(cpu, _)| cpu.apic_id == apic_id && cpu.firmware_bsp)
+    }
+
+    /// How far a successor came that never answered.
+    fn read_last_words(&mut self) -> Result<()> {
+        if self.heard {
+            return Ok(());
+        }
+        let Some(placed) = &self.placed else { return Ok(()) };
+        self.last_words = match BootMark::of_word(placed.line.memory().load(words::BOOT_MARK_AT)) {
+            Some(BootMark::None) => self.last_words.take(),
+            Some(BootMark::Agent) => Some("its agent has read the handover record, and come no further".to_owned()),
+            Some(BootMark::Network | BootMark::Standby) => Some("its agent was ready and did not say so".to_owned()),
+            None => Some("what its agent wrote of itself is destroyed".to_owned()),
+        };
+        Ok(())
     }
 
     /// A CPU that INIT took out of this kernel's own park page waits there no longer.
     fn forget_parked(&self, apic_id: u32) {
-        if let Some(birth) = &self.kernel.birth {
-            ParkedCpus::new(&*birth.control, control_block::MAILBOX.offset).forget(apic_id);
+        if let Some(own) = self.own_mailbox() {
+            own.forget(apic_id);
         }
     }
 
     /// Waits for the successor's agent.
-    pub fn await_hello(&mut self) -> Result<()> {
-        let patience = Duration::from_secs(self.kernel.config.update.boot_timeout_s);
+    fn await_hello(&mut self) -> Result<()> {
+        let patience = self.left();
         let line = &mut self.placed()?.line;
         match line.receive(patience).context("the successor's agent has not answered")? {
             ToIncumbent::Hello { program, .. } => {
+                self.heard = true;
                 tracing::info!(release = program.release, "the successor's agent answers");
                 let instance = self.site()?.instance;
                 self.device.update_instance(instance, State::Running, None)?;
@@ -459,23 +590,15 @@ impl<'k> Hands<'k> {
 
     // ---- trial ------------------------------------------------------------------------------------------------
 
-    fn ask<T>(
-        &mut self,
-        message: &ToSuccessor,
-        patience: Duration,
-        answer: impl Fn(ToIncumbent) -> Option<T>,
-    ) -> Result<T> {
+    fn ask<T>(&mut self, message: &ToSuccessor, answer: impl Fn(ToIncumbent) -> Option<T>) -> Result<T> {
+        let patience = self.left();
         self.placed()?.line.ask(message, patience, answer)
     }
 
-    fn step_patience(&self) -> Duration {
-        Duration::from_secs(self.kernel.config.update.step_timeout_s)
-    }
-
     /// Lets the successor's services attach and wait.
-    pub fn stand_by(&mut self) -> Result<()> {
+    fn stand_by(&mut self) -> Result<()> {
         let expected: Vec<String> = self.kernel.services.crossings().into_iter().map(|c| c.name).collect();
-        let standing = self.ask(&ToSuccessor::StandBy, self.step_patience(), |answer| match answer {
+        let standing = self.ask(&ToSuccessor::StandBy, |answer| match answer {
             ToIncumbent::Standing { services } => Some(services),
             _ => None,
         })?;
@@ -485,125 +608,163 @@ impl<'k> Hands<'k> {
         Ok(())
     }
 
-    /// Asks the successor how it is.
-    pub fn check_health(&mut self) -> Result<()> {
-        self.ask(&ToSuccessor::CheckHealth, self.step_patience(), |answer| {
-            matches!(answer, ToIncumbent::Healthy).then_some(())
-        })
-    }
-
-    // ---- cutover: between freeze and activate nobody serves ------------------------------------------------------
-
-    fn cutover_patience(&self) -> Duration {
-        Duration::from_millis(self.kernel.config.update.cutover_timeout_ms)
-    }
-
-    /// Stops the services at a request boundary, and seals their arenas.
-    pub fn freeze(&mut self) -> Result<()> {
-        self.frozen = true;
-        self.kernel.services.freeze(self.epoch(), self.cutover_patience())?;
+    /// Asks the successor how it is, and looks up what the cutover will need.
+    fn check_health(&mut self) -> Result<()> {
+        self.ask(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
+        if let Some(cidr) = self.kernel.config.network.service_address {
+            self.address = Some(self.kernel.netlink.held(cidr)?);
+        }
         Ok(())
     }
 
-    /// The undo of [`Hands::freeze`]: an epoch later, so that no late word of the successor counts.
-    pub fn unfreeze(&mut self) -> Result<()> {
-        if !std::mem::take(&mut self.frozen) {
-            return Ok(());
+    // ---- cutover: between freeze and activate nobody serves. No file, no log, nothing that can wait -----------------
+
+    /// Stops the services at a request boundary; they seal their arenas.
+    fn freeze(&mut self) -> Result<()> {
+        self.sealed = self.kernel.services.freeze(self.epoch(), self.left())?.into_keys().collect();
+        Ok(())
+    }
+
+    /// Every arena that crosses has its receipt.
+    fn seal(&mut self) -> Result<()> {
+        let crossings = self.kernel.services.crossings();
+        match crossings.iter().find(|crossing| !self.sealed.contains(&crossing.name)) {
+            Some(open) => bail!("the arena of service {} is not sealed", open.name),
+            None => Ok(()),
         }
-        let epoch = self.epoch() + 2;
-        self.kernel.services.unfreeze(epoch, self.cutover_patience())?;
+    }
+
+    /// The undo of [`Hands::freeze`]. No late word of the successor counts from here on.
+    fn unfreeze(&mut self, epoch: u64) -> Result<()> {
+        if let Some(placed) = &self.placed {
+            placed.line.memory().store(words::EPOCH_AT, epoch);
+        }
+        self.kernel.services.unfreeze(epoch, self.left())?;
         self.kernel.state().facts.epoch = epoch;
         Ok(())
     }
 
     /// Takes the service address off this kernel's interface.
-    pub fn release_address(&mut self) -> Result<()> {
-        let Some(cidr) = self.kernel.config.network.service_address else { return Ok(()) };
-        self.address_released = true;
-        self.kernel.netlink.withdraw(cidr)
+    fn release_address(&mut self) -> Result<()> {
+        self.address.as_ref().map_or(Ok(()), |held| self.kernel.netlink.drop_held(held))
     }
 
     /// The undo of [`Hands::release_address`].
-    pub fn take_address_back(&mut self) -> Result<()> {
-        let Some(cidr) = self.kernel.config.network.service_address else { return Ok(()) };
-        if !std::mem::take(&mut self.address_released) {
-            return Ok(());
-        }
-        self.kernel.netlink.restore(cidr)
+    fn take_address_back(&mut self) -> Result<()> {
+        self.address.as_ref().map_or(Ok(()), |held| self.kernel.netlink.take_again(held))
     }
 
     /// Gives the epoch to the successor, and waits until its services answer.
-    pub fn activate(&mut self) -> Result<()> {
-        let epoch = self.epoch() + 1;
-        let patience = self.cutover_patience();
+    fn activate(&mut self, epoch: u64) -> Result<()> {
         self.placed()?.line.memory().store(words::EPOCH_AT, epoch);
-        self.ask(&ToSuccessor::Activate { epoch }, patience, |answer| match answer {
+        self.ask(&ToSuccessor::Activate { epoch }, |answer| match answer {
             ToIncumbent::Activated { epoch: reached, .. } if reached == epoch => Some(()),
             _ => None,
         })?;
-        let instance = self.site()?.instance;
-        self.device.update_instance(instance, State::Serving, None)?;
+        self.device.update_instance(self.site()?.instance, State::Serving, None)?;
         Ok(())
     }
 
-    // ---- probation: CPUs follow one by one ------------------------------------------------------------------------
-
-    /// Moves one CPU: offline here, parked there, online there.
-    pub fn move_cpu(&mut self, cpu: CpuFacts, how: Move) -> Result<()> {
-        if cpu.online {
-            sysfs::offline_cpu(cpu.cpu).with_context(|| format!("{cpu} cannot be taken offline"))?;
-        }
-        self.send_to_park(cpu, how)?;
-        self.moved.push(cpu.apic_id);
-        let apic_id = cpu.apic_id;
-        self.ask(&ToSuccessor::CpuParked { apic_id }, self.step_patience(), |answer| match answer {
-            ToIncumbent::CpuOnline { apic_id: online, .. } if online == apic_id => Some(()),
+    /// The undo of [`Hands::activate`], with the successor's help.
+    fn stand_down(&mut self, epoch: u64) -> Result<()> {
+        self.ask(&ToSuccessor::StandDown { epoch }, |answer| match answer {
+            ToIncumbent::StoodDown { epoch: ended } if ended == epoch => Some(()),
             _ => None,
         })
     }
 
+    // ---- probation: CPUs follow one by one ------------------------------------------------------------------------
+
     /// Sends an offline CPU to the successor's park page: from our own park page if it waits there, else by SIPI.
-    fn send_to_park(&mut self, cpu: CpuFacts, how: Move) -> Result<()> {
+    fn park_cpu(&mut self, cpu: Cpu) -> Result<()> {
         let park = self.placed()?.park;
         let site = self.site()?;
-        let own = self.kernel.birth.as_ref().map(|b| ParkedCpus::new(&*b.control, control_block::MAILBOX.offset));
-        match own {
+        match self.own_mailbox() {
             Some(own) if own.is_parked(cpu.apic_id) => {
                 self.device.give_cpu(site.instance, cpu.apic_id, GiveCpu::Record)?;
-                let deadline = Instant::now() + PARK_PATIENCE;
-                own.wake(cpu.apic_id, park.entry, || pause(deadline))?;
+                self.given.insert(cpu.apic_id);
+                own.wake(cpu.apic_id, park.entry, || pause(self.until))?;
             }
-            _ if how == Move::MailboxOnly => {
-                bail!("{cpu} booted the machine and waits at no mailbox: it cannot be moved")
+            _ if self.is_firmware_bsp(cpu.apic_id) => {
+                bail!("{} booted the machine and waits at no mailbox: it cannot be moved", name(cpu))
             }
             _ => {
                 site.low[0].1.write(0, &sipi_page(&park));
                 self.device.give_cpu(site.instance, cpu.apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
+                self.given.insert(cpu.apic_id);
             }
         }
-        let deadline = Instant::now() + PARK_PATIENCE;
-        let control = self.placed()?.line.memory();
-        let parked = ParkedCpus::new(control, control_block::MAILBOX.offset);
-        while !parked.is_parked(cpu.apic_id) {
-            if !pause(deadline) {
-                bail!("{cpu} was sent to the park page and has not arrived after {PARK_PATIENCE:?}");
+        self.await_parked_there(cpu)
+    }
+
+    /// The undo of [`Hands::park_cpu`]: through the successor's mailbox to our own, else by INIT.
+    fn unpark_cpu(&mut self, cpu: Cpu) -> Result<()> {
+        let apic_id = cpu.apic_id;
+        if !self.given.contains(&apic_id) {
+            return self.bring_home(apic_id); // never left, or was fenced
+        }
+        let instance = self.site()?.instance;
+        let until = self.until;
+        let placed = self.placed.as_ref().context("the successor is not placed")?;
+        let theirs = ParkedCpus::new(placed.line.memory(), control_block::MAILBOX.offset);
+        match (&self.kernel.birth, self.own_mailbox()) {
+            (Some(_), Some(own)) if own.is_parked(apic_id) => {
+                self.device.take_cpu(instance, apic_id, TakeCpu::Record)?;
+            }
+            (Some(birth), Some(own)) if theirs.is_parked(apic_id) => {
+                theirs.wake(apic_id, birth.base + control_block::PARK_PAGE.offset, || pause(until))?;
+                await_parked(&own, apic_id, until)?;
+                self.device.take_cpu(instance, apic_id, TakeCpu::Record)?;
+            }
+            _ if self.is_firmware_bsp(apic_id) => bail!("{} is at no mailbox", name(cpu)),
+            _ => {
+                self.device.take_cpu(instance, apic_id, TakeCpu::Fence)?;
+                theirs.forget(apic_id);
+                self.stopped.insert(apic_id);
             }
         }
+        self.given.remove(&apic_id);
+        self.bring_home(apic_id)
+    }
+
+    /// Tells the successor of a parked CPU, and waits until it is online there.
+    fn hand_cpu(&mut self, cpu: Cpu) -> Result<()> {
+        let apic_id = cpu.apic_id;
+        self.ask(&ToSuccessor::CpuParked { apic_id }, |answer| match answer {
+            ToIncumbent::CpuOnline { apic_id: online, .. } if online == apic_id => Some(()),
+            _ => None,
+        })?;
+        self.kernel.note(|update| update.cpus_moved += 1);
         Ok(())
+    }
+
+    /// The undo of [`Hands::hand_cpu`], with the successor's help: there, too, an offline CPU parks.
+    fn take_cpu_back(&mut self, cpu: Cpu) -> Result<()> {
+        let apic_id = cpu.apic_id;
+        self.ask(&ToSuccessor::ReleaseCpu { apic_id }, |answer| match answer {
+            ToIncumbent::CpuReleased { apic_id: released } if released == apic_id => Some(()),
+            _ => None,
+        })?;
+        self.await_parked_there(cpu)
+    }
+
+    fn await_parked_there(&self, cpu: Cpu) -> Result<()> {
+        let placed = self.placed.as_ref().context("the successor is not placed")?;
+        let theirs = ParkedCpus::new(placed.line.memory(), control_block::MAILBOX.offset);
+        await_parked(&theirs, cpu.apic_id, self.until).context("at the successor's park page")
     }
 
     // ---- commit ---------------------------------------------------------------------------------------------------
 
     /// Passes the point of no return.
-    pub fn commit(&mut self) -> Result<()> {
+    fn commit(&mut self) -> Result<()> {
         let timeline = self.timeline.marks().to_vec();
-        self.ask(&ToSuccessor::Commit { timeline }, self.step_patience(), |answer| {
-            matches!(answer, ToIncumbent::Committed).then_some(())
-        })
+        self.ask(&ToSuccessor::Commit { timeline }, |answer| matches!(answer, ToIncumbent::Committed).then_some(()))
     }
 
     /// Stops everything in this kernel that could still write memory by itself.
-    pub fn quiesce(&mut self) -> Result<()> {
+    fn quiesce_devices(&mut self) -> Result<()> {
+        std::thread::sleep(FAREWELL);
         self.kernel.services.stop();
         nix::unistd::sync();
         let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
@@ -613,8 +774,7 @@ impl<'k> Hands<'k> {
     }
 
     /// Hands over the last CPU, and with it the machine. Comes back only if it could not leave.
-    pub fn leave(&mut self) -> Result<()> {
-        let (last, _) = self.plan.moves.last().context("there is no last CPU")?;
+    fn yield_last_cpu(&mut self, last: Cpu) -> Result<()> {
         let base = self.site()?.region.start();
         let at = |piece: Piece| base + piece.offset;
         let root = self.placed()?.root;
@@ -631,6 +791,35 @@ impl<'k> Hands<'k> {
         })?;
         bail!("the last CPU came back")
     }
+}
+
+/// Takes a CPU offline. Its undo is [`Hands::online_cpu`].
+fn offline_cpu(cpu: Cpu) -> Result<()> {
+    sysfs::offline_cpu(cpu.number).with_context(|| format!("{} cannot be taken offline", name(cpu)))
+}
+
+fn name(cpu: Cpu) -> String {
+    format!("CPU {} (APIC id {:#x})", cpu.number, cpu.apic_id)
+}
+
+/// What the trampoline tells of a CPU that was started.
+fn how_far_without_agent(sipi: &Mapping) -> String {
+    let mut reached = [0; 4];
+    sipi.read((offset_of!(SipiPage, epitaph) + offset_of!(Epitaph, step)) as u64, &mut reached);
+    match reached {
+        step::JUMP => "its CPU entered the kernel, and its agent never came up".to_owned(),
+        [0, 0, 0, 0] => "its CPU never began to run".to_owned(),
+        other => format!("its CPU came no further than `{}` on its way into the kernel", other.escape_ascii()),
+    }
+}
+
+fn await_parked<M: SharedMemory + ?Sized>(mailbox: &ParkedCpus<'_, M>, apic_id: u32, until: Instant) -> Result<()> {
+    while !mailbox.is_parked(apic_id) {
+        if !pause(until) {
+            bail!("CPU with APIC id {apic_id:#x} was sent there and has not arrived in time");
+        }
+    }
+    Ok(())
 }
 
 /// Looks away for a moment; says whether there is time left. What is waited for is a word that another CPU writes, with

@@ -18,6 +18,7 @@ pub mod net;
 pub mod outcome;
 pub mod plan;
 pub mod recover;
+pub mod report;
 pub mod service;
 pub mod services;
 pub mod successor;

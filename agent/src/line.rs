@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use handover::channel::{Channel, Side};
 use kexec_core::device::{Bell, Device, Mapping};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -24,6 +24,30 @@ const RING_AGAIN: Duration = Duration::from_millis(250);
 
 /// What a panicking kernel writes; anything but zero.
 const PANICKED: u64 = 1;
+
+/// Why the other side gave no answer, or not the one that was wanted.
+#[derive(Debug, thiserror::Error)]
+pub enum Unanswered {
+    /// It will never answer.
+    #[error("the {0} panicked")]
+    Panicked(&'static str),
+    /// It has not answered in time.
+    #[error("the {peer} was silent for {:.1} s", .patience.as_secs_f64())]
+    Silent {
+        /// Who.
+        peer: &'static str,
+        /// How long it was waited for.
+        patience: Duration,
+    },
+    /// It answered that it cannot.
+    #[error("the successor cannot {what}: {cause}")]
+    Refused {
+        /// What was asked.
+        what: String,
+        /// Why not.
+        cause: String,
+    },
+}
 
 /// Which side this is, and what that means for the words in the control block.
 pub trait End {
@@ -138,11 +162,11 @@ where
                 return Ok(message);
             }
             if self.memory.load(E::PEER_PANIC_AT) != 0 {
-                bail!("the {} panicked", E::PEER);
+                return Err(Unanswered::Panicked(E::PEER).into());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                bail!("the {} was silent for {patience:?}", E::PEER);
+                return Err(Unanswered::Silent { peer: E::PEER, patience }.into());
             }
             self.wait(left.min(RING_AGAIN))?;
         }
@@ -172,7 +196,7 @@ impl Line<Incumbent> {
     ) -> Result<T> {
         self.send(message)?;
         match self.receive(patience).with_context(|| format!("no answer to {message:?}"))? {
-            ToIncumbent::Failed { what, cause } => bail!("the successor cannot {what}: {cause}"),
+            ToIncumbent::Failed { what, cause } => Err(Unanswered::Refused { what, cause }.into()),
             other => {
                 let shown = format!("{other:?}");
                 answer(other).with_context(|| format!("the successor answered {message:?} with {shown}"))

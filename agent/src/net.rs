@@ -1,14 +1,14 @@
 //! Interfaces and addresses, by netlink: found by MAC, brought up, given an address, announced.
 //!
-//! [`Link::claim`] and [`Link::release`] are in the blackout, so the socket and the frame to send are made beforehand.
+//! [`Netlink::drop_held`], [`Netlink::take_again`] and [`Netlink::add`] are in the blackout: one request each, and whatever
+//! they need is looked up or made beforehand ([`Netlink::held`], [`Announcer::new`]).
 
 use std::net::Ipv4Addr;
-use std::sync::Mutex;
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec};
 
@@ -32,7 +32,14 @@ pub fn parse_mac(text: &str) -> Result<Mac> {
 pub struct Netlink {
     runtime: tokio::runtime::Runtime,
     handle: Handle,
-    withdrawn: Mutex<Option<Link>>,
+}
+
+/// An address that an interface of this kernel holds, with all that is needed to drop it and to take it again.
+pub struct Held {
+    link: Link,
+    cidr: Cidr,
+    message: AddressMessage,
+    announcer: Announcer,
 }
 
 impl Netlink {
@@ -44,7 +51,7 @@ impl Netlink {
             rtnetlink::new_connection().context("cannot open a netlink socket")?
         };
         runtime.spawn(connection);
-        Ok(Netlink { runtime, handle, withdrawn: Mutex::new(None) })
+        Ok(Netlink { runtime, handle })
     }
 
     fn links(&self) -> Result<Vec<LinkMessage>> {
@@ -101,39 +108,25 @@ impl Netlink {
             .with_context(|| format!("cannot give {} to {}", cidr.address, link.name))
     }
 
-    /// Takes an address away from the link.
-    pub fn remove(&self, link: &Link, cidr: Cidr) -> Result<()> {
-        self.runtime.block_on(async {
-            let found = self
-                .handle
-                .address()
-                .get()
-                .set_link_index_filter(link.index)
-                .set_address_filter(cidr.address.into())
-                .execute()
-                .try_next()
-                .await?
-                .with_context(|| format!("{} has no address {}", link.name, cidr.address))?;
-            self.handle.address().del(found).execute().await?;
-            Ok(())
-        })
+    /// Looks up who holds an address, before it has to be dropped.
+    pub fn held(&self, cidr: Cidr) -> Result<Held> {
+        let message = self.holding(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
+        let link = self.by_index(message.header.index)?;
+        let announcer = Announcer::new(&link, cidr.address)?;
+        Ok(Held { link, cidr, message, announcer })
     }
 
-    /// Takes an address off whatever link holds it, remembering which for [`Netlink::restore`].
-    pub fn withdraw(&self, cidr: Cidr) -> Result<()> {
-        let index = self.holder(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
-        let link = self.by_index(index)?;
-        self.remove(&link, cidr)?;
-        *self.withdrawn.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(link);
-        Ok(())
+    /// Drops the address.
+    pub fn drop_held(&self, held: &Held) -> Result<()> {
+        self.runtime
+            .block_on(self.handle.address().del(held.message.clone()).execute())
+            .with_context(|| format!("cannot take {} off {}", held.cidr.address, held.link.name))
     }
 
-    /// Gives an address back to the link that [`Netlink::withdraw`] took it from, and announces it.
-    pub fn restore(&self, cidr: Cidr) -> Result<()> {
-        let withdrawn = self.withdrawn.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
-        let Some(link) = withdrawn else { return Ok(()) };
-        self.add(&link, cidr)?;
-        Announcer::new(&link, cidr.address)?.announce()
+    /// Takes a dropped address again, and announces it. No error when it is there still.
+    pub fn take_again(&self, held: &Held) -> Result<()> {
+        self.add(&held.link, held.cidr)?;
+        held.announcer.announce()
     }
 
     fn by_index(&self, index: u32) -> Result<Link> {
@@ -156,6 +149,10 @@ impl Netlink {
 
     /// The link that holds `address` now.
     pub fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>> {
+        Ok(self.holding(address)?.map(|message| message.header.index))
+    }
+
+    fn holding(&self, address: Ipv4Addr) -> Result<Option<AddressMessage>> {
         let all: Vec<_> = self
             .runtime
             .block_on(self.handle.address().get().execute().try_collect())
@@ -163,8 +160,7 @@ impl Netlink {
         Ok(all
             .into_iter()
             .filter(|message| message.header.family == AddressFamily::Inet)
-            .find(|message| message.attributes.contains(&AddressAttribute::Local(address.into())))
-            .map(|message| message.header.index))
+            .find(|message| message.attributes.contains(&AddressAttribute::Local(address.into()))))
     }
 }
 

@@ -164,8 +164,13 @@ impl Services {
         )
     }
 
-    /// Lets every frozen service go on in the same epoch.
+    /// Lets every frozen service go on, in this epoch; one that has not answered the freeze yet is waited for.
     pub fn unfreeze(&self, epoch: u64, patience: Duration) -> Result<BTreeMap<String, Seal>> {
+        for (name, slot) in self.lock().iter_mut() {
+            if let Some(end) = slot.end.as_mut().filter(|end| matches!(end.standing(), Standing::Freezing(_))) {
+                end.report(patience).with_context(|| format!("service {name} was told to freeze"))?;
+            }
+        }
         let frozen = |standing| matches!(standing, Standing::Frozen(_));
         self.order_all(frozen, &ToService::Unfreeze { epoch }, "to go on", patience, activated)
     }

@@ -3,22 +3,26 @@
 //! ```text
 //! attach ─► clock ─► arenas ─► interface ─► Hello ─┬─ StandBy ──► Standing
 //!                                                  ├─ CheckHealth ► Healthy
-//!                                                  ├─ Activate ─► address, services ─► Activated     the blackout ends
-//!                                                  ├─ CpuParked ► online it ─► CpuOnline
+//!                                                  ├─ Activate ─► services, address ─► Activated     the blackout ends
+//!                                                  ├─ CpuParked ► online it ─► CpuOnline             undo: ReleaseCpu
+//!                                                  ├─ (StandDown ► services, address ─► StoodDown)   undo of Activate
 //!                                                  ├─ Commit ───► Committed
 //!                                                  └─ LastCpu ──► online it, adopt memory ─► incumbent
 //! ```
+//! Which word may come when is `handover`'s to say ([`handover::successor`]); here each is carried out.
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
+use handover::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::{Device, FileFlags, PciFunction, SELF, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
+use state_schemas::control_block::words::BootMark;
 use state_schemas::control_block::{MAILBOX, words};
-use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
+use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
 use crate::birth::{Birth, range};
@@ -74,78 +78,92 @@ impl<'k> Heir<'k> {
     fn prepare(kernel: &'k Kernel, birth: &'k Birth) -> Result<Heir<'k>> {
         let device = kernel.device()?;
         let started = tsc();
+        mark(birth, BootMark::Agent);
         set_clock(birth)?;
         let line = Line::attach(birth.control.clone(), birth.base)?;
         expect_arenas(kernel, device, birth)?;
         let address = attach_network(kernel, device, birth)?;
+        mark(birth, BootMark::Network);
         let mut timeline = Timeline::continue_from(birth.record.journal.clone());
         timeline.add("successor: prepare", started, tsc());
         Ok(Heir { kernel, birth, device, line, address, timeline })
     }
 
-    /// Does what the incumbent says, until its last word: the APIC id of its last CPU.
+    /// Does what the incumbent says, until its last word: the order to take the rest.
     fn serve(&mut self) -> Result<u32> {
+        let mut role = handover::successor::Successor::new(&self.birth.record);
         loop {
-            let message = self.line.receive(INCUMBENT_PATIENCE)?;
-            if let ToSuccessor::LastCpu { apic_id } = message {
-                return Ok(apic_id);
-            }
-            let what = format!("{message:?}");
-            let answer = self.obey(message).unwrap_or_else(|error| {
-                tracing::error!("{what}: {error:#}");
-                ToIncumbent::Failed { what, cause: format!("{error:#}") }
-            });
+            let word = self.line.receive(INCUMBENT_PATIENCE)?;
+            let answer = match role.hear(&word) {
+                Ok(Order::Drain { last }) => return Ok(last),
+                Ok(order) => {
+                    let answer = self.obey(&order).unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+                    role.answer(&order, answer)?
+                }
+                // Not now, or not by this kernel: the incumbent decides what to make of that.
+                Err(unheard) => Some(ToIncumbent::Failed {
+                    what: handover::successor::name(&word).to_owned(),
+                    cause: unheard.to_string(),
+                }),
+            };
+            let Some(answer) = answer else { continue };
             self.line.send(&answer)?;
+            if let ToIncumbent::Failed { what, cause } = answer {
+                tracing::error!("cannot {what}: {cause}");
+            }
         }
     }
 
-    fn obey(&mut self, message: ToSuccessor) -> Result<ToIncumbent> {
-        match message {
-            ToSuccessor::StandBy => {
+    fn obey(&mut self, order: &Order) -> Result<Answer> {
+        match order {
+            Order::StandBy => {
                 self.kernel.set_phase("trial");
-                let services = self.kernel.services.await_standby(Duration::from_secs(60))?;
-                Ok(ToIncumbent::Standing { services })
+                let patience = Duration::from_secs(self.kernel.config.update.step_timeout_s);
+                let services = self.kernel.services.await_standby(patience)?;
+                mark(self.birth, BootMark::Standby);
+                Ok(Answer::Services(services))
             }
-            ToSuccessor::CheckHealth => self.check_health(),
-            ToSuccessor::Activate { epoch } => self.activate(epoch),
-            ToSuccessor::CpuParked { apic_id } => {
+            Order::CheckHealth => self.check_health(),
+            Order::Activate { epoch } => self.activate(*epoch),
+            Order::OnlineCpu { apic_id } => {
                 self.kernel.set_phase("probation");
-                let cpu = self.online(apic_id)?;
-                Ok(ToIncumbent::CpuOnline { apic_id, cpu })
+                Ok(Answer::Online(self.online(*apic_id)?))
             }
-            ToSuccessor::Commit { timeline } => {
+            Order::OfflineCpu { apic_id } => self.offline(*apic_id),
+            Order::StandDown { epoch } => self.stand_down(*epoch),
+            Order::Commit { timeline } => {
                 self.kernel.set_phase("commit");
                 let own = self.timeline.marks()[self.birth.record.journal.len()..].to_vec();
-                self.timeline = Timeline::continue_from(timeline);
+                self.timeline = Timeline::continue_from(timeline.clone());
                 for mark in own {
                     self.timeline.add(&mark.phase, mark.start_tsc, mark.end_tsc);
                 }
-                Ok(ToIncumbent::Committed)
+                Ok(Answer::Done)
             }
-            ToSuccessor::Ping { nonce } => Ok(ToIncumbent::Pong { nonce }),
-            ToSuccessor::Abort { reason } => bail!("the incumbent gives up: {reason}"),
-            ToSuccessor::ReleaseCpu { .. } | ToSuccessor::StandDown { .. } => {
-                bail!("this release cannot hand back after the cutover")
+            Order::Abort { reason } => {
+                tracing::warn!("the incumbent gives up: {reason}");
+                Ok(Answer::Done)
             }
-            ToSuccessor::LastCpu { .. } => Err(anyhow!("the last CPU is not expected here")),
+            Order::Pong { .. } => Ok(Answer::Done),
+            Order::Drain { .. } => bail!("this is not one order among others"),
         }
     }
 
-    fn check_health(&self) -> Result<ToIncumbent> {
+    fn check_health(&self) -> Result<Answer> {
         let status = self.kernel.services.status();
         if let Some(service) = status.iter().find(|service| service.state != "standby") {
             bail!("service {} is {}", service.name, service.state);
         }
-        Ok(ToIncumbent::Healthy)
+        Ok(Answer::Done)
     }
 
     /// In the blackout: nothing here allocates more than a few words, and nothing depends on the arenas' size.
-    fn activate(&mut self, epoch: u64) -> Result<ToIncumbent> {
+    fn activate(&mut self, epoch: u64) -> Result<Answer> {
         let started = tsc();
         if self.birth.control.load(words::EPOCH_AT) != epoch {
             bail!("epoch {epoch} is not the current one");
         }
-        self.kernel.services.activate(epoch, Duration::from_secs(5))?;
+        self.kernel.services.activate(epoch, self.cutover_patience())?;
         if let Some(address) = &self.address {
             self.kernel.netlink.add(&address.link, address.cidr)?;
             address.announcer.announce()?;
@@ -153,7 +171,35 @@ impl<'k> Heir<'k> {
         let tsc = tsc();
         self.kernel.state().facts.epoch = epoch;
         self.timeline.add("successor: activate", started, tsc);
-        Ok(ToIncumbent::Activated { epoch, tsc })
+        Ok(Answer::AnsweringSince(tsc))
+    }
+
+    /// The undo of [`Heir::activate`]: silent first, so that nobody answers from here when the address is dropped.
+    fn stand_down(&mut self, epoch: u64) -> Result<Answer> {
+        self.kernel.services.freeze(epoch, self.cutover_patience())?;
+        if let Some(address) = &self.address {
+            let held = self.kernel.netlink.held(address.cidr)?;
+            self.kernel.netlink.drop_held(&held)?;
+        }
+        self.kernel.set_phase("trial");
+        Ok(Answer::Done)
+    }
+
+    fn cutover_patience(&self) -> Duration {
+        Duration::from_millis(self.kernel.config.update.cutover_timeout_ms)
+    }
+
+    /// The undo of [`Heir::online`]: Linux sends an offline CPU to the reset vector, which is our park page.
+    fn offline(&mut self, apic_id: u32) -> Result<Answer> {
+        sysfs::offline_cpu(self.number_of(apic_id)?)?;
+        self.kernel.note(|update| update.cpus_moved -= 1);
+        Ok(Answer::Done)
+    }
+
+    fn number_of(&self, apic_id: u32) -> Result<u32> {
+        let cpus = self.device.cpus()?;
+        let cpu = cpus.into_iter().find(|cpu| cpu.apic_id == apic_id);
+        Ok(cpu.with_context(|| format!("this kernel has no CPU with APIC id {apic_id:#x}"))?.cpu)
     }
 
     /// Onlines a CPU that waits in our park page.
@@ -162,17 +208,12 @@ impl<'k> Heir<'k> {
         if !parked.is_parked(apic_id) {
             bail!("CPU with APIC id {apic_id} is not parked here");
         }
-        let cpu = self
-            .device
-            .cpus()?
-            .into_iter()
-            .find(|cpu| cpu.apic_id == apic_id)
-            .with_context(|| format!("this kernel has no CPU with APIC id {apic_id}"))?;
+        let cpu = self.number_of(apic_id)?;
         let started = tsc();
-        sysfs::online_cpu(cpu.cpu)?;
-        self.timeline.add(&format!("successor: online cpu {}", cpu.cpu), started, tsc());
+        sysfs::online_cpu(cpu)?;
+        self.timeline.add(&format!("successor: online cpu {cpu}"), started, tsc());
         self.kernel.note(|update| update.cpus_moved += 1);
-        Ok(cpu.cpu)
+        Ok(cpu)
     }
 
     /// The incumbent is gone: its last CPU, its memory. What cannot be had is reported, and the rest goes on.
@@ -186,6 +227,9 @@ impl<'k> Heir<'k> {
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut left = Vec::new();
+        if let Err(error) = sysfs::grant_panic_wish() {
+            left.push(format!("panic=: {error:#}"));
+        }
         if let Err(error) = self.online(last) {
             left.push(format!("CPU with APIC id {last}: {error:#}"));
         }
@@ -238,6 +282,11 @@ impl<'k> Heir<'k> {
         }
         left
     }
+}
+
+/// What the incumbent can read when it hears nothing.
+fn mark(birth: &Birth, reached: BootMark) {
+    birth.control.store(words::BOOT_MARK_AT, reached as u64);
 }
 
 /// There is no RTC: the wall clock goes on from the incumbent's, by the TSC.

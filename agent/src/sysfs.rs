@@ -122,6 +122,14 @@ pub fn set_auto_online(policy: &str) -> Result<()> {
     write(Path::new("/sys/devices/system/memory/auto_online_blocks"), policy)
 }
 
+/// A successor's panic restarts nothing (`kexec_core::cmdline`); once the machine is its own, it does what was asked for.
+pub fn grant_panic_wish() -> Result<()> {
+    match kexec_core::cmdline::panic_wish(&fs::read_to_string("/proc/cmdline")?) {
+        Some(seconds) => write(Path::new("/proc/sys/kernel/panic"), &seconds.to_string()),
+        None => Ok(()),
+    }
+}
+
 /// Says how many KiB of RAM this kernel manages (`MemTotal`).
 pub fn mem_total_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;

@@ -1,33 +1,51 @@
 //! THE MAIN PATH: one update, from the incumbent's side.
 //!
 //! ```text
-//! granted   take memory, release the interface, offline the spare CPU
-//! booting   place, start, await hello
-//! trial     stand by, check health
-//! cutover   freeze, release the address, activate          ── nobody serves: the blackout ──
-//! probation the other CPUs follow one by one               the successor serves
-//! commit    no way back
-//! drained   quiesce, leave: the last CPU goes over, and with it the machine
+//!            planned ─► granted ─► booting ─► trial ─► CUTOVER ─► probation ─► COMMIT ┄► drained
+//! effects               take mem.  place      stand by  freeze     each CPU:    commit
+//!                       grant dev. start CPU  health    seal       offline      quiesce
+//!                       offline    hello                release    park         yield ┄► the successor's alone
+//!                                                       activate   hand over
+//! serves     incumbent ──────────────────────────────┤ nobody ├─ successor ─────────────────────►
+//! way back      ◄────────── give everything back ──────────┤◄─ reverse cutover ─┤     none
 //! ```
+//! What comes next, and what undoes what, is `handover`'s to say ([`Update`]); [`Hands`] do it; [`Report`] tells of it.
 
 use std::sync::TryLockError;
 use std::time::Duration;
 
-use anyhow::Result;
-use kexec_core::cpus::Move;
+use anyhow::{Context, Result};
+use handover::deadline::Deadlines;
+use handover::error::{Blame, Cause, Left, Outcome};
+use handover::machine::{Event, Next, Update};
+use handover::phase::Phase;
+use handover::plan::{Cpu, Cpus, Goal, Moving, ProbationPolicy};
+use kexec_core::cpus::{CpuFacts, Move};
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::control::{Reply, UpdateStatus, Upgrade};
+use crate::config;
+use crate::control::{Reply, Upgrade};
 use crate::hands::Hands;
 use crate::kernel::Kernel;
 use crate::outcome::{Class, Failure};
 use crate::plan::{self, Plan};
-use crate::timeline::tsc;
+use crate::report::Report;
 
-/// How long this kernel's network stays up after its last word, so that whoever waits for the word hears it. The service
-/// does not wait: it is with the successor already.
-const FAREWELL: Duration = Duration::from_millis(200);
+/// Each effect is carried out, and its outcome decides on the next, until there is none.
+fn drive(update: &mut Update, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
+    let mut event = Event::Begin;
+    loop {
+        match update.step(report.now(), event).expect("each effect is answered once") {
+            Next::Do(effect) => {
+                report.begins(update, &effect, &mut hands.timeline);
+                event = hands.carry_out(&effect, report.at(update.deadline()));
+                report.ends(update, &effect, &event, &mut hands.timeline);
+            }
+            Next::End(outcome) => return outcome,
+        }
+    }
+}
 
 /// Makes an update, telling `replies` how it goes; gives the last word.
 pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) -> Reply {
@@ -47,140 +65,119 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
         let unknown = || Failure::new(Class::Failed, "no plan could be made", "see batond's log");
         return Reply::Failed(findings.refusal().unwrap_or_else(unknown));
     };
-    match carry_out(kernel, &plan, replies) {
-        Ok(()) => unreachable!("an update that succeeds takes this kernel's last CPU with it"),
-        Err(failure) => Reply::Failed(failure),
-    }
+    Reply::Failed(make(kernel, &plan, replies).unwrap_or_else(|error| Failure::from_error(&error)))
 }
 
-fn carry_out(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<(), Failure> {
-    let id = new_id().map_err(|e| Failure::from_error(&e))?;
-    let mut hands = Hands::new(kernel, plan, id).map_err(|e| Failure::from_error(&e))?;
-    kernel.state().update = Some(UpdateStatus {
-        id: id.to_string(),
-        phase: "planned".to_owned(),
-        incumbent_release: kernel.release().to_owned(),
-        successor_release: plan.release.clone(),
-        cpus_total: u32::try_from(plan.moves.len() + 1).unwrap_or(u32::MAX),
-        cpus_moved: 0,
-        left_undone: Vec::new(),
-        timeline: Vec::new(),
-    });
-    let result = Update { kernel, plan, hands: &mut hands, replies }.run();
-    match result {
-        Ok(()) => Ok(()),
-        Err((phase, error)) => Err(failed(kernel, &mut hands, phase, &error)),
-    }
+/// The failure in which the update ended. (One that succeeds takes this kernel's last CPU with it.)
+fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Failure> {
+    let id = new_id()?;
+    let mut update = Update::new(steps(id, plan, &kernel.config.update)?);
+    let mut hands = Hands::new(kernel, plan, id)?;
+    let mut report = Report::open(kernel, plan, id, replies);
+    let outcome = drive(&mut update, &mut hands, &mut report);
+    report.close(&mut update, &outcome);
+    Ok(failure(outcome, &hands))
 }
 
-struct Update<'a, 'k> {
-    kernel: &'a Kernel,
-    plan: &'a Plan,
-    hands: &'a mut Hands<'k>,
-    replies: &'a UnboundedSender<Reply>,
+/// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
+fn steps(id: UpdateId, plan: &Plan, config: &config::Update) -> Result<handover::plan::Plan> {
+    let cpu = |cpu: &CpuFacts| Cpu { number: cpu.cpu, apic_id: cpu.apic_id };
+    let moving = |facts: &CpuFacts| Moving { cpu: cpu(facts), online: facts.online };
+    let step = Duration::from_secs(config.step_timeout_s);
+    let (last, _) = plan.moves.iter().find(|(_, how)| *how == Move::Yield).context("there is no last CPU")?;
+    let plan = handover::plan::Plan {
+        update: id,
+        goal: Goal::Upgrade,
+        epoch: plan.facts.epoch,
+        cpus: Cpus {
+            spare: moving(&plan.spare),
+            others: plan.moves.iter().filter(|(_, how)| *how != Move::Yield).map(|(cpu, _)| moving(cpu)).collect(),
+            last: cpu(last),
+        },
+        devices: plan.nic.is_some(),
+        probation: ProbationPolicy::CommitAtOnce,
+        deadlines: Deadlines {
+            granted: step,
+            booting: Duration::from_secs(config.boot_timeout_s),
+            trial: step,
+            cutover: Duration::from_millis(config.cutover_timeout_ms),
+            per_cpu: step,
+            commit: step,
+            undo: step,
+        },
+    };
+    Ok(plan.check()?)
 }
 
-type Step<'k> = fn(&mut Hands<'k>) -> Result<()>;
-
-impl<'k> Update<'_, 'k> {
-    fn run(&mut self) -> Result<(), (&'static str, anyhow::Error)> {
-        self.phase(
-            "granted",
-            &[
-                ("take memory", Hands::take_memory),
-                ("release interface", Hands::release_nic),
-                ("offline spare cpu", Hands::offline_spare),
-            ],
-        )?;
-        self.phase(
-            "booting",
-            &[("place", Hands::place), ("start", Hands::start), ("await hello", Hands::await_hello)],
-        )?;
-        self.phase("trial", &[("stand by", Hands::stand_by), ("check health", Hands::check_health)])?;
-        self.phase(
-            "cutover",
-            &[("freeze", Hands::freeze), ("release address", Hands::release_address), ("activate", Hands::activate)],
-        )?;
-        self.move_cpus().map_err(|error| ("probation", error))?;
-        self.phase("commit", &[("commit", Hands::commit)])?;
-        self.tell_committed();
-        std::thread::sleep(FAREWELL);
-        self.phase("drained", &[("quiesce", Hands::quiesce), ("leave", Hands::leave)])
-    }
-
-    fn phase(&mut self, phase: &'static str, steps: &[(&str, Step<'k>)]) -> Result<(), (&'static str, anyhow::Error)> {
-        self.kernel.set_phase(phase);
-        let started = tsc();
-        for (name, step) in steps {
-            let text = (*name).to_owned();
-            tracing::info!(phase, step = text, "update");
-            let _ = self.replies.send(Reply::Progress { phase: phase.to_owned(), text });
-            let begun = tsc();
-            let result = step(self.hands);
-            self.hands.timeline.add(name, begun, tsc());
-            result.map_err(|error| (phase, error))?;
-        }
-        self.hands.timeline.add(phase, started, tsc());
-        Ok(())
-    }
-
-    fn move_cpus(&mut self) -> Result<()> {
-        self.kernel.set_phase("probation");
-        let started = tsc();
-        for (cpu, how) in self.plan.moves.iter().filter(|(_, how)| *how != Move::Yield) {
-            let begun = tsc();
-            let result = self.hands.move_cpu(*cpu, *how);
-            self.hands.timeline.add(&format!("move cpu {}", cpu.cpu), begun, tsc());
-            result?;
-            self.kernel.note(|update| update.cpus_moved += 1);
-        }
-        self.hands.timeline.add("probation", started, tsc());
-        Ok(())
-    }
-
-    fn tell_committed(&self) {
-        let khz = self.kernel.device().and_then(|device| Ok(device.info()?.tsc_khz)).unwrap_or(1);
-        let timeline = self.hands.timeline.spans(khz.into());
-        let release = self.plan.release.clone();
-        let _ = self.replies.send(Reply::Committed { release, timeline });
-    }
-}
-
-/// Undoes everything, in the reverse order, and says how that went.
-fn failed(kernel: &Kernel, hands: &mut Hands<'_>, phase: &'static str, error: &anyhow::Error) -> Failure {
-    tracing::warn!(phase, "the update failed, undoing it: {error:#}");
-    let undos: [(&str, Step<'_>); 7] = [
-        ("fence", Hands::fence),
-        ("take the address back", Hands::take_address_back),
-        ("unfreeze", Hands::unfreeze),
-        ("give memory back", Hands::give_back_memory),
-        ("online the spare cpu", Hands::online_spare),
-        ("take the interface back", Hands::take_nic_back),
-        ("end", |_| Ok(())),
-    ];
-    let mut left = Vec::new();
-    for (name, undo) in undos {
-        if let Err(error) = undo(hands) {
-            tracing::error!(undo = name, "{error:#}");
-            left.push(format!("{name}: {error:#}"));
+/// What the person who asked is told, and the exit code.
+fn failure(outcome: Outcome, hands: &Hands<'_>) -> Failure {
+    match outcome {
+        Outcome::RolledBack { cause, phase, left } if left.is_empty() => match &hands.refusal {
+            Some(refusal) => refusal.clone(),
+            None => {
+                Failure::new(Class::RolledBack, told(phase, &cause, hands.last_words.as_deref()), advice(cause.blame))
+            }
+        },
+        Outcome::RolledBack { cause, phase, left } => Failure::new(
+            Class::Failed,
+            told(phase, &cause, hands.last_words.as_deref()),
+            format!("the incumbent goes on, but this could not be undone: {}", list(&left)),
+        ),
+        Outcome::Committed { left } => Failure::new(
+            Class::Failed,
+            format!("the successor serves and stays, but this kernel could not leave: {}", list(&left)),
+            "what this kernel still has is lost to the successor until the machine is restarted",
+        ),
+        Outcome::TrialPassed { left } => {
+            Failure::new(Class::Failed, "the update ended with its trial, which was not asked for", list(&left))
         }
     }
-    kernel.set_phase("rolled back");
-    kernel.note(|update| update.left_undone.clone_from(&left));
-    let mut failure = Failure::from_error(error);
-    failure.cause = format!("{phase}: {}", failure.cause);
-    if failure.class == Class::Failed {
-        failure.class = Class::RolledBack;
+}
+
+fn told(phase: Phase, cause: &Cause, last_words: Option<&str>) -> String {
+    let who = match cause.blame {
+        Blame::Operator => "the operator",
+        Blame::Incumbent => "the incumbent",
+        Blame::Successor => "the successor",
+        Blame::Hardware => "the machine",
+    };
+    let last_words = last_words.map(|words| format!("; {words}")).unwrap_or_default();
+    format!("{phase} failed, because of {who}: {}{last_words}", cause.what)
+}
+
+fn advice(blame: Blame) -> &'static str {
+    match blame {
+        Blame::Operator => "",
+        Blame::Incumbent => "everything was undone; batond's log says more",
+        Blame::Successor => {
+            "everything was undone; see the successor's console (console= on its command line), or try another kernel"
+        }
+        Blame::Hardware => "everything was undone; a CPU did not do as it was told, see the kernel's log",
     }
-    if !left.is_empty() {
-        failure.class = Class::Failed;
-        failure.advice = format!("could not be undone: {}", left.join("; "));
-    }
-    failure
+}
+
+/// What is left, for people.
+pub fn list(left: &[Left]) -> String {
+    left.iter().map(|left| format!("{}: {}", left.effect.name(), left.cause)).collect::<Vec<_>>().join("; ")
 }
 
 fn new_id() -> Result<UpdateId> {
     let mut bytes = [0; 16];
     std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
     Ok(UpdateId(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_names_phase_and_culprit_and_how_far_it_came() {
+        let cause = Cause::broken(Blame::Successor, "the successor was silent for 40.0 s");
+        assert_eq!(
+            told(Phase::Booting, &cause, Some("its CPU entered the kernel, and its agent never came up")),
+            "booting failed, because of the successor: the successor was silent for 40.0 s; its CPU entered the kernel, \
+             and its agent never came up"
+        );
+    }
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::phase::Phase;
+use crate::undo::Effect;
 
 /// Time allowed for each phase, and for each undo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +26,8 @@ pub struct Deadlines {
     pub per_cpu: Duration,
     /// [`Phase::Commit`].
     pub commit: Duration,
-    /// Each undo, on the way back. What takes longer is left and reported.
+    /// Each undo, on the way back. What takes longer is left and reported. (Those in the blackout get no longer than the
+    /// cutover.)
     pub undo: Duration,
 }
 
@@ -55,5 +57,11 @@ impl Deadlines {
             Phase::Probation => self.per_cpu.saturating_mul(u32::try_from(cpus.max(1)).unwrap_or(u32::MAX)),
             Phase::Commit => self.commit,
         }
+    }
+
+    /// Time for an undo. While nobody serves, a successor that does not help is not waited for longer than the cutover
+    /// may take: it is fenced.
+    pub fn of_undo(&self, effect: &Effect) -> Duration {
+        if effect.is_in_blackout() { self.undo.min(self.cutover) } else { self.undo }
     }
 }

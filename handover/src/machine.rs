@@ -374,7 +374,7 @@ impl Update {
         if let State::Back { undoing, .. } = &mut self.state {
             undoing.clone_from(&effect);
         }
-        self.limit = self.plan.deadlines.undo;
+        self.limit = self.plan.deadlines.of_undo(&effect);
         self.deadline = now.saturating_add(self.limit);
         Next::Do(effect)
     }

@@ -78,6 +78,8 @@ pub fn complete(given: &str, control_block: Range, tsc_khz: u32, max: u64) -> Re
     if !has("no_ipi_broadcast") {
         add("no_ipi_broadcast=1".into());
     }
+    // A restart would take the incumbent with it. What was given counts once the machine is its own.
+    add("panic=0".into());
     // How our own programs find the control block.
     add(format!("baton.control={:#x}", control_block.start()));
     if let Some(init) = init {
@@ -95,6 +97,14 @@ pub fn control_block_of(cmdline: &str) -> Option<u64> {
         .iter()
         .filter_map(|w| w.strip_prefix("baton.control=0x"))
         .find_map(|hex| u64::from_str_radix(hex, 16).ok())
+}
+
+/// What the operator of [`complete`]'s kernel wanted to happen at a panic (`panic=`), out of `/proc/cmdline`.
+pub fn panic_wish(cmdline: &str) -> Option<i32> {
+    let given = |word: &&str| word.strip_prefix("panic=").and_then(|seconds| seconds.parse().ok());
+    // The last word is ours.
+    let wishes: Vec<i32> = words(split_init(cmdline).0).iter().filter_map(given).collect();
+    wishes.iter().rev().nth(1).copied()
 }
 
 fn conflict(word: &str) -> Option<&'static str> {
@@ -147,14 +157,24 @@ mod tests {
 
     #[test]
     fn adds_what_is_missing() {
-        let ours = "maxcpus=1 pci=off tsc_early_khz=2400000 tsc=reliable no_ipi_broadcast=1 baton.control=0x58000000";
+        let ours = "maxcpus=1 pci=off tsc_early_khz=2400000 tsc=reliable no_ipi_broadcast=1 panic=0 \
+                    baton.control=0x58000000";
         assert_eq!(done(""), ours);
         assert_eq!(done("quiet"), format!("quiet {ours}"));
         assert_eq!(
             done("tsc=nowatchdog pci=off maxcpus=1 tsc_early_khz=1"),
-            "tsc=nowatchdog pci=off maxcpus=1 tsc_early_khz=1 no_ipi_broadcast=1 baton.control=0x58000000"
+            "tsc=nowatchdog pci=off maxcpus=1 tsc_early_khz=1 no_ipi_broadcast=1 panic=0 \
+             baton.control=0x58000000"
         );
         assert!(!complete("", CONTROL, 0, 2047).unwrap().contains("tsc_early_khz"));
+    }
+
+    #[test]
+    fn a_panic_restarts_nothing_before_the_machine_is_its_own() {
+        let line = done("panic=-1 quiet");
+        assert!(line.ends_with(" panic=0 baton.control=0x58000000"), "{line}");
+        assert_eq!(panic_wish(&line), Some(-1));
+        assert_eq!(panic_wish(&done("quiet -- panic=3")), None);
     }
 
     #[test]

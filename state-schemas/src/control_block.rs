@@ -91,33 +91,39 @@ pub mod words {
     pub const INCUMBENT_PANIC_AT: u64 = WORDS.offset + 0x28;
     /// Not 0: the successor panicked.
     pub const SUCCESSOR_PANIC_AT: u64 = WORDS.offset + 0x30;
-    /// The successor's `baton-init` and agent mark here how far they have come (a [`BootMark`]).
+    /// The successor's agent marks here how far it has come (a [`BootMark`]).
     pub const BOOT_MARK_AT: u64 = WORDS.offset + 0x38;
-    /// TSC at each of the marks, 16 words.
-    pub const BOOT_TSC_AT: u64 = WORDS.offset + 0x80;
 
     /// `"BATONCB\0"`.
     pub const MAGIC: u64 = u64::from_le_bytes(*b"BATONCB\0");
     /// Version of this layout.
     pub const VERSION: u32 = 1;
 
-    /// How far a successor has come, so that a silent one can be told from a slow one.
+    /// How far a successor's agent has come: what an incumbent that hears nothing of it can still read. (How far its CPU
+    /// came before there was a kernel, the SIPI page says: `trampoline::Epitaph`.)
     #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     #[repr(u64)]
     pub enum BootMark {
         /// Nothing seen.
         None = 0,
-        /// The SIPI page was reached.
-        Trampoline = 1,
-        /// `baton-init` runs.
-        Init = 2,
-        /// The module is loaded.
-        Module = 3,
-        /// The agent has read the handover record.
-        Agent = 4,
-        /// The network function is bound.
-        Network = 5,
-        /// Services stand by.
-        Standby = 6,
+        /// It has read and checked the handover record.
+        Agent = 1,
+        /// Its clock, the arenas and the network function are in place.
+        Network = 2,
+        /// Its services stand by.
+        Standby = 3,
+    }
+
+    impl BootMark {
+        /// The mark in this word; nothing when it is none.
+        pub const fn of_word(word: u64) -> Option<BootMark> {
+            match word {
+                0 => Some(BootMark::None),
+                1 => Some(BootMark::Agent),
+                2 => Some(BootMark::Network),
+                3 => Some(BootMark::Standby),
+                _ => None,
+            }
+        }
     }
 }
