@@ -203,8 +203,12 @@ fn run_telling(command: &GuestCommand, lines: &mpsc::Sender<String>) -> crate::l
 }
 
 /// The kernels of one machine take the serial ports by turns, so that each log is one kernel's at a time.
+///
+/// `arp_ignore`: both interfaces are on one network, and Linux answers on either for the addresses of both. Clients would then send to the
+/// interface that the successor is about to get, and hear nothing from the moment at which it is given away.
 pub fn cmdline(port: usize) -> String {
-    format!("console=ttyS{port},115200 printk.devkmsg=on panic=-1")
+    let arp = "sysctl.net.ipv4.conf.all.arp_ignore=1 sysctl.net.ipv4.conf.all.arp_announce=2";
+    format!("console=ttyS{port},115200 printk.devkmsg=on panic=-1 {arp}")
 }
 
 /// `baton status` of a kernel.

@@ -157,7 +157,7 @@ fn account(status: Status, drained: Instant, before: &Look, after: &Look, seen: 
         successor_release: update.successor_release,
         blackout_ms: silence.blackout_ms,
         silence,
-        silence_began_in: phase_at(&phases, silence.ended_at_ms - drained_ms + end_ms).map(str::to_owned),
+        silence_began_in: phase_at(&phases, silence.began_at_ms - drained_ms + end_ms).map(str::to_owned),
         latencies: seen.probe.latencies,
         epoch_regressions: seen.probe.epoch_regressions,
         phases,
