@@ -27,11 +27,7 @@ impl Drop for Host {
     }
 }
 
-fn start() -> Option<Host> {
-    if !host::is_root() {
-        eprintln!("skipped: needs root");
-        return None;
-    }
+fn start() -> Host {
     let lab = Lab::open(Progress::auto()).unwrap_or_else(|e| panic!("{e}"));
     let folder = tempfile::tempdir().unwrap();
     let (inside, door) = Inside::with_own_network(lab.tree(), folder.path()).unwrap_or_else(|e| panic!("{e}"));
@@ -41,12 +37,12 @@ fn start() -> Option<Host> {
     let labd = inside.spawn(command).unwrap_or_else(|e| panic!("{e}"));
     let guest = Guest::new(door.clone(), Ipv4Addr::LOCALHOST);
     guest.wait_ready(Duration::from_secs(20)).unwrap_or_else(|e| panic!("{e}"));
-    Some(Host { guest, door, _lab: lab, labd, _inside: inside, _folder: folder })
+    Host { guest, door, _lab: lab, labd, _inside: inside, _folder: folder }
 }
 
 #[test]
 fn commands_come_back_with_output_code_and_signal() {
-    let Some(host) = start() else { return };
+    let host = start();
     let ran = host.guest.run(&["sh", "-c", "echo out; echo err >&2; exit 7"]).unwrap();
     assert_eq!((ran.text().as_str(), ran.stderr.as_slice(), ran.exit.code), ("out\n", b"err\n".as_slice(), Some(7)));
     let killed = host.guest.run(&["sh", "-c", "kill -9 $$"]).unwrap();
@@ -60,7 +56,7 @@ fn commands_come_back_with_output_code_and_signal() {
 
 #[test]
 fn more_input_than_any_pipe_holds_comes_back_whole() {
-    let Some(host) = start() else { return };
+    let host = start();
     let input: Vec<u8> = (0..5_000_000u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
     let ran = host.guest.command(&["cat"]).stdin(input.clone()).run().unwrap();
     assert!(ran.success() && ran.stdout == input);
@@ -70,7 +66,7 @@ fn more_input_than_any_pipe_holds_comes_back_whole() {
 
 #[test]
 fn a_command_that_takes_too_long_is_killed_with_its_children_and_others_go_on() {
-    let Some(host) = start() else { return };
+    let host = start();
     let slow = host.guest.command(&["sh", "-c", "sleep 1000 & echo $!; wait"]).timeout(Duration::from_millis(300));
     let began = Instant::now();
     let (slow, quick) = std::thread::scope(|scope| {
@@ -90,7 +86,7 @@ fn a_command_that_takes_too_long_is_killed_with_its_children_and_others_go_on() 
 
 #[test]
 fn a_daemon_left_behind_does_not_hold_the_request_open() {
-    let Some(host) = start() else { return };
+    let host = start();
     let began = Instant::now();
     let ran = host.guest.run(&["sh", "-c", "sleep 60 & echo started"]).unwrap();
     assert_eq!(ran.text(), "started\n");
@@ -99,7 +95,7 @@ fn a_daemon_left_behind_does_not_hold_the_request_open() {
 
 #[test]
 fn files_go_both_ways_and_a_broken_put_leaves_nothing() {
-    let Some(host) = start() else { return };
+    let host = start();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("f").to_string_lossy().into_owned();
     let content: Vec<u8> = (0..3_000_000u32).map(|n| n.to_le_bytes()[1]).collect();
@@ -120,7 +116,7 @@ fn files_go_both_ways_and_a_broken_put_leaves_nothing() {
 
 #[test]
 fn a_terminal_is_one() {
-    let Some(host) = start() else { return };
+    let host = start();
     let mut stream = host.guest.connect(Duration::from_secs(5)).unwrap();
     let argv = ["sh", "-c", "stty size; tty; read line; echo got $line"].map(str::to_owned).to_vec();
     let request = Request::Run { argv, env: Vec::new(), timeout_ms: None, terminal: Some((33, 77)) };
@@ -142,7 +138,7 @@ fn a_terminal_is_one() {
 
 #[test]
 fn nonsense_is_answered_and_survived() {
-    let Some(host) = start() else { return };
+    let host = start();
     for nonsense in [b"GET / HTTP/1.1\r\n\r\n".as_slice(), &[b'Q', 3, 0, 0, 0, b'x', b'y', b'z'], &[b'D', 0, 0, 0, 0]] {
         let mut stream = host.door.connect(([127, 0, 0, 1], wire::PORT).into(), Duration::from_secs(5)).unwrap();
         stream.write_all(nonsense).unwrap();

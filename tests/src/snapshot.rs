@@ -21,7 +21,7 @@ pub struct Snapshot {
     pub mem_available_kib: u64,
     /// `/proc/multikernel`.
     pub instances: Vec<Instance>,
-    /// Interfaces: name, hardware address, driver's state, and addresses.
+    /// Interfaces: hardware address, flags (up or not), and addresses.
     pub links: Vec<String>,
     /// Services and how they are.
     pub services: Vec<(String, String)>,
@@ -40,7 +40,7 @@ fn of_guest(guest: &Guest) -> Result<Snapshot> {
     let script = "uname -r; echo ==; cat /sys/devices/system/cpu/online; echo ==; cat /proc/meminfo; echo ==; \
                   cat /proc/multikernel; echo ==; \
                   for i in /sys/class/net/*; do n=${i##*/}; \
-                  echo $(cat $i/address $i/operstate) $(ip -4 -o addr show dev $n | awk '{print $4}' | sort); done | sort";
+                  echo $(cat $i/address $i/flags) $(ip -4 -o addr show dev $n | awk '{print $4}' | sort); done | sort";
     let text = guest.check(&["sh", "-c", script])?;
     let parts: Vec<&str> = text.split("==\n").collect();
     let [release, online, meminfo, multikernel, links] = parts[..] else {
