@@ -1,8 +1,10 @@
 //! Who looks on while a kernel is changed: the open-loop prober, and a load that knows which of its writes were acknowledged. Both
 //! are on the lab's network, outside the machine.
 
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -67,11 +69,15 @@ impl Clients {
         Ok(())
     }
 
-    /// Ends them. What the prober saw is told from `from` on.
-    pub fn stop(self, from: Instant) -> Result<Seen> {
+    /// Ends them. What the prober saw is told from `from` on; every sample goes to a file in `logs`.
+    pub fn stop(self, from: Instant, logs: &Path) -> Result<Seen> {
         let started = self.prober.started();
         let halted = self.load.halt()?;
         let samples = self.prober.stop();
+        let file = (1..).map(|n| logs.join(format!("probes-{n}.csv.log"))).find(|file| !file.exists());
+        let file = file.context("the folder of logs is full")?;
+        let writing = || format!("writing {}", file.display());
+        samples.write_csv(io::BufWriter::new(File::create(&file).with_context(writing)?)).with_context(writing)?;
         let window: Range<u64> = from.saturating_duration_since(started).as_nanos() as u64..u64::MAX;
         Ok(Seen { probe: samples.report(window), started, halted })
     }

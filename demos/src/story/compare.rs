@@ -148,7 +148,7 @@ impl Restarts {
         let _jumping = guest.command(jump).begin()?;
         let now = another_kernel(stage, &from)?;
         clients.calm(FIRST_ANSWERS)?;
-        let seen = clients.stop(began)?;
+        let seen = clients.stop(began, stage.machine.folder())?;
         if let Some(kernel) = to.filter(|kernel| kernel.release != now.release) {
             bail!("{} should run {}, it runs {}", self.name(), kernel.release, now.release);
         }

@@ -116,7 +116,7 @@ fn hop(stage: &mut Stage, to: &Kernel, probe_hz: u32, task: &Task) -> Result<Upd
     })?;
     task.step("clients go on for a while");
     std::thread::sleep(CALM);
-    let seen = clients.stop(began)?;
+    let seen = clients.stop(began, stage.machine.folder())?;
     match (upgraded, drained) {
         (Upgraded::Drained(status), Some(drained)) => {
             let after = Look::at(&stage.guest())?;
