@@ -32,7 +32,7 @@ pub enum Unanswered {
     #[error("the {0} panicked")]
     Panicked(&'static str),
     /// It has not answered in time.
-    #[error("the {peer} was silent for {:.1} s", .patience.as_secs_f64())]
+    #[error("the {peer} was silent for {:.3} s", .patience.as_secs_f64())]
     Silent {
         /// Who.
         peer: &'static str,

@@ -67,7 +67,7 @@ impl Cause {
         Cause {
             blame: effect.carried_out_by(),
             sort: Sort::Deadline,
-            what: format!("{phase} took longer than {:.1} s, at {}", limit.as_secs_f64(), effect.name()),
+            what: format!("{phase} took longer than {:.3} s, at {}", limit.as_secs_f64(), effect.name()),
         }
     }
 }

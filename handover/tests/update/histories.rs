@@ -285,7 +285,7 @@ fn events_out_of_order_change_nothing() {
     assert_eq!(update, begun);
     assert!(update.can_be_called_off());
     assert_eq!(update.deadline(), plan(2, Goal::Upgrade).deadlines.granted);
-    assert_eq!(update.deadline_cause().unwrap().what, "granted took longer than 60.0 s, at take memory");
+    assert_eq!(update.deadline_cause().unwrap().what, "granted took longer than 60.000 s, at take memory");
 }
 
 fn fate() -> impl Strategy<Value = Fate> {
