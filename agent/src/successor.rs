@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use handover::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::{Device, FileFlags, PciFunction, SELF, TakeMemory};
+use kexec_core::memory_map::division::keep_movable;
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
@@ -254,18 +255,19 @@ impl<'k> Heir<'k> {
     fn adopt_memory(&self) -> Vec<String> {
         let record = &self.birth.record;
         let mut left = Vec::new();
-        if let Err(error) = sysfs::set_auto_online("online_movable") {
-            left.push(format!("movable memory: {error:#}"));
-        }
         let block = record.machine.memory_block;
-        for blocks in record.grant.blocks.iter().map(|blocks| range(*blocks)) {
-            let mut start = blocks.start();
-            while start < blocks.end() {
+        let blocks: RangeSet = record.grant.blocks.iter().map(|blocks| range(*blocks)).collect();
+        // As much as this kernel's own region: the next one's will be like it.
+        let movable = keep_movable(&blocks, record.grant.region.len);
+        for (policy, set) in [("online_kernel", blocks.subtract(&movable)), ("online_movable", movable)] {
+            if let Err(error) = sysfs::set_auto_online(policy) {
+                left.push(format!("memory policy {policy}: {error:#}"));
+            }
+            for start in set.iter().flat_map(|range| (range.start()..range.end()).step_by(block as usize)) {
                 let one = Range::new(start, start + block);
                 if let Err(error) = self.device.adopt_memory(one) {
                     left.push(format!("memory block {one}: {error}"));
                 }
-                start += block;
             }
         }
         let arenas: RangeSet =
