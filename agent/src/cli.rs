@@ -119,7 +119,9 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
 
 /// batond has a working directory of its own.
 fn absolute(mut upgrade: Upgrade) -> Upgrade {
-    let fix = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    fn fix(path: &Path) -> PathBuf {
+        std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+    }
     upgrade.kernel = fix(&upgrade.kernel);
     upgrade.initrd = upgrade.initrd.as_deref().map(fix);
     upgrade

@@ -162,7 +162,7 @@ fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
         )
     };
     let size = fs::metadata(path).map_err(|e| refuse(e.to_string()))?.len();
-    if size > kexec_core::image::bzimage::MAX_IMAGE as u64 {
+    if size > kexec_core::image::bzimage::MAX_IMAGE {
         let most = kexec_core::image::bzimage::MAX_IMAGE >> 20;
         return Err(refuse(format!("{} MiB is too large for an image, at most {most} MiB", size >> 20)).into());
     }

@@ -2,17 +2,21 @@
 //! exit code of its class, and the machine is as it was. All on one machine, under load, which is updated at the end: nothing that
 //! was refused has spoiled it.
 
+use std::process::Command;
+use std::sync::mpsc;
 use std::time::Duration;
 
 use agent::config::{Config, Service, Update};
+use agent::initrd::Initrd;
 use agent::outcome::Class;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
-use baton_tests::refusal::{assert_refused, baton};
+use baton_tests::refusal::{assert_refused, baton, said};
 use baton_tests::snapshot::{self, assert_untouched};
-use baton_tests::{NEW, OLD, console, images, kernel, lab, open};
-use demos::lab::Patience;
-use demos::story::stage::{Shape, Stage, Upgraded};
+use baton_tests::{NEW, OLD, Turn, console, images, kernel, lab, open};
+use demos::lab::net::NICS;
+use demos::lab::{MachineSpec, Patience, incumbent, kmod};
+use demos::story::stage::{News, Shape, Stage, Upgraded};
 
 /// What to ask for, and what must be said to it.
 type Case<'a> = (&'a str, Vec<&'a str>, &'a [&'a str]);
@@ -156,18 +160,102 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
 
 /// A second update while one runs is refused, and the first one succeeds.
 fn second_update(stage: &mut Stage, release: &str) -> Result<()> {
-    let (guest, log) = (stage.guest(), stage.machine.serial(stage.serving).clone());
-    let from = log.position();
     let good = format!("/boot/vmlinuz-{release}");
+    let guest = stage.guest();
+    let (begun, beginning) = mpsc::channel();
+    let asked = good.clone();
     let second = std::thread::spawn(move || -> Result<_> {
-        let begun = log.wait_for("phase=\"granted\"", from, Patience::of(Duration::from_secs(240)));
-        begun.map_err(|why| anyhow::anyhow!("the first update does not begin: {why:?}"))?;
-        baton(&guest, &["upgrade", "--kernel", &good])
+        beginning.recv().context("the first update does not begin")?;
+        baton(&guest, &["upgrade", "--kernel", &asked])
     });
-    let first = stage.upgrade(release, &[])?;
+    let first = stage.upgrade_telling(&["--kernel", &good], &[], &mut |news| {
+        if let News::Said(_) = news {
+            // It waits for the first word only.
+            let _ = begun.send(());
+        }
+    })?;
+    // If nothing was said, nothing is waited for.
+    drop(begun);
     let second = second.join().expect("it does not panic")?;
     assert_refused("second update", &second, Class::Busy, &["another update runs", "baton status"])?;
     let Upgraded::Drained(status) = first else { anyhow::bail!("the first update failed") };
     assert_eq!(&status.kernel_release, release);
     Ok(())
+}
+
+/// What runs instead of `baton-init` where the module is the subject: drivers and the lab's hand, no module, no agent.
+const BARE: &str = "#!/bin/sh
+export PATH=/usr/sbin:/bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs run /run
+mount -t securityfs none /sys/kernel/security
+for m in $(cat /etc/baton/modules.$(uname -r)); do case $m in *baton.ko) ;; *) insmod $m;; esac; done
+for n in /sys/class/net/eth*; do
+  case $(cat $n/address) in *:0b) ip addr add 10.77.0.11/24 dev ${n##*/}; ip link set ${n##*/} up;; esac
+done
+labd
+";
+
+/// The module absent, of another version, right, and under lockdown: on a machine of its own, because an agent that has opened the
+/// module keeps it.
+#[test]
+fn a_module_that_is_missing_other_or_locked_down_is_named() -> Result<()> {
+    let _turn = Turn::take();
+    let (lab, old) = (lab(), kernel(OLD));
+    let mut initrd = Initrd::new();
+    incumbent::fill(&mut initrd, lab, &Config::default())?;
+    initrd.file("/bare", 0o755, BARE);
+    let other = other_version()?;
+    initrd.file("/other.ko", 0o644, std::fs::read(kmod::module_from(lab.tree(), old, other.path(), lab.progress())?)?);
+    let mut spec = MachineSpec::new(lab.tree().vmlinuz(old), incumbent::write(&initrd)?);
+    spec.memory_mib = 3072;
+    spec.cmdline = "console=ttyS0,115200 panic=-1 rdinit=/bare".into();
+    let machine = lab.start(&spec)?;
+    let guest = machine.guest(NICS[0].address);
+    guest.wait_ready(Patience::BOOT.total).with_context(|| machine.logs(40))?;
+    let own = format!("/lib/modules/{}/updates/dkms/baton.ko", old.release);
+    let good = format!("/boot/vmlinuz-{}", kernel(NEW).release);
+
+    let ask = |verb: &str| baton(&guest, &[verb, "--kernel", &good]);
+    assert_refused(
+        "no agent",
+        &ask("upgrade")?,
+        Class::Unreachable,
+        &["/run/baton/control.sock", "is batond running?"],
+    )?;
+    assert_refused("no verb", &baton(&guest, &["upgarde"])?, Class::Usage, &["upgarde", "upgrade"])?;
+    // The agent has nothing to say of the module until it is asked for something.
+    guest.check(&["sh", "-c", "batond >/tmp/log 2>&1 & until baton status >/dev/null 2>&1; do sleep 0.1; done"])?;
+    let refused = |what: &str, words: &[&str]| -> Result<()> {
+        for verb in ["check", "upgrade"] {
+            assert_refused(&format!("{verb}: {what}"), &ask(verb)?, Class::Precondition, words)?;
+        }
+        let online = guest.check(&["cat", "/sys/devices/system/cpu/online"])?;
+        ensure!(online.trim() == "0-3", "{what}: CPUs {online}");
+        eprintln!("refused: {what}");
+        Ok(())
+    };
+    refused("no module", &["module is not loaded", "modprobe baton"])?;
+    guest.check(&["insmod", "/other.ko"])?;
+    refused("other module", &["version 4711", "this program", "install"])?;
+    guest.check(&["rmmod", "baton"])?;
+    guest.check(&["insmod", &own])?;
+    let ran = ask("check")?;
+    ensure!(ran.success(), "with the right module: {}", said(&ran));
+    guest.check(&["sh", "-c", "echo integrity > /sys/kernel/security/lockdown"])?;
+    refused("lockdown", &["lockdown forbids", "boot without"])?;
+    assert_eq!(console::complaints(&machine), [""; 0]);
+    Ok(())
+}
+
+/// The module's sources with another version of the interface.
+fn other_version() -> Result<tempfile::TempDir> {
+    const VERSION: &str = "#define BATON_ABI_VERSION\t";
+    let folder = tempfile::tempdir()?;
+    let copied = Command::new("cp").arg("-r").arg(kmod::sources().join(".")).arg(folder.path()).status()?;
+    ensure!(copied.success(), "copying the module's sources: {copied}");
+    let header = folder.path().join("uapi/baton.h");
+    let text = std::fs::read_to_string(&header)?;
+    let line = text.lines().find(|line| line.starts_with(VERSION)).context("the header has no version")?;
+    std::fs::write(&header, text.replace(line, &format!("{VERSION}4711")))?;
+    Ok(folder)
 }

@@ -21,15 +21,15 @@ const ALLOWED: &str = "Speculative Return Stack Overflow: WARNING: See https://k
 /// CONFIG_DEBUG_WX's verdict on a kernel's page tables, after its boot.
 pub const NO_WX: &str = "Checked W+X mappings: passed";
 
-/// The lines of both ports that no kernel may print, with the port.
+/// The lines that no kernel may print.
+pub fn complaints_in(text: &str) -> Vec<String> {
+    let bad = |line: &&str| !line.contains(ALLOWED) && FORBIDDEN.iter().any(|word| line.contains(word));
+    text.lines().filter(bad).map(|line| line.trim().to_owned()).collect()
+}
+
+/// Those of both ports, from the beginning on.
 pub fn complaints(machine: &Machine) -> Vec<String> {
-    (0..2)
-        .flat_map(|port| {
-            let text = machine.serial(port).text_from(0);
-            let bad = |line: &&str| !line.contains(ALLOWED) && FORBIDDEN.iter().any(|word| line.contains(word));
-            text.lines().filter(bad).map(|line| format!("port {port}: {}", line.trim())).collect::<Vec<_>>()
-        })
-        .collect()
+    (0..2).flat_map(|port| complaints_in(&machine.serial(port).text_from(0))).collect()
 }
 
 /// How often a text stands in a port's log.
