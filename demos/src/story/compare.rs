@@ -71,6 +71,7 @@ fn of_report(report: Report) -> Result<Method> {
         from: hop.incumbent_release,
         to: hop.successor_release,
         blackout_ms: hop.blackout_ms,
+        silence_began_in: hop.silence_began_in,
         prober_stalled_ms: hop.silence.prober_stalled_ms,
     });
     method(runs.collect(), phases, writes, true, report.logs.unwrap_or_default())
@@ -158,6 +159,7 @@ impl Restarts {
             from: from.release,
             to: now.release,
             blackout_ms: silence.blackout_ms,
+            silence_began_in: None,
             prober_stalled_ms: silence.prober_stalled_ms,
         })
     }

@@ -205,6 +205,9 @@ pub struct Run {
     pub to: String,
     /// The longest silence.
     pub blackout_ms: f64,
+    /// In which phase of an update it began, as near as the two clocks can be laid beside each other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silence_began_in: Option<String>,
     /// The prober's own worst lateness within it.
     pub prober_stalled_ms: f64,
 }
@@ -506,25 +509,43 @@ fn losses(methods: &[(&str, &Method)]) -> String {
     let one =
         |(name, method): &(&str, &Method)| format!("{name} {} of {}", method.writes.lost, method.writes.acknowledged);
     let all: Vec<String> = methods.iter().map(one).collect();
-    format!("lost {}", all.join(", "))
+    all.join(", ")
 }
 
-/// What the silence of a live update consists of.
+/// What the silence of a live update consists of: the cutover, if the silences began there; else something else was silent for longer.
 fn limit(baton: &Method) -> String {
     let silence = baton.distribution.median();
-    let Some(cutover) = baton.phases.iter().find(|phase| phase.name == phase::Phase::Cutover.name()) else {
-        return "What limits it is not known: no update has a cutover.".into();
+    let cutover_name = phase::Phase::Cutover.name();
+    let Some(cutover) = baton.phases.iter().find(|phase| phase.name == cutover_name) else {
+        return "What limits Baton is not known: no update has a cutover.".into();
     };
     let incumbents: Vec<&PhaseTime> =
         cutover.steps.iter().filter(|step| !step.name.starts_with("successor:")).collect();
     let longest = incumbents.iter().max_by(|a, b| a.ms.total_cmp(&b.ms));
     let parts: Vec<String> = incumbents.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
     let most = longest.map(|step| format!("; most of it is `{}`", step.name)).unwrap_or_default();
+    let mut places: Vec<(&str, usize)> = Vec::new();
+    for began in baton.runs.iter().map(|run| run.silence_began_in.as_deref().unwrap_or("an unknown phase")) {
+        match places.iter_mut().find(|(place, _)| *place == began) {
+            Some((_, count)) => *count += 1,
+            None => places.push((began, 1)),
+        }
+    }
+    places.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+    let counted: Vec<String> = places.iter().map(|(place, count)| format!("{count} in `{place}`")).collect();
+    let elsewhere = places.iter().any(|(place, _)| *place != cutover_name);
+    let verdict = if elsewhere {
+        " Where it began outside the cutover, no one had stopped the service: the machine was too slow to answer."
+    } else {
+        ""
+    };
     format!(
-        "What limits Baton: of a median silence of {silence:.1} ms the cutover takes {:.1} ms ({}){most}. The rest is the way of a \
-         packet through the machine's network and its emulation, and up to one period of the prober.",
+        "What limits Baton: the median silence is {silence:.1} ms, the cutover takes {:.1} ms ({}){most}. The longest silences of \
+         the {} updates began {}.{verdict}",
         cutover.ms,
-        parts.join(", ")
+        parts.join(", "),
+        baton.runs.len(),
+        counted.join(", ")
     )
 }
 

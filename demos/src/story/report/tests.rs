@@ -73,6 +73,7 @@ fn method(blackouts: &[f64], phases: Vec<PhaseTime>) -> Method {
         from: if n % 2 == 0 { "6.12.1-x" } else { "7.3.4-x" }.into(),
         to: if n % 2 == 0 { "7.3.4-x" } else { "6.12.1-x" }.into(),
         blackout_ms: *ms,
+        silence_began_in: Some(if n == 0 { "probation" } else { "cutover" }.into()),
         prober_stalled_ms: 0.1,
     };
     Method {
@@ -189,12 +190,18 @@ fn people_read_what_was_measured_and_what_emulation_does_to_it() {
         assert!(text.contains(wanted), "{wanted:?} is missing:\n{text}");
     }
     assert!(for_people(&report(Outcome::Failed)).ends_with("outcome: failed: the reason\n"));
-    let text = comparison_for_people(&comparison());
-    for wanted in
-        ["emulated (TCG)", "kexec's median silence is 125 times Baton's", "to 7.3.4", "`release address`", "EMPTY"]
-    {
+    let whole = comparison_for_people(&comparison());
+    let text = whole.replace('\n', " ");
+    for wanted in [
+        "emulated (TCG)",
+        "kexec's median silence is 125 times Baton's",
+        "to 7.3.4",
+        "`release address`",
+        "EMPTY",
+        "began 2 in `cutover`, 1 in `probation`",
+    ] {
         assert!(text.contains(wanted), "{wanted:?} is missing:\n{text}");
     }
-    let width = text.lines().map(|line| line.chars().count()).max();
-    assert!(width <= Some(140), "{width:?}:\n{text}");
+    let width = whole.lines().map(|line| line.chars().count()).max();
+    assert!(width <= Some(140), "{width:?}:\n{whole}");
 }
