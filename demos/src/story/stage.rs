@@ -208,8 +208,8 @@ fn run_telling(command: &GuestCommand, lines: &mpsc::Sender<String>) -> crate::l
 /// interface that the successor is about to get, and hear nothing from the moment at which it is given away.
 ///
 /// `noreplace-smp`, `lpj`: a kernel that started with one CPU rewrites its own code when the second comes, and each CPU times a delay loop
-/// that nobody uses where there is a TSC. Without both, bringing a CPU online took a successor 200 to 700 ms in emulation on a busy host,
-/// with them 130 to 170. They are given to every kernel, whichever way it comes.
+/// that nobody uses where there is a TSC. In emulation on a busy host, bringing a CPU online took a successor 155 to 689 ms without both, and
+/// 129 to 343 ms with them, in runs too noisy to say more. They are given to every kernel, whichever way it comes.
 pub fn cmdline(port: usize) -> String {
     let arp = "sysctl.net.ipv4.conf.all.arp_ignore=1 sysctl.net.ipv4.conf.all.arp_announce=2";
     let online = "noreplace-smp lpj=10000000";
