@@ -6,6 +6,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
+use kexec_core::cmdline::control_block_of;
 use kexec_core::device::{Access, Device, Mapping, SELF, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet};
 use state_schemas::Payload;
@@ -17,9 +18,6 @@ use crate::control::UpdateStatus;
 use crate::facts::{Ecam, Facts};
 use crate::sysfs;
 use crate::timeline::Timeline;
-
-/// The word on the command line, followed by the control block's physical address in hex.
-pub const CONTROL_WORD: &str = "baton.control=";
 
 /// The predecessor's part of this kernel's life.
 pub struct Birth {
@@ -45,13 +43,7 @@ impl Birth {
     /// Reads and checks control block and record; nothing when the firmware booted this kernel.
     pub fn find() -> Result<Option<(Birth, Device)>> {
         let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
-        let Some(text) = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CONTROL_WORD)) else {
-            return Ok(None);
-        };
-        let base = text
-            .strip_prefix("0x")
-            .and_then(|hex| u64::from_str_radix(hex, 16).ok())
-            .with_context(|| format!("{CONTROL_WORD}{text} is no address"))?;
+        let Some(base) = control_block_of(&cmdline) else { return Ok(None) };
         let device = Device::open()?;
         let block = Range::with_len(base, control_block::SIZE).context("the control block passes the end of memory")?;
         device.take_memory(SELF, block, TakeMemory::Outside).context("cannot take the control block")?;
