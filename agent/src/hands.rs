@@ -19,7 +19,7 @@ use kexec_core::image::BzImage;
 use kexec_core::layout::{LowSlot, PAGE, SIPI_PAGE};
 use kexec_core::memory_map::division::Division;
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
-use kexec_core::placement::{Placement, PlacementRequest};
+use kexec_core::placement::{Mapped, Placement, PlacementRequest};
 use kexec_core::registry::State;
 use kexec_core::trampoline::{Epitaph, SipiArgs, SipiPage, YieldArgs, sipi_page, step, yield_command};
 use state_schemas::Payload;
@@ -384,7 +384,11 @@ impl<'k> Hands<'k> {
             tsc_khz: info.tsc_khz,
             extra_setup_data: Vec::new(),
         })?;
-        self.write(site, &placement)?;
+        let region = self.device.map(site.region, Access::ReadWrite)?;
+        let low = site.low.iter().map(|(page, mapping)| Mapped { range: *page, memory: mapping });
+        placement.write(&low.chain([Mapped { range: site.region, memory: &region }]).collect::<Vec<_>>())?;
+        // Nothing is given back that is still mapped.
+        drop(region);
         let control = self.device.map(placement.control_block, Access::ReadWrite)?;
         let frame = self.record(site, info.tsc_khz).to_frame(record::HandoverRecord::VERSION)?;
         if frame.len() as u64 > control_block::HANDOVER.size {
@@ -404,26 +408,6 @@ impl<'k> Hands<'k> {
         self.placed = None;
         let stopped = self.stopped.clone();
         stopped.into_iter().try_for_each(|apic_id| self.bring_home(apic_id))
-    }
-
-    fn write(&self, site: &Site, placement: &Placement<'_>) -> Result<()> {
-        let region = self.device.map(site.region, Access::ReadWrite)?;
-        // What lies there is zero when it comes from the allocator, and anything when it was reserved at boot.
-        region.write(0, &vec![0; usize::try_from(control_block::SIZE)?]);
-        for segment in &placement.segments {
-            let at = segment.range();
-            if site.region.contains(at) {
-                region.write(at.start() - site.region.start(), &segment.bytes);
-            } else {
-                let (page, mapping) = site
-                    .low
-                    .iter()
-                    .find(|(page, _)| page.contains(at))
-                    .with_context(|| format!("{} at {at} is outside of what was taken", segment.what))?;
-                mapping.write(at.start() - page.start(), &segment.bytes);
-            }
-        }
-        Ok(())
     }
 
     /// What the successor's agent must know.
