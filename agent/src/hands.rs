@@ -455,14 +455,17 @@ impl<'k> Hands<'k> {
                     name: crossing.name.clone(),
                     schema_kind: crossing.schema_kind,
                     schema_version: crossing.schema_version,
-                    arena,
+                    arenas: vec![arena],
                     port: 0,
                 })
                 .collect(),
+            files: Vec::new(),
             network: self.network_record(),
             ecam: facts.ecam.map(|ecam| record::Ecam { address: ecam.base, segment: 0, bus_end: ecam.bus_end }),
             retired: Vec::new(),
             journal: self.timeline.marks().to_vec(),
+            kho: None,
+            carried: self.kernel.birth.as_ref().map(|birth| birth.record.carried.clone()).unwrap_or_default(),
         }
     }
 

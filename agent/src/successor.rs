@@ -305,11 +305,14 @@ fn set_clock(birth: &Birth) -> Result<()> {
 /// The arenas become memory of this kernel's, with their content, and wait for their services.
 fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> {
     for service in &birth.record.services {
+        let [id] = service.arenas[..] else {
+            bail!("service {} has {} arenas, this agent gives it one", service.name, service.arenas.len());
+        };
         let arena = birth
             .record
             .arenas
             .iter()
-            .find(|arena| arena.id == service.arena)
+            .find(|arena| arena.id == id)
             .with_context(|| format!("service {} has no arena", service.name))?;
         let [piece] = arena.ranges[..] else {
             bail!("arena {} has {} pieces, this agent maps one", arena.name, arena.ranges.len());

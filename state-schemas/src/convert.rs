@@ -1,9 +1,10 @@
 //! From any version's bytes to the newest type, and back to a version that the other side reads.
 //!
-//! There is one version of each kind so far, so that nothing is converted yet; the functions stand where a conversion
-//! will. To add version N+1 of a kind:
+//! Whoever writes for another program asks first which versions it reads (`agent`: the successor's agent says so itself),
+//! and writes the newest of them. To add version N+1 of a kind:
 //!
-//! 1. Copy the subject's file to `vN+1/`, change it, say in its first line why; `vN/` is not touched.
+//! 1. Write the types that change into `vN+1/`, and say in the first line of its `mod.rs` why; what does not change is used
+//!    from `vN/`, which is not touched. The [`crate::checked::Check`] moves along: only the newest version is checked.
 //! 2. Point `latest.rs` at it.
 //! 3. Write `N -> N+1` (what is new gets a value that says "unknown") and `N+1 -> N` (what cannot be said is refused)
 //!    here, and add their arms to `from_frame` and `to_frame`.
@@ -14,8 +15,9 @@ use thiserror::Error;
 use crate::checked::Received;
 use crate::codec::{self, CodecError};
 use crate::header::{Frame, HeaderError, Kind};
-use crate::latest::handover_record::HandoverRecord;
+use crate::latest::handover_record::{HandoverRecord, Service};
 use crate::latest::message::{ToIncumbent, ToSuccessor};
+use crate::v1;
 
 /// Why a frame did not give a value, or a value no frame.
 #[derive(Debug, Error)]
@@ -41,6 +43,16 @@ pub enum PayloadError {
         found: u32,
         /// Newest version known.
         newest: u32,
+    },
+    /// The reader's version has no words for something in the value.
+    #[error("{kind:?} of version {to} cannot say {what}")]
+    Down {
+        /// The kind.
+        kind: Kind,
+        /// Version asked for.
+        to: u32,
+        /// What would be lost.
+        what: String,
     },
     /// The payload itself.
     #[error("payload refused")]
@@ -91,9 +103,133 @@ macro_rules! first_version {
     };
 }
 
-first_version!(HandoverRecord, Kind::HandoverRecord);
 first_version!(ToSuccessor, Kind::ToSuccessor);
 first_version!(ToIncumbent, Kind::ToIncumbent);
+
+impl Payload for HandoverRecord {
+    const KIND: Kind = Kind::HandoverRecord;
+    const VERSION: u32 = 2;
+
+    fn to_frame(&self, version: u32) -> Result<Vec<u8>, PayloadError> {
+        let payload = match version {
+            1 => codec::encode(&record_2_to_1(self.clone())?)?,
+            2 => codec::encode(self)?,
+            found => return Err(unknown::<Self>(found)),
+        };
+        Ok(write(Self::KIND, version, &payload))
+    }
+
+    fn from_frame(bytes: &[u8]) -> Result<Received<Self>, PayloadError> {
+        let frame = expect::<Self>(bytes)?;
+        match frame.version {
+            1 => Ok(Received::new(record_1_to_2(codec::decode(frame.payload)?))),
+            2 => Ok(Received::new(codec::decode(frame.payload)?)),
+            found => Err(unknown::<Self>(found)),
+        }
+    }
+}
+
+/// A service of version 1 has one arena; files, KHO and foreign payloads there are none.
+fn record_1_to_2(old: v1::record::HandoverRecord) -> HandoverRecord {
+    let v1::record::HandoverRecord {
+        update,
+        hop,
+        epoch,
+        incumbent,
+        clock,
+        machine,
+        grant,
+        arenas,
+        services,
+        network,
+        ecam,
+        retired,
+        journal,
+    } = old;
+    let services = services
+        .into_iter()
+        .map(|v1::record::Service { name, schema_kind, schema_version, arena, port }| Service {
+            name,
+            schema_kind,
+            schema_version,
+            arenas: vec![arena],
+            port,
+        })
+        .collect();
+    HandoverRecord {
+        update,
+        hop,
+        epoch,
+        incumbent,
+        clock,
+        machine,
+        grant,
+        arenas,
+        services,
+        files: Vec::new(),
+        network,
+        ecam,
+        retired,
+        journal,
+        kho: None,
+        carried: Vec::new(),
+    }
+}
+
+/// Refuses what a reader of version 1 would lose: it takes what the record does not name for memory of nobody.
+fn record_2_to_1(new: HandoverRecord) -> Result<v1::record::HandoverRecord, PayloadError> {
+    let HandoverRecord {
+        update,
+        hop,
+        epoch,
+        incumbent,
+        clock,
+        machine,
+        grant,
+        arenas,
+        services,
+        files,
+        network,
+        ecam,
+        retired,
+        journal,
+        kho,
+        carried,
+    } = new;
+    let cannot = |what| Err(PayloadError::Down { kind: Kind::HandoverRecord, to: 1, what });
+    if !files.is_empty() {
+        return cannot(format!("{} memory files", files.len()));
+    }
+    if kho.is_some() {
+        return cannot("KHO structures".to_owned());
+    }
+    if !carried.is_empty() {
+        return cannot(format!("{} payloads of a newer Baton", carried.len()));
+    }
+    let services = services.into_iter().map(|Service { name, schema_kind, schema_version, arenas, port }| {
+        let [arena] = arenas[..] else {
+            let what = format!("{} arenas of service {name} (it has room for exactly one)", arenas.len());
+            return Err(PayloadError::Down { kind: Kind::HandoverRecord, to: 1, what });
+        };
+        Ok(v1::record::Service { name, schema_kind, schema_version, arena, port })
+    });
+    let services = services.collect::<Result<_, _>>()?;
+    Ok(v1::record::HandoverRecord {
+        update,
+        hop,
+        epoch,
+        incumbent,
+        clock,
+        machine,
+        grant,
+        arenas,
+        services,
+        network,
+        ecam,
+        retired,
+        journal,
+    })
+}
 
 fn write(kind: Kind, version: u32, payload: &[u8]) -> Vec<u8> {
     Frame { kind: kind as u16, version, payload }.to_bytes()

@@ -51,6 +51,10 @@ pub enum Kind {
     ToIncumbent = 3,
 }
 
+/// Kinds from here on are never a record or a message of their own: they stand in a record
+/// ([`crate::handover_record::HandoverRecord::carried`]), and whoever does not know one hands it on as it is.
+pub const FIRST_CARRIED_KIND: u16 = 16;
+
 /// A frame that is whole, with a payload that nobody has decoded yet. An unknown kind can be carried on as it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Frame<'a> {

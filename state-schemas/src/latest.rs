@@ -3,8 +3,13 @@
 /// The handover record.
 pub mod handover_record {
     pub use crate::v1::record::{
-        Arena, ClockPair, Cpu, Ecam, Grant, HandoverRecord, Ip, IpNet, Machine, Network, PciFunction, PhaseMark,
-        PhysRange, Program, RecordError, Retired, Role, Service, UpdateId,
+        Arena, ClockPair, Cpu, Ecam, Grant, Ip, IpNet, Machine, Network, PciFunction, PhaseMark, PhysRange, Program,
+        Retired, Role, UpdateId,
+    };
+    pub use crate::v2::RecordError;
+    pub use crate::v2::record::{
+        CARRIED_BYTES, CARRIED_LIMIT, FILE_LIMIT, FILE_NAME_LIMIT, File, HandoverRecord, Kho, NAME_LIMIT, SEALS,
+        Service,
     };
 }
 

@@ -10,11 +10,8 @@ pub mod header;
 pub mod latest;
 pub mod shared;
 pub mod v1;
+pub mod v2;
 
 pub use codec::CodecError;
 pub use convert::{Payload, PayloadError};
 pub use latest::{handover_record, message};
-
-/// Version of the whole handover: control block, channel, record and messages together. Two agents that name the same
-/// number understand each other; [`message::ToIncumbent::Hello`] carries it.
-pub const ABI: u32 = 1;

@@ -32,6 +32,9 @@ fn record() -> HandoverRecord {
         ecam: None,
         retired: vec![],
         journal: vec![],
+        files: Vec::new(),
+        kho: None,
+        carried: Vec::new(),
     }
 }
 

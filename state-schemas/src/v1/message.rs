@@ -77,7 +77,8 @@ pub enum ToIncumbent {
     Hello {
         /// Which kernel and agent.
         program: Program,
-        /// Version of the handover that it speaks.
+        /// [`crate::control_block::words::VERSION`]: which control block and which rings it speaks. Payloads have versions of
+        /// their own.
         abi: u32,
     },
     /// 1: the services are attached and wait.

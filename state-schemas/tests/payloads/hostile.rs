@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use state_schemas::arena::ArenaHeader;
 use state_schemas::convert::PayloadError;
-use state_schemas::handover_record::{HandoverRecord, PhysRange, RecordError};
+use state_schemas::handover_record::{HandoverRecord, Kho, PhysRange, RecordError, Service};
 use state_schemas::header::{FRAME_LIMIT, Frame, HEADER_LEN, HeaderError, Kind};
 use state_schemas::message::{MessageError, ToIncumbent, ToSuccessor};
 use state_schemas::{CodecError, Payload};
@@ -46,8 +46,10 @@ proptest! {
         changes in proptest::collection::vec((any::<Index>(), any::<u8>()), 1..6),
         cut in any::<Index>(),
         cuts in any::<bool>(),
+        version in 1u32..3,
     ) {
-        let mut payload = Frame::read(&samples::record().to_frame(1).unwrap()).unwrap().payload.to_vec();
+        let record = if version == 1 { samples::record_1() } else { samples::record() };
+        let mut payload = Frame::read(&record.to_frame(version).unwrap()).unwrap().payload.to_vec();
         for (at, value) in changes {
             let at = at.index(payload.len());
             payload[at] = value;
@@ -55,12 +57,12 @@ proptest! {
         if cuts {
             payload.truncate(cut.index(payload.len()));
         }
-        read_all(&framed(Kind::HandoverRecord, 1, &payload));
+        read_all(&framed(Kind::HandoverRecord, version, &payload));
     }
 
     #[test]
     fn a_changed_frame_is_never_taken_for_whole(at in any::<Index>(), bit in 0u8..8) {
-        let mut frame = samples::record().to_frame(1).unwrap();
+        let mut frame = samples::record().to_frame(2).unwrap();
         let at = at.index(frame.len());
         frame[at] ^= 1 << bit;
         prop_assert!(Frame::read(&frame).is_err());
@@ -135,11 +137,14 @@ fn each_lie_about_a_frame_has_its_name() {
 
 #[test]
 fn an_unknown_kind_is_carried_through_untouched() {
-    let stranger = Frame { kind: 900, version: 17, payload: b"what is this" };
+    let stranger = samples::stranger();
     let bytes = stranger.to_bytes();
     let read = Frame::read(&bytes).unwrap();
     assert_eq!(read, stranger);
     assert_eq!(read.to_bytes(), bytes);
+    // In a record, from one that knows it over one that does not.
+    let record = HandoverRecord::from_frame(&samples::record().to_frame(2).unwrap()).unwrap();
+    assert_eq!(record.check(&samples::REGION).unwrap().carried, [bytes]);
 }
 
 #[test]
@@ -153,7 +158,7 @@ fn each_lie_in_a_record_has_its_name() {
     let refusal = |lie: &dyn Fn(&mut HandoverRecord)| {
         let mut record = samples::record();
         lie(&mut record);
-        let frame = record.to_frame(1).unwrap();
+        let frame = record.to_frame(2).unwrap();
         HandoverRecord::from_frame(&frame).unwrap().check(&samples::REGION).unwrap_err()
     };
     let range = |start, len| PhysRange { start, len };
@@ -179,6 +184,36 @@ fn each_lie_in_a_record_has_its_name() {
     assert!(place(refusal(&|r| r.arenas[0].ranges[1] = r.arenas[0].ranges[0])));
     assert!(name(refusal(&|r| r.machine.cpus[1].apic_id = 0)));
     assert!(name(refusal(&|r| r.grant.boot_cpu = 9)));
-    assert!(name(refusal(&|r| r.services[0].arena = 9)));
+    assert!(name(refusal(&|r| r.services[0].arenas = vec![9])));
+    assert!(name(refusal(&|r| r.services[0].arenas = vec![1, 1])));
+    assert!(name(refusal(&|r| r.files[0].arena = 1)));
+    assert!(name(refusal(&|r| r.files[0].arena = 9)));
+    assert!(matches!(refusal(&|r| r.services.push(r.services[0].clone())), RecordError::Name { .. }));
+    assert!(matches!(
+        refusal(&|r| {
+            let twin = r.services[0].clone();
+            r.services.push(Service { arenas: vec![7], ..twin });
+        }),
+        RecordError::Twice { .. }
+    ));
+    assert!(bounds(refusal(&|r| r.files[0].len = 3 << 20)));
+    assert!(bounds(refusal(&|r| r.files[0].seals = 0x40)));
+    assert!(bounds(refusal(&|r| r.files = vec![r.files[0].clone(); 513])));
+    assert!(matches!(refusal(&|r| r.files[0].name = "x".repeat(256)), RecordError::Text { most: 255, .. }));
+    assert!(place(refusal(&|r| r.ecam.as_mut().unwrap().address = 512 << 20)));
+    assert!(bad_range(refusal(&|r| r.ecam.as_mut().unwrap().address = u64::MAX << 20)));
+    let kho = |lie: &dyn Fn(&mut Kho)| refusal(&|r| lie(r.kho.as_mut().unwrap()));
+    assert!(place(kho(&|k| k.room = PhysRange { start: samples::REGION.start, len: 4096 })));
+    assert!(place(kho(&|k| k.room.len = samples::REGION.len)));
+    assert!(place(kho(&|k| k.fdt.start = k.room.start - 4096)));
+    assert!(place(kho(&|k| k.scratch.start = k.fdt.start)));
+    assert!(bad_range(kho(&|k| k.fdt.len = u64::MAX)));
+    assert!(matches!(kho(&|k| k.abi.clear()), RecordError::Text { .. }));
+    let carried = |bytes: Vec<u8>| refusal(&|r| r.carried = vec![bytes.clone()]);
+    assert!(matches!(carried(vec![1; 40]), RecordError::Carried { index: 0, source: HeaderError::Magic { .. } }));
+    assert!(matches!(carried([samples::stranger().to_bytes(), vec![0]].concat()), RecordError::NotForeign { .. }));
+    assert!(matches!(carried(framed(Kind::ToSuccessor, 1, &[0; 4])), RecordError::NotForeign { kind: 2, .. }));
+    assert!(bounds(refusal(&|r| r.carried = vec![samples::stranger().to_bytes(); 17])));
+    assert!(bounds(carried(Frame { kind: 16, version: 1, payload: &[0; 64 << 10] }.to_bytes())));
     assert!(matches!(refusal(&|r| r.services[0].name = "a\nb".into()), RecordError::Text { .. }));
 }

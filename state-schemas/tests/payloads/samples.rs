@@ -1,14 +1,20 @@
 //! The values whose bytes are golden: every field and every variant is in one of them.
 
 use state_schemas::handover_record::*;
+use state_schemas::header::{FIRST_CARRIED_KIND, Frame};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
+use state_schemas::v1;
 
 const MIB: u64 = 1 << 20;
 
 pub const REGION: PhysRange = PhysRange { start: 512 * MIB, len: 256 * MIB };
 
-pub fn record() -> HandoverRecord {
-    let range = |start, len| PhysRange { start, len };
+const fn range(start: u64, len: u64) -> PhysRange {
+    PhysRange { start, len }
+}
+
+/// What version 1 can say. Its bytes were released.
+pub fn record_1() -> HandoverRecord {
     HandoverRecord {
         update: UpdateId(*b"0123456789abcdef"),
         hop: 3,
@@ -38,9 +44,10 @@ pub fn record() -> HandoverRecord {
             name: "kv".into(),
             schema_kind: u32::from_le_bytes(*b"KVST"),
             schema_version: 1,
-            arena: 1,
+            arenas: vec![1],
             port: 6379,
         }],
+        files: vec![],
         network: Network {
             service: Some(IpNet { address: Ip::V4([10, 77, 0, 10]), prefix: 24 }),
             gateway: None,
@@ -55,7 +62,74 @@ pub fn record() -> HandoverRecord {
         ecam: Some(Ecam { address: 0xb000_0000, segment: 0, bus_end: 255 }),
         retired: vec![Retired { instance: 1, memory: range(0, MIB) }],
         journal: vec![PhaseMark { phase: "granted".into(), start_tsc: 10, end_tsc: 20 }],
+        kho: None,
+        carried: vec![],
     }
+}
+
+/// The same as version 1 has it.
+pub fn record_as_1() -> v1::record::HandoverRecord {
+    let HandoverRecord {
+        update,
+        hop,
+        epoch,
+        incumbent,
+        clock,
+        machine,
+        grant,
+        arenas,
+        network,
+        ecam,
+        retired,
+        journal,
+        ..
+    } = record_1();
+    let services = vec![v1::record::Service {
+        name: "kv".into(),
+        schema_kind: u32::from_le_bytes(*b"KVST"),
+        schema_version: 1,
+        arena: 1,
+        port: 6379,
+    }];
+    v1::record::HandoverRecord {
+        update,
+        hop,
+        epoch,
+        incumbent,
+        clock,
+        machine,
+        grant,
+        arenas,
+        services,
+        network,
+        ecam,
+        retired,
+        journal,
+    }
+}
+
+/// A payload of a Baton that is newer than this one.
+pub fn stranger() -> Frame<'static> {
+    Frame { kind: FIRST_CARRIED_KIND + 900, version: 17, payload: b"what is this" }
+}
+
+/// What version 2 can say: a second arena of the service, one of a file, one of nobody.
+pub fn record() -> HandoverRecord {
+    let mut record = record_1();
+    for (id, name) in [(2, "kv journal"), (3, "fd:cache"), (7, "left")] {
+        let ranges = vec![range((816 + 2 * u64::from(id)) * MIB, 2 * MIB)];
+        record.arenas.push(Arena { id, name: name.into(), ranges, len: 2 * MIB });
+    }
+    record.services[0].arenas.push(2);
+    record.files = vec![File { service: "web".into(), name: "cache".into(), arena: 3, len: 5000, seals: 0x0e }];
+    record.kho = Some(Kho {
+        abi: "kho-v4".into(),
+        fdt: range(514 * MIB, 4096),
+        scratch: range(515 * MIB, 16),
+        room: range(513 * MIB, 31 * MIB),
+    });
+    record.carried = vec![stranger().to_bytes()];
+    record
 }
 
 pub fn to_successor() -> Vec<ToSuccessor> {
