@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use clap::Args;
 use demos::lab::{Lab, Progress};
 use demos::story::compare::{self, Options};
-use demos::story::report;
+use demos::story::report::{self, Comparison};
 
 use super::upgrade::MachineArguments;
 
@@ -30,8 +30,13 @@ pub fn run(arguments: &CompareArguments) -> anyhow::Result<ExitCode> {
         other_runs: arguments.other_runs.into(),
         machine: arguments.machine.options(),
     };
-    let lab = Lab::set_up(Progress::auto())?;
-    let comparison = compare::run(&lab, &options)?;
+    let told = Lab::set_up(Progress::auto()).map_err(Into::into).and_then(|lab| compare::run(&lab, &options));
+    let comparison = match told {
+        Ok(comparison) => comparison,
+        // Whoever asked for JSON gets it in any case.
+        Err(why) if arguments.json => Comparison::without_runs(options.machine.machine(), format!("{why:#}")),
+        Err(why) => return Err(why),
+    };
     if arguments.json {
         // The same figures for people go where the progress went.
         eprint!("{}", report::comparison_for_people(&comparison));
@@ -39,5 +44,5 @@ pub fn run(arguments: &CompareArguments) -> anyhow::Result<ExitCode> {
     } else {
         print!("{}", report::comparison_for_people(&comparison));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if comparison.failure.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -175,8 +175,12 @@ impl Load {
     /// A bug of the load itself.
     pub fn halt(mut self) -> Result<Halted, VerifyError> {
         self.shared.stop.store(true, Ordering::Relaxed);
-        let mut halted =
-            Halted { options: self.options, ledgers: Vec::new(), connections: ConnectionReport::default() };
+        let mut halted = Halted {
+            options: self.options,
+            ledgers: Vec::new(),
+            connections: ConnectionReport::default(),
+            acknowledged: 0,
+        };
         for worker in std::mem::take(&mut self.workers) {
             let (ledger, connections) = worker.join().map_err(|_| VerifyError::WorkerPanicked)?;
             halted.connections.kept += connections.kept;
@@ -184,6 +188,7 @@ impl Load {
             halted.connections.timed_out += connections.timed_out;
             halted.ledgers.push(ledger);
         }
+        halted.acknowledged = self.acknowledged();
         Ok(halted)
     }
 }
@@ -194,9 +199,22 @@ pub struct Halted {
     options: LoadOptions,
     ledgers: Vec<Ledger>,
     connections: ConnectionReport,
+    acknowledged: u64,
 }
 
 impl Halted {
+    /// Writes that were acknowledged.
+    #[must_use]
+    pub fn acknowledged(&self) -> u64 {
+        self.acknowledged
+    }
+
+    /// What became of its connections.
+    #[must_use]
+    pub fn connections(&self) -> ConnectionReport {
+        self.connections
+    }
+
     /// Reads everything back, trying for `patience`.
     ///
     /// # Errors

@@ -9,13 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::clients::{self, Clients};
-use super::report::{Comparison, Method, Methods, Outcome, Report, Run, SCHEMA_VERSION, Writes};
-use super::report::{PhaseTime, medians};
+use super::report::{Comparison, FailedRun, Method, Methods, PhaseTime, Run, Writes, medians};
 use super::stage::{Stage, cmdline};
 use super::upgrade;
 use crate::lab::progress::Task;
 use crate::lab::{Guest, Kernel, Lab, Patience, accel};
-use crate::measure::Distribution;
 
 /// How long the service may take to answer the first probe and the first write, with nothing in its way.
 const FIRST_ANSWERS: Duration = Duration::from_secs(60);
@@ -41,46 +39,60 @@ impl Default for Options {
     }
 }
 
-/// Compares. Any run that does not succeed is an error: there is nothing to compare then.
+/// Compares. A run that fails is recorded, and the next one gets a fresh machine; an error means that there are no machines at all.
 pub fn run(lab: &Lab, options: &Options) -> Result<Comparison> {
-    let live = upgrade::run(lab, &upgrade::Options { hops: options.runs, ..options.machine.clone() })?;
-    let baton = of_report(live)?;
+    let accelerator = accel::choose(lab.tree(), lab.progress())?;
+    let baton = live(lab, options);
     let kexec = Restarts::Kexec.run(lab, options)?;
     let reboot = Restarts::Reboot.run(lab, options)?;
-    let median = baton.distribution.median();
-    Ok(Comparison {
-        schema_version: SCHEMA_VERSION,
-        accelerator: accel::choose(lab.tree(), lab.progress())?,
-        machine: options.machine.machine(),
-        ratio_kexec_over_baton: kexec.distribution.median() / median,
-        ratio_reboot_over_baton: reboot.distribution.median() / median,
-        methods: Methods { baton, kexec, reboot },
-    })
+    Ok(Comparison::of(options.machine.machine(), accelerator, Methods { baton, kexec, reboot }))
 }
 
-/// Live updates as one way among others.
-fn of_report(report: Report) -> Result<Method> {
-    if report.outcome != Outcome::Committed {
-        bail!("the live updates ended as {:?}: {}", report.outcome, report.failure.unwrap_or_default());
+/// Live updates. A machine makes them until one fails.
+fn live(lab: &Lab, options: &Options) -> Method {
+    let mut method = Method::asked(options.runs, true);
+    let mut hops = Vec::new();
+    let mut done = 0;
+    while done < options.runs {
+        let mut failed = |run, why: String, logs: Option<String>| {
+            eprintln!("lab: run {run} of {} of live updates FAILED: {why}", options.runs);
+            method.failures.push(FailedRun { run, why, logs });
+        };
+        match upgrade::run(lab, &upgrade::Options { hops: options.runs - done, ..options.machine.clone() }) {
+            Ok(report) => {
+                let last = done + report.hops.len();
+                if let Some(why) = report.failure {
+                    // Without a run that is missing, the writes are what failed: that was seen after the last one.
+                    failed((last + 1).min(options.runs), why, report.logs.clone());
+                }
+                let numbered = report.hops.into_iter().zip(done + 1..);
+                hops.extend(numbered);
+                method.logs.extend(report.logs);
+                if let Some(unfinished) = report.unfinished {
+                    method.writes.add(&unfinished.writes);
+                }
+                done = last + 1;
+            }
+            Err(why) => {
+                failed(done + 1, format!("{why:#}"), None);
+                done += 1;
+            }
+        }
     }
-    let phases: Vec<&[PhaseTime]> = report.hops.iter().map(|hop| hop.phases.as_slice()).collect();
-    let phases = medians(&phases);
-    let mut writes = Writes::default();
-    report.hops.iter().for_each(|hop| writes.add(&hop.writes));
-    let runs = report.hops.into_iter().map(|hop| Run {
-        from: hop.incumbent_release,
-        to: hop.successor_release,
-        blackout_ms: hop.blackout_ms,
-        silence_began_in: hop.silence_began_in,
-        prober_stalled_ms: hop.silence.prober_stalled_ms,
-    });
-    method(runs.collect(), phases, writes, true, report.logs.unwrap_or_default())
-}
-
-fn method(runs: Vec<Run>, phases: Vec<PhaseTime>, writes: Writes, survives: bool, logs: String) -> Result<Method> {
-    let blackout_ms: Vec<f64> = runs.iter().map(|run| run.blackout_ms).collect();
-    let distribution = Distribution::of(blackout_ms.iter().copied()).context("no run, nothing to compare")?;
-    Ok(Method { blackout_ms, distribution, runs, phases, writes, data_survives: survives, logs })
+    let phases: Vec<&[PhaseTime]> = hops.iter().map(|(hop, _)| hop.phases.as_slice()).collect();
+    method.phases = medians(&phases);
+    for (hop, run) in hops {
+        method.writes.add(&hop.writes);
+        method.add(Run {
+            run,
+            from: hop.incumbent_release,
+            to: hop.successor_release,
+            blackout_ms: hop.blackout_ms,
+            silence_began_in: hop.silence_began_in,
+            prober_stalled_ms: hop.silence.prober_stalled_ms,
+        });
+    }
+    method
 }
 
 /// The ways in which everything starts anew.
@@ -99,63 +111,94 @@ impl Restarts {
     }
 
     fn run(self, lab: &Lab, options: &Options) -> Result<Method> {
-        let kernels = upgrade::kernels(lab)?;
-        let task = lab.progress().task(&format!("machine for {}", self.name()));
-        task.step(&format!("booting {}", kernels[0].release));
-        let mut spec = Stage::spec(lab, &kernels[0], &options.machine.shape)?;
-        spec.reboots = self == Self::Reboot;
-        let stage = Stage { machine: lab.start(&spec)?, serving: 0 };
-        stage.await_serving()?;
-        task.done(&format!("{} serves; logs: {}", kernels[0].release, stage.machine.folder().display()));
-
-        let (mut runs, mut writes) = (Vec::new(), Writes::default());
-        for n in 0..options.other_runs {
-            let task = lab.progress().task(&format!("{} {} of {}", self.name(), n + 1, options.other_runs));
-            let kernel = match self {
-                Self::Kexec => Some(&kernels[(n + 1) % 2]),
-                Self::Reboot => None,
-            };
-            let run = self.restart(&stage, kernel, options, &mut writes, &task)?;
-            task.done(&format!("{}, silent for {:.0} ms", run.to, run.blackout_ms));
-            runs.push(run);
+        let mut method = Method::asked(options.other_runs, false);
+        let mut series = Series { way: self, lab, options, kernels: upgrade::kernels(lab)?, machine: None };
+        for run in 1..=options.other_runs {
+            let task = lab.progress().task(&format!("{} {run} of {}", self.name(), options.other_runs));
+            let ended = series.restart(&task, &mut method);
+            match ended {
+                Ok(one) => {
+                    task.done(&format!("{}, silent for {:.0} ms", one.to, one.blackout_ms));
+                    method.add(Run { run, ..one });
+                }
+                Err(why) => {
+                    let why = format!("{why:#}");
+                    task.done(&format!("FAILED: {why}"));
+                    // Nobody knows what state it is in: the next run gets another.
+                    let logs = series.machine.take().map(|machine| folder(&machine.stage));
+                    method.failures.push(FailedRun { run, why, logs });
+                }
+            }
         }
-        method(runs, Vec::new(), writes, false, stage.machine.folder().display().to_string())
+        Ok(method)
+    }
+}
+
+/// Runs of one way, in one machine as long as that can be used.
+struct Series<'l> {
+    way: Restarts,
+    lab: &'l Lab,
+    options: &'l Options,
+    kernels: [Kernel; 2],
+    machine: Option<Running>,
+}
+
+/// A machine, and which of the kernels it runs.
+struct Running {
+    stage: Stage,
+    kernel: usize,
+}
+
+impl Series<'_> {
+    /// A machine that was not there yet is started for this run.
+    fn machine(&mut self, task: &Task, method: &mut Method) -> Result<&mut Running> {
+        if self.machine.is_none() {
+            let kernel = &self.kernels[0];
+            task.step(&format!("a machine boots {}", kernel.release));
+            let mut spec = Stage::spec(self.lab, kernel, &self.options.machine.shape)?;
+            spec.reboots = self.way == Restarts::Reboot;
+            let stage = Stage { machine: self.lab.start(&spec)?, serving: 0 };
+            method.logs.push(folder(&stage));
+            // Kept before it serves: its logs are wanted if it never does.
+            self.machine.insert(Running { stage, kernel: 0 }).stage.await_serving()?;
+        }
+        self.machine.as_mut().context("there is no machine")
     }
 
     /// One run: everything that can be done beforehand, then the clients, then the jump.
-    fn restart(
-        self,
-        stage: &Stage,
-        to: Option<&Kernel>,
-        options: &Options,
-        writes: &mut Writes,
-        task: &Task,
-    ) -> Result<Run> {
+    fn restart(&mut self, task: &Task, method: &mut Method) -> Result<Run> {
+        let (way, options, kernels) = (self.way, self.options, self.kernels.clone());
+        let Running { stage, kernel } = self.machine(task, method)?;
         let guest = stage.guest();
         let from = identity(&guest)?;
-        let jump: &[&str] = match to {
-            Some(kernel) => {
-                task.step(&format!("loading {}", kernel.release));
-                load(&guest, kernel, &format!("{} {}", cmdline(0), options.machine.shape.cmdline))?;
+        let jump: &[&str] = match way {
+            Restarts::Kexec => {
+                *kernel = (*kernel + 1) % kernels.len();
+                let release = &kernels[*kernel].release;
+                task.step(&format!("loading {release}"));
+                load(&guest, release, &format!("{} {}", cmdline(0), options.machine.shape.cmdline))?;
                 &["kexec", "-e"]
             }
-            None => &["reboot", "-f"],
+            Restarts::Reboot => &["reboot", "-f"],
         };
+        let wanted = &kernels[*kernel].release;
         task.step("clients start");
         let clients = Clients::start(stage.machine.door(), options.machine.probe_hz)?;
         clients.calm(FIRST_ANSWERS)?;
         task.step("the machine starts anew");
         let began = Instant::now();
         let _jumping = guest.command(jump).begin()?;
-        let now = another_kernel(stage, &from)?;
-        clients.calm(FIRST_ANSWERS)?;
+        let now = another_kernel(stage, &from).and_then(|now| clients.calm(FIRST_ANSWERS).map(|()| now));
+        // Whatever came of it: what the prober saw goes to the logs.
         let seen = clients.stop(began, stage.machine.folder())?;
-        if let Some(kernel) = to.filter(|kernel| kernel.release != now.release) {
-            bail!("{} should run {}, it runs {}", self.name(), kernel.release, now.release);
+        let now = now?;
+        if now.release != *wanted {
+            bail!("{} should run {wanted}, it runs {}", way.name(), now.release);
         }
         let silence = seen.probe.silence.context("the prober sent nothing")?;
-        writes.add(&Writes::of(&clients::read_back(stage.machine.door(), seen.halted)?));
+        method.writes.add(&Writes::of(&clients::read_back(stage.machine.door(), seen.halted)?));
         Ok(Run {
+            run: 0,
             from: from.release,
             to: now.release,
             blackout_ms: silence.blackout_ms,
@@ -165,11 +208,15 @@ impl Restarts {
     }
 }
 
+fn folder(stage: &Stage) -> String {
+    stage.machine.folder().display().to_string()
+}
+
 /// Loads a kernel for `kexec -e`, with the initrd that a successor would get.
-fn load(guest: &Guest, kernel: &Kernel, cmdline: &str) -> Result<()> {
-    guest.check(&["baton", "mkinitrd", "--release", &kernel.release, "--output", INITRD])?;
+fn load(guest: &Guest, release: &str, cmdline: &str) -> Result<()> {
+    guest.check(&["baton", "mkinitrd", "--release", release, "--output", INITRD])?;
     let (initrd, words) = (format!("--initrd={INITRD}"), format!("--command-line={cmdline}"));
-    let image = format!("/boot/vmlinuz-{}", kernel.release);
+    let image = format!("/boot/vmlinuz-{release}");
     // By file: the running kernel itself reads the image, as distributions do it now.
     guest.check(&["kexec", "--kexec-file-syscall", "-l", &image, &initrd, &words])?;
     // The loaded copy is the kernel's own.
@@ -203,6 +250,8 @@ fn another_kernel(stage: &Stage, old: &Identity) -> Result<Identity> {
         if Instant::now() > deadline {
             bail!("no new kernel answers\n{}", stage.machine.logs(60));
         }
-        std::thread::sleep(LOOK);
+        if stage.machine.serial(0).wait_closed(Patience::of(LOOK)).is_ok() {
+            bail!("the machine ended before a new kernel answered\n{}", stage.machine.logs(60));
+        }
     }
 }

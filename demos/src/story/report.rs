@@ -1,7 +1,10 @@
 //! What the stories say, as plain data: JSON for programs ([`SCHEMA_VERSION`]), text for people. No I/O.
 
+mod comparison;
+
 use std::fmt::Write;
 
+use agent::outcome::Class;
 use agent::timeline::Span;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use handover::phase;
@@ -10,6 +13,8 @@ use serde::{Deserialize, Serialize};
 use crate::lab::Accelerator;
 use crate::load::LoadReport;
 use crate::measure::{Distribution, Latencies, Silence};
+
+pub use comparison::{Comparison, FailedRun, Method, Methods, Run, comparison_for_people};
 
 /// Of both JSON objects. Raised when a field changes its meaning or goes; new ones may come at any time.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -50,6 +55,8 @@ pub struct Report {
     pub machine: MachineShape,
     /// The updates that were carried through.
     pub hops: Vec<Hop>,
+    /// The update that was not, if one was begun.
+    pub unfinished: Option<UnfinishedUpdate>,
     /// Why it is not committed.
     pub failure: Option<String>,
     /// Folder with the machine's logs.
@@ -85,6 +92,21 @@ pub struct Hop {
     pub connections: Connections,
     /// What the successor could not do.
     pub left_undone: Vec<String>,
+}
+
+/// What clients noticed of an update that was refused, undone or broken off.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct UnfinishedUpdate {
+    /// The kernel that was to take over.
+    pub successor_release: String,
+    /// How `baton upgrade` called it; nothing when it did not come to say so.
+    pub class: Option<Class>,
+    /// The longest silence, from the request for the update to two seconds after its end.
+    pub silence: Option<Silence>,
+    /// What became of the load's writes.
+    pub writes: Writes,
+    /// What became of the load's connections.
+    pub connections: Connections,
 }
 
 /// A phase, or a step of one.
@@ -128,6 +150,9 @@ pub struct Writes {
     pub acknowledged: u64,
     /// Of these, not there at the end.
     pub lost: u64,
+    /// That the service said yes to, and that nobody could look for, because it could not be read any more.
+    #[serde(default)]
+    pub unread: u64,
     /// That were never answered: there or not, both is right.
     pub unknown: u64,
     /// Answers and content that cannot be.
@@ -148,82 +173,25 @@ pub struct Connections {
     pub timed_out: u64,
 }
 
-/// What `cargo demo compare --json` prints.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Comparison {
-    /// [`SCHEMA_VERSION`].
-    pub schema_version: u32,
-    /// What ran the machines.
-    pub accelerator: Accelerator,
-    /// Their shape: the same for all.
-    pub machine: MachineShape,
-    /// The three ways.
-    pub methods: Methods,
-    /// kexec's median blackout in units of Baton's.
-    pub ratio_kexec_over_baton: f64,
-    /// A reboot's median blackout in units of Baton's.
-    pub ratio_reboot_over_baton: f64,
-}
-
-/// The ways to change a kernel.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Methods {
-    /// Live updates, there and back in one machine.
-    pub baton: Method,
-    /// `kexec -e`, there and back in one machine; the new kernel was loaded before.
-    pub kexec: Method,
-    /// A reboot; the same kernel comes back.
-    pub reboot: Method,
-}
-
-/// What one way gave.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Method {
-    /// Of each run, in their order.
-    pub blackout_ms: Vec<f64>,
-    /// The same, with median and the rest.
-    pub distribution: Distribution,
-    /// Which kernels.
-    pub runs: Vec<Run>,
-    /// Medians of the phases and steps; only Baton has any.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub phases: Vec<PhaseTime>,
-    /// What became of the load's writes, all runs together.
-    pub writes: Writes,
-    /// Whether the service has its data afterwards.
-    pub data_survives: bool,
-    /// Folder with the machine's logs.
-    pub logs: String,
-}
-
-/// One run of a way.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Run {
-    /// Release before.
-    pub from: String,
-    /// Release after.
-    pub to: String,
-    /// The longest silence.
-    pub blackout_ms: f64,
-    /// In which phase of an update it began, as near as the two clocks can be laid beside each other.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub silence_began_in: Option<String>,
-    /// The prober's own worst lateness within it.
-    pub prober_stalled_ms: f64,
-}
-
 impl Writes {
     /// Of a load.
     #[must_use]
     pub fn of(load: &LoadReport) -> Self {
         let LoadReport { acknowledged, lost, unknown, contradictions, ref complaints, .. } = *load;
-        Self { acknowledged, lost, unknown, contradictions, complaints: complaints.clone() }
+        Self { acknowledged, lost, unread: 0, unknown, contradictions, complaints: complaints.clone() }
+    }
+
+    /// Of a load whose service is gone.
+    #[must_use]
+    pub fn unread(acknowledged: u64) -> Self {
+        Self { unread: acknowledged, ..Self::default() }
     }
 
     /// Adds another load's.
     pub fn add(&mut self, other: &Self) {
         self.acknowledged += other.acknowledged;
         self.lost += other.lost;
+        self.unread += other.unread;
         self.unknown += other.unknown;
         self.contradictions += other.contradictions;
         self.complaints.extend(other.complaints.iter().take(20 - self.complaints.len().min(20)).cloned());
@@ -240,6 +208,7 @@ impl Report {
             accelerator: None,
             machine,
             hops: Vec::new(),
+            unfinished: None,
             failure: Some(failure),
             logs: None,
         }
@@ -249,8 +218,11 @@ impl Report {
     #[must_use]
     pub fn objection(hops: &[Hop]) -> Option<String> {
         hops.iter().enumerate().find_map(|(n, hop)| {
-            let Writes { acknowledged, lost, contradictions, .. } = hop.writes;
+            let Writes { acknowledged, lost, unread, contradictions, .. } = hop.writes;
             let n = n + 1;
+            if unread > 0 {
+                return Some(format!("update {n}: {unread} acknowledged writes could not be read back"));
+            }
             if lost > 0 || contradictions > 0 {
                 let first = hop.writes.complaints.first().map(String::as_str).unwrap_or_default();
                 return Some(format!(
@@ -403,6 +375,17 @@ fn steps_in_lines(steps: &[PhaseTime]) -> String {
     lines.join("\n")
 }
 
+/// What became of a load.
+fn fate(writes: &Writes, connections: Connections) -> String {
+    let Writes { acknowledged, lost, unread, unknown, .. } = writes;
+    let unread = if *unread > 0 { format!("; {unread} more could not be read back") } else { String::new() };
+    let Connections { kept, reset, timed_out } = connections;
+    format!(
+        "  writes       {acknowledged} acknowledged, {lost} of them lost{unread}; {unknown} never answered\n  \
+           connections  {kept} kept, {reset} reset, {timed_out} timed out\n"
+    )
+}
+
 /// The report for people.
 #[must_use]
 pub fn for_people(report: &Report) -> String {
@@ -425,11 +408,7 @@ pub fn for_people(report: &Report) -> String {
                 hop.silence.prober_stalled_ms
             );
         }
-        let Writes { acknowledged, lost, unknown, .. } = hop.writes;
-        let _ =
-            writeln!(text, "  writes       {acknowledged} acknowledged, {lost} of them lost; {unknown} never answered");
-        let Connections { kept, reset, timed_out } = hop.connections;
-        let _ = writeln!(text, "  connections  {kept} kept, {reset} reset, {timed_out} timed out");
+        text += &fate(&hop.writes, hop.connections);
         let Cpus { total, moved, online } = hop.cpus;
         let _ = writeln!(text, "  CPUs         {moved} of {total} moved, {online} online");
         let BeforeAfter { before, after } = hop.mem_total_kib;
@@ -440,7 +419,14 @@ pub fn for_people(report: &Report) -> String {
         }
         let _ = writeln!(text, "{}", phase_table(&hop.phases, &["phase", "at ms", "ms", "steps (ms)"]));
     }
-    if !report.hops.is_empty() {
+    if let Some(unfinished) = &report.unfinished {
+        let _ = writeln!(text, "\nupdate to {}: not carried through", unfinished.successor_release);
+        if let Some(silence) = unfinished.silence {
+            let _ = writeln!(text, "  silence      {:.1} ms", silence.blackout_ms);
+        }
+        text += &fate(&unfinished.writes, unfinished.connections);
+    }
+    if !report.hops.is_empty() || report.unfinished.is_some() {
         text += "\n";
         text += &measured(&report.machine);
     }
@@ -455,114 +441,6 @@ pub fn for_people(report: &Report) -> String {
         (Outcome::Failed, why) => writeln!(text, "outcome: failed: {}", why.as_deref().unwrap_or_default()),
     };
     text
-}
-
-/// The comparison for people.
-#[must_use]
-pub fn comparison_for_people(comparison: &Comparison) -> String {
-    let Methods { baton, kexec, reboot } = &comparison.methods;
-    let mut text = title(&comparison.machine, Some(comparison.accelerator));
-    text += &measured(&comparison.machine);
-    let header = ["silence (ms)", "runs", "min", "median", "p90", "max", "× Baton", "data afterwards"];
-    let mut rows = table(&header, &[1, 2, 3, 4, 5, 6]);
-    let mut add = |name: &str, method: &Method| {
-        let d = &method.distribution;
-        let ms = |value: f64| format!("{value:.1}");
-        let times = format!("{:.1}", d.median() / baton.distribution.median());
-        let data = if method.data_survives { "all there" } else { "gone" };
-        let values = [ms(d.min()), ms(d.median()), ms(d.p90()), ms(d.max())];
-        let row = [name.to_owned(), d.count().to_string()].into_iter().chain(values);
-        rows.add_row(row.chain([times, data.to_owned()]).collect::<Vec<_>>());
-    };
-    add("Baton", baton);
-    for to in directions(baton) {
-        if let Some(part) = only_to(baton, &to) {
-            add(&format!("  to {}", short(&to)), &part);
-        }
-    }
-    add("kexec -e", kexec);
-    add("reboot", reboot);
-    let _ = writeln!(text, "{rows}");
-    let _ = writeln!(
-        text,
-        "writes acknowledged and lost: {}",
-        losses(&[("Baton", baton), ("kexec", kexec), ("reboot", reboot)])
-    );
-    text += &wrapped(
-        "kexec: the new kernel is loaded beforehand, and nothing is shut down in an orderly way before `kexec -e`. reboot: \
-         `reboot -f`, and QEMU loads the same kernel again: no firmware self-test, no boot loader's menu, no disk. After both the \
-         service starts EMPTY and answers at once: nothing is restored. All of that is in their favour.",
-    );
-    let _ = writeln!(text, "\nBaton, phase by phase (medians)");
-    let _ = writeln!(text, "{}", phase_table(&baton.phases, &["phase", "at ms", "ms", "steps (ms)"]));
-    let _ = write!(text, "\n{}", wrapped(&limit(baton)));
-    let _ = writeln!(
-        text,
-        "kexec's median silence is {:.0} times Baton's, a reboot's {:.0} times.",
-        comparison.ratio_kexec_over_baton, comparison.ratio_reboot_over_baton
-    );
-    let _ = writeln!(text, "logs: {}, {}, {}", baton.logs, kexec.logs, reboot.logs);
-    text
-}
-
-fn losses(methods: &[(&str, &Method)]) -> String {
-    let one =
-        |(name, method): &(&str, &Method)| format!("{name} {} of {}", method.writes.lost, method.writes.acknowledged);
-    let all: Vec<String> = methods.iter().map(one).collect();
-    all.join(", ")
-}
-
-/// What the silence of a live update consists of: the cutover, if the silences began there; else something else was silent for longer.
-fn limit(baton: &Method) -> String {
-    let silence = baton.distribution.median();
-    let cutover_name = phase::Phase::Cutover.name();
-    let Some(cutover) = baton.phases.iter().find(|phase| phase.name == cutover_name) else {
-        return "What limits Baton is not known: no update has a cutover.".into();
-    };
-    let incumbents: Vec<&PhaseTime> =
-        cutover.steps.iter().filter(|step| !step.name.starts_with("successor:")).collect();
-    let longest = incumbents.iter().max_by(|a, b| a.ms.total_cmp(&b.ms));
-    let parts: Vec<String> = incumbents.iter().map(|step| format!("{} {:.1}", step.name, step.ms)).collect();
-    let most = longest.map(|step| format!("; most of it is `{}`", step.name)).unwrap_or_default();
-    let mut places: Vec<(&str, usize)> = Vec::new();
-    for began in baton.runs.iter().map(|run| run.silence_began_in.as_deref().unwrap_or("an unknown phase")) {
-        match places.iter_mut().find(|(place, _)| *place == began) {
-            Some((_, count)) => *count += 1,
-            None => places.push((began, 1)),
-        }
-    }
-    places.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
-    let counted: Vec<String> = places.iter().map(|(place, count)| format!("{count} in `{place}`")).collect();
-    format!(
-        "What limits Baton: the median silence is {silence:.1} ms, the cutover takes {:.1} ms ({}){most}. The longest silences of \
-         the {} updates began {} (placed by the serial line, tens of milliseconds early).",
-        cutover.ms,
-        parts.join(", "),
-        baton.runs.len(),
-        counted.join(", ")
-    )
-}
-
-fn directions(method: &Method) -> Vec<String> {
-    let mut to: Vec<String> = Vec::new();
-    for run in &method.runs {
-        if !to.contains(&run.to) {
-            to.push(run.to.clone());
-        }
-    }
-    if to.len() > 1 { to } else { Vec::new() }
-}
-
-fn only_to(method: &Method, to: &str) -> Option<Method> {
-    let runs: Vec<Run> = method.runs.iter().filter(|run| run.to == to).cloned().collect();
-    let blackout_ms: Vec<f64> = runs.iter().map(|run| run.blackout_ms).collect();
-    let distribution = Distribution::of(blackout_ms.iter().copied())?;
-    Some(Method { blackout_ms, distribution, runs, ..method.clone() })
-}
-
-/// A release without its vendor's words.
-fn short(release: &str) -> &str {
-    release.split(['+', '-']).next().unwrap_or(release)
 }
 
 #[cfg(test)]

@@ -11,12 +11,12 @@ use agent::outcome::{Class, Failure};
 use anyhow::{Context, Result};
 
 use super::clients::{self, CALM, Clients, Seen};
-use super::report::{BeforeAfter, Connections, Cpus, Hop, MachineShape, Outcome, Report, SCHEMA_VERSION, Writes};
+use super::report::{BeforeAfter, Connections, Cpus, Hop, MachineShape, Outcome, Report, UnfinishedUpdate, Writes};
 use super::report::{phase_at, phases};
 use super::stage::{News, Shape, Stage, Upgraded};
 use crate::lab::guest::{Guest, Ran};
 use crate::lab::progress::Task;
-use crate::lab::{Accelerator, Door, Kernel, Lab, accel};
+use crate::lab::{Door, Kernel, Lab, accel};
 use crate::load::Halted;
 
 /// How long the service may take to answer the first probe and the first write, with nothing in its way.
@@ -52,18 +52,28 @@ pub fn kernels(lab: &Lab) -> Result<[Kernel; 2]> {
     Ok([lab.tree().kernel("6.12")?.clone(), lab.tree().kernel("7.")?.clone()])
 }
 
-/// Tells it. An update that does not succeed is in the report; an error means that there was nothing to update, or nothing to look
-/// at it with.
+/// Tells it. An update that does not succeed is in the report, and so is a machine whose service never answers; an error means that there
+/// was no machine.
 pub fn run(lab: &Lab, options: &Options) -> Result<Report> {
     let kernels = kernels(lab)?;
     let accelerator = accel::choose(lab.tree(), lab.progress())?;
     let task = lab.progress().task("machine");
     task.step(&format!("booting {}", kernels[0].release));
-    let mut stage = Stage::open(lab, &kernels[0], &options.shape)?;
+    let machine = lab.start(&Stage::spec(lab, &kernels[0], &options.shape)?)?;
+    let mut stage = Stage { machine, serving: 0 };
+    let mut report = Report {
+        accelerator: Some(accelerator),
+        logs: Some(stage.machine.folder().display().to_string()),
+        ..Report::without_updates(options.machine(), String::new())
+    };
+    if let Err(why) = stage.await_serving() {
+        report.failure = Some(format!("{why:#}"));
+        return Ok(report);
+    }
     task.done(&format!("{} serves; logs: {}", kernels[0].release, stage.machine.folder().display()));
 
     let mut updated = Vec::new();
-    let mut failure = None;
+    let mut unfinished = None;
     for n in 0..options.hops {
         let task = lab.progress().task(&format!("update {} of {}", n + 1, options.hops));
         match hop(&mut stage, &kernels[(n + 1) % 2], options.probe_hz, &task) {
@@ -72,13 +82,13 @@ pub fn run(lab: &Lab, options: &Options) -> Result<Report> {
                 updated.push(one);
             }
             Err(why) => {
-                failure = Some(why);
+                unfinished = Some(why);
                 break;
             }
         }
     }
-    let logs = stage.machine.folder().display().to_string();
-    Ok(judge(&stage, accelerator, options, updated, failure, logs, &lab.progress().task("writes")))
+    judge(&mut report, stage.machine.door(), updated, unfinished, &lab.progress().task("writes"));
+    Ok(report)
 }
 
 /// An update that was carried through, its writes not yet read back.
@@ -87,43 +97,56 @@ struct Updated {
     halted: Halted,
 }
 
+/// An update that was not.
+struct Unfinished {
+    why: Why,
+    /// What its clients saw, if there were any.
+    seen: Option<Box<Seen>>,
+    /// Where it was to lead.
+    to: String,
+}
+
 /// Why an update was not carried through.
-enum Unfinished {
+enum Why {
     /// `baton upgrade` said no, or gave everything back.
-    Refused { why: Failure, halted: Box<Halted> },
+    Refused(Failure),
     /// Anything else.
     Broke(anyhow::Error),
 }
 
-impl<E: Into<anyhow::Error>> From<E> for Unfinished {
-    fn from(why: E) -> Self {
-        Self::Broke(why.into())
-    }
-}
-
 /// One update under the eyes of its clients.
 fn hop(stage: &mut Stage, to: &Kernel, probe_hz: u32, task: &Task) -> Result<Updated, Unfinished> {
+    let unfinished = |why, seen| Unfinished { why, seen, to: to.release.clone() };
     task.step("clients start");
-    let before = Look::at(&stage.guest())?;
-    let clients = Clients::start(stage.machine.door(), probe_hz)?;
-    clients.calm(FIRST_ANSWERS)?;
+    let onlookers = || {
+        let before = Look::at(&stage.guest())?;
+        let clients = Clients::start(stage.machine.door(), probe_hz)?;
+        clients.calm(FIRST_ANSWERS)?;
+        Ok((before, clients))
+    };
+    let (before, clients) = onlookers().map_err(|why| unfinished(Why::Broke(why), None))?;
 
     let image = format!("/boot/vmlinuz-{}", to.release);
     let (began, mut drained, mut shown) = (Instant::now(), None, String::new());
     let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |news| match news {
         News::Said(line) => show(task, &mut shown, line),
         News::Drained => drained = Some(Instant::now()),
-    })?;
+    });
     task.step("clients go on for a while");
     std::thread::sleep(CALM);
-    let seen = clients.stop(began, stage.machine.folder())?;
-    match (upgraded, drained) {
-        (Upgraded::Drained(status), Some(drained)) => {
-            let after = Look::at(&stage.guest())?;
-            Ok(account(status, drained, &before, &after, seen)?)
-        }
-        (Upgraded::Drained(_), None) => unreachable!("the stage tells of the end before it returns it"),
-        (Upgraded::Refused(ran), _) => Err(Unfinished::Refused { why: refusal(&ran), halted: Box::new(seen.halted) }),
+    // Whatever came of it: they know which writes must be there now.
+    let seen = clients.stop(began, stage.machine.folder()).map_err(|why| unfinished(Why::Broke(why), None))?;
+    let told = match (upgraded, drained) {
+        (Ok(Upgraded::Drained(status)), Some(drained)) => Look::at(&stage.guest())
+            .and_then(|after| account(status, drained, &before, &after, &seen))
+            .map_err(Why::Broke),
+        (Ok(Upgraded::Drained(_)), None) => unreachable!("the stage tells of the end before it returns it"),
+        (Ok(Upgraded::Refused(ran)), _) => Err(Why::Refused(refusal(&ran))),
+        (Err(why), _) => Err(Why::Broke(why)),
+    };
+    match told {
+        Ok(hop) => Ok(Updated { hop, halted: seen.halted }),
+        Err(why) => Err(unfinished(why, Some(Box::new(seen)))),
     }
 }
 
@@ -145,14 +168,14 @@ fn refusal(ran: &Ran) -> Failure {
 }
 
 /// Puts together what the kernels say and what the clients saw.
-fn account(status: Status, drained: Instant, before: &Look, after: &Look, seen: Seen) -> Result<Updated> {
+fn account(status: Status, drained: Instant, before: &Look, after: &Look, seen: &Seen) -> Result<Hop> {
     let update = status.update.context("the successor's status knows of no update")?;
     let silence = seen.probe.silence.context("the prober sent nothing during the update")?;
     // The last step's end and the serial port's news of it are the same moment: there the two clocks meet.
     let end_ms = update.timeline.iter().map(|span| span.at_ms + span.ms).fold(0.0, f64::max);
     let drained_ms = drained.duration_since(seen.started).as_secs_f64() * 1e3;
     let phases = phases(&update.timeline);
-    let hop = Hop {
+    Ok(Hop {
         incumbent_release: update.incumbent_release,
         successor_release: update.successor_release,
         blackout_ms: silence.blackout_ms,
@@ -166,70 +189,80 @@ fn account(status: Status, drained: Instant, before: &Look, after: &Look, seen: 
         writes: Writes::default(),
         connections: Connections::default(),
         left_undone: update.left_undone,
-    };
-    Ok(Updated { hop, halted: seen.halted })
+    })
 }
 
 /// Reads all writes back, the first update's too, and says how it all ended.
-fn judge(
-    stage: &Stage,
-    accelerator: Accelerator,
-    options: &Options,
-    updated: Vec<Updated>,
-    failure: Option<Unfinished>,
-    logs: String,
-    task: &Task,
-) -> Report {
+fn judge(report: &mut Report, door: &Door, updated: Vec<Updated>, unfinished: Option<Unfinished>, task: &Task) {
     task.step("reading every acknowledged write back");
-    let door = stage.machine.door();
-    let mut report = Report {
-        schema_version: SCHEMA_VERSION,
-        outcome: Outcome::Committed,
-        accelerator: Some(accelerator),
-        machine: options.machine(),
-        hops: Vec::new(),
-        failure: None,
-        logs: Some(logs),
-    };
+    report.outcome = Outcome::Committed;
     let mut objections = Vec::new();
+    let mut reader = Reader { door, gone: false };
     for Updated { mut hop, halted } in updated {
-        objections.extend(read_back(door, halted, &mut hop.writes, &mut hop.connections).err());
+        let objection;
+        (hop.writes, hop.connections, objection) = reader.read_back(halted);
+        objections.extend(objection);
         report.hops.push(hop);
     }
     objections.extend(Report::objection(&report.hops));
-    match failure {
-        None => {}
-        Some(Unfinished::Broke(why)) => objections.push(format!("{why:#}")),
-        Some(Unfinished::Refused { why, halted }) => {
-            let (mut writes, mut connections) = Default::default();
-            objections.extend(read_back(door, *halted, &mut writes, &mut connections).err());
+    let mut reason = None;
+    if let Some(Unfinished { why, seen, to }) = unfinished {
+        let class = match &why {
+            Why::Refused(failure) => Some(failure.class),
+            Why::Broke(_) => None,
+        };
+        if let Some(seen) = seen {
+            let Seen { probe, halted, .. } = *seen;
+            let (writes, connections, objection) = reader.read_back(halted);
+            objections.extend(objection);
             if writes.lost > 0 || writes.contradictions > 0 {
-                objections.push(format!("{} writes are lost after the update failed", writes.lost));
+                objections.push(format!(
+                    "of {} writes acknowledged around the update that failed {} are lost; {} contradictions",
+                    writes.acknowledged, writes.lost, writes.contradictions
+                ));
             }
-            let gave_back = matches!(why.class, Class::RolledBack | Class::Precondition | Class::Busy | Class::Usage);
-            report.outcome = if gave_back { Outcome::RolledBack } else { Outcome::Failed };
-            report.failure = Some([why.cause, why.advice].join("; ").trim_end_matches("; ").to_owned());
+            let silence = probe.silence;
+            report.unfinished = Some(UnfinishedUpdate { successor_release: to, class, silence, writes, connections });
+        }
+        match why {
+            Why::Broke(why) => objections.push(format!("{why:#}")),
+            Why::Refused(why) => {
+                let gave_back =
+                    matches!(why.class, Class::RolledBack | Class::Precondition | Class::Busy | Class::Usage);
+                report.outcome = if gave_back { Outcome::RolledBack } else { Outcome::Failed };
+                reason = Some([why.cause, why.advice].join("; ").trim_end_matches("; ").to_owned());
+            }
         }
     }
     if !objections.is_empty() {
-        objections.extend(report.failure.take());
         report.outcome = Outcome::Failed;
-        report.failure = Some(objections.join("; "));
     }
-    report
+    objections.extend(reason);
+    report.failure = (!objections.is_empty()).then(|| objections.join("; "));
 }
 
-fn read_back(
-    door: &Door,
-    halted: Halted,
-    writes: &mut Writes,
-    connections: &mut Connections,
-) -> std::result::Result<(), String> {
-    let load = clients::read_back(door, halted).map_err(|why| format!("{why:#}"))?;
-    *writes = Writes::of(&load);
-    let of = load.connections;
-    *connections = Connections { kept: of.kept, reset: of.reset, timed_out: of.timed_out };
-    Ok(())
+/// Reads loads back from one machine.
+struct Reader<'d> {
+    door: &'d Door,
+    /// The service could not be read: it is not tried again for each load.
+    gone: bool,
+}
+
+impl Reader<'_> {
+    fn read_back(&mut self, halted: Halted) -> (Writes, Connections, Option<String>) {
+        let (acknowledged, of) = (halted.acknowledged(), halted.connections());
+        let connections = Connections { kept: of.kept, reset: of.reset, timed_out: of.timed_out };
+        if self.gone {
+            return (Writes::unread(acknowledged), connections, None);
+        }
+        match clients::read_back(self.door, halted) {
+            Ok(load) => (Writes::of(&load), connections, None),
+            Err(why) => {
+                self.gone = true;
+                (Writes::unread(acknowledged), connections, Some(format!("{why:#}")))
+            }
+        }
+    }
 }
 
 /// What a kernel has.

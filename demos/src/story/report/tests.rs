@@ -63,44 +63,86 @@ fn report(outcome: Outcome) -> Report {
         accelerator: Some(Accelerator::Tcg),
         machine: machine(),
         hops: vec![hop(0)],
+        unfinished: None,
         failure: (outcome != Outcome::Committed).then(|| "the reason".into()),
         logs: Some("/logs".into()),
     }
 }
 
 fn method(blackouts: &[f64], phases: Vec<PhaseTime>) -> Method {
-    let run = |(n, ms): (usize, &f64)| Run {
-        from: if n % 2 == 0 { "6.12.1-x" } else { "7.3.4-x" }.into(),
-        to: if n % 2 == 0 { "7.3.4-x" } else { "6.12.1-x" }.into(),
-        blackout_ms: *ms,
-        silence_began_in: Some(if n == 0 { "probation" } else { "cutover" }.into()),
-        prober_stalled_ms: 0.1,
-    };
-    Method {
-        blackout_ms: blackouts.to_vec(),
-        distribution: Distribution::of(blackouts.iter().copied()).expect("values"),
-        runs: blackouts.iter().enumerate().map(run).collect(),
-        data_survives: !phases.is_empty(),
-        phases,
-        writes: Writes { acknowledged: 10, ..Writes::default() },
-        logs: "/logs".into(),
+    let mut method = Method::asked(blackouts.len(), !phases.is_empty());
+    for (n, ms) in blackouts.iter().enumerate() {
+        method.add(Run {
+            run: n + 1,
+            from: if n % 2 == 0 { "6.12.1-x" } else { "7.3.4-x" }.into(),
+            to: if n % 2 == 0 { "7.3.4-x" } else { "6.12.1-x" }.into(),
+            blackout_ms: *ms,
+            silence_began_in: Some(if n == 0 { "probation" } else { "cutover" }.into()),
+            prober_stalled_ms: 0.1,
+        });
+    }
+    let writes = Writes { acknowledged: 10, ..Writes::default() };
+    Method { phases, writes, logs: vec!["/logs".into()], ..method }
+}
+
+fn methods() -> Methods {
+    let phases = phases(&timeline());
+    Methods {
+        baton: method(&[40.0, 30.0, 32.0], medians(&[&phases, &phases])),
+        kexec: method(&[4000.0], Vec::new()),
+        reboot: method(&[8000.0], Vec::new()),
     }
 }
 
 fn comparison() -> Comparison {
-    let phases = phases(&timeline());
-    Comparison {
-        schema_version: SCHEMA_VERSION,
-        accelerator: Accelerator::Tcg,
-        machine: machine(),
-        methods: Methods {
-            baton: method(&[40.0, 30.0, 32.0], medians(&[&phases, &phases])),
-            kexec: method(&[4000.0], Vec::new()),
-            reboot: method(&[8000.0], Vec::new()),
-        },
-        ratio_kexec_over_baton: 125.0,
-        ratio_reboot_over_baton: 250.0,
+    Comparison::of(machine(), Accelerator::Tcg, methods())
+}
+
+#[test]
+fn a_failed_run_is_told_and_the_others_count() {
+    let mut methods = methods();
+    methods.kexec.asked = 2;
+    let why = "no new kernel answers\n--- serial port 0".to_owned();
+    methods.kexec.failures.push(FailedRun { run: 1, why, logs: Some("/runs/7".into()) });
+    let comparison = Comparison::of(machine(), Accelerator::Tcg, methods);
+    assert_eq!((comparison.failure.as_deref(), comparison.ratio_kexec_over_baton), (None, Some(125.0)));
+    let text = comparison_for_people(&comparison);
+    assert!(text.contains("FAILED: run 1 of 2 of kexec -e: no new kernel answers; logs: /runs/7\n"), "{text}");
+    assert!(text.contains("1 of 2"), "{text}");
+    let json = serde_json::to_value(&comparison).expect("written");
+    assert_eq!(json["methods"]["kexec"]["failures"][0]["run"], 1);
+}
+
+#[test]
+fn no_ratio_is_made_up_and_losses_are_a_failure() {
+    let mut none = methods();
+    none.kexec = Method::asked(3, false);
+    let comparison = Comparison::of(machine(), Accelerator::Tcg, none);
+    assert_eq!((comparison.ratio_kexec_over_baton, comparison.ratio_reboot_over_baton), (None, Some(250.0)));
+    assert_eq!(comparison.failure.as_deref(), Some("no ratio: none of 3 runs of kexec -e succeeded"));
+    let text = comparison_for_people(&comparison);
+    assert!(text.contains("0 of 3") && !text.contains("kexec's median silence is"), "{text}");
+    let json = serde_json::to_value(&comparison).expect("written");
+    assert!(json["ratio_kexec_over_baton"].is_null() && json["methods"]["kexec"]["blackout_ms"].is_array());
+    assert_eq!(serde_json::from_value::<Comparison>(json).expect("read"), comparison);
+
+    for (writes, wanted) in [
+        (Writes { acknowledged: 9, lost: 1, ..Writes::default() }, "lost 1 of 9"),
+        (Writes { unread: 5, ..Writes::default() }, "5 writes"),
+    ] {
+        let mut losing = methods();
+        losing.baton.writes = writes;
+        let failure = Comparison::of(machine(), Accelerator::Tcg, losing).failure.expect("an objection");
+        assert!(failure.contains(wanted), "{failure}");
     }
+    // What restarts lose is no failure: they promise nothing.
+    let mut restarts = methods();
+    restarts.reboot.writes.lost = 10;
+    assert_eq!(Comparison::of(machine(), Accelerator::Tcg, restarts).failure, None);
+
+    let nothing = Comparison::without_runs(machine(), "no network".into());
+    assert_eq!(serde_json::to_value(&nothing).expect("written")["failure"], "no network");
+    assert!(comparison_for_people(&nothing).ends_with("failed: no network\n"));
 }
 
 #[test]
