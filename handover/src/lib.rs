@@ -5,6 +5,7 @@ pub mod arena;
 pub mod channel;
 pub mod deadline;
 pub mod error;
+pub mod kho;
 pub mod machine;
 pub mod phase;
 pub mod plan;

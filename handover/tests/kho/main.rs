@@ -1,0 +1,10 @@
+//! KHO and LUO formats: what is written is what the kernel reads, and whatever else lies in memory is refused in
+//! bounded time.
+//!
+//! | file | promise |
+//! |---|---|
+//! | `kernel.rs` | a second reader, written after the kernel's code, finds what the writer was told |
+//! | `round_trip.rs` | so does our own, for anything that can be said |
+
+mod kernel;
+mod round_trip;
