@@ -20,6 +20,14 @@ pub struct Cidr {
     pub prefix: u8,
 }
 
+impl Cidr {
+    /// The network that it names: the address's leading bits, and how many.
+    pub fn network(self) -> (u32, u8) {
+        let host_bits = 32 - u32::from(self.prefix.min(32));
+        (u32::from(self.address).checked_shr(host_bits).unwrap_or(0), self.prefix)
+    }
+}
+
 impl TryFrom<String> for Cidr {
     type Error = String;
     fn try_from(text: String) -> Result<Self, String> {

@@ -140,6 +140,7 @@ impl<'k> Hands<'k> {
             Effect::Seal => self.seal(),
             Effect::ReleaseAddress => self.release_address(),
             Effect::Activate { epoch } => self.activate(*epoch),
+            Effect::DropAddress => self.drop_address(),
             Effect::ParkCpu { cpu } => self.park_cpu(*cpu),
             Effect::HandCpu { cpu } => self.hand_cpu(*cpu),
             Effect::Commit => self.commit(),
@@ -631,9 +632,9 @@ impl<'k> Hands<'k> {
         Ok(())
     }
 
-    /// Takes the service address off this kernel's interface.
+    /// This kernel speaks for the service address no longer; [`Hands::drop_address`] does the rest when nobody waits for it.
     fn release_address(&mut self) -> Result<()> {
-        self.address.as_ref().map_or(Ok(()), |held| self.kernel.netlink.drop_held(held))
+        self.address.as_ref().map_or(Ok(()), Held::hush)
     }
 
     /// The undo of [`Hands::release_address`].
@@ -661,6 +662,16 @@ impl<'k> Hands<'k> {
     }
 
     // ---- probation: CPUs follow one by one ------------------------------------------------------------------------
+
+    /// Takes the service address off this kernel's interface.
+    fn drop_address(&mut self) -> Result<()> {
+        let Some(held) = &self.address else { return Ok(()) };
+        if let Err(error) = self.kernel.netlink.drop_held(held) {
+            // Nothing hangs on it: an address that nobody is told of is silent.
+            tracing::warn!("{error:#}");
+        }
+        Ok(())
+    }
 
     /// Sends an offline CPU to the successor's park page: from our own park page if it waits there, else by SIPI.
     fn park_cpu(&mut self, cpu: Cpu) -> Result<()> {

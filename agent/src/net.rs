@@ -1,8 +1,21 @@
 //! Interfaces and addresses, by netlink: found by MAC, brought up, given an address, announced.
 //!
-//! [`Netlink::drop_held`], [`Netlink::take_again`] and [`Netlink::add`] are in the blackout: one request each, and whatever
-//! they need is looked up or made beforehand ([`Netlink::held`], [`Announcer::new`]).
+//! How the service address changes hands. Giving an interface an address, or taking it away, costs milliseconds (notifiers,
+//! routes, a grace period), so neither is done in the blackout:
+//!
+//! ```text
+//!                 trial                cutover                         afterwards
+//! incumbent       on its interface     [`Held::hush`]: answers         [`Netlink::drop_held`]
+//!                                      no ARP request any more
+//! successor       [`Netlink::reserve`]:                [`Announcer`]:  [`Netlink::settle`]:
+//!                 on lo, so that its                   gratuitous ARP  on its interface
+//!                 sockets may answer
+//! ```
+//! The address of `lo` is this kernel's own for whatever arrives, and nobody hears of it: the interface answers ARP requests for its own
+//! addresses only (`arp_ignore`, Documentation/networking/ip-sysctl.rst).
 
+use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::net::Ipv4Addr;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -34,12 +47,55 @@ pub struct Netlink {
     handle: Handle,
 }
 
+/// Index of `lo` in every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
+const LOOPBACK: u32 = 1;
+
 /// An address that an interface of this kernel holds, with all that is needed to drop it and to take it again.
 pub struct Held {
     link: Link,
     cidr: Cidr,
     message: AddressMessage,
     announcer: Announcer,
+    arp: ArpAnswers,
+}
+
+impl Held {
+    /// No ARP request that comes in by this interface is answered any more. In the blackout: one write.
+    pub fn hush(&self) -> Result<()> {
+        self.arp.set(ArpAnswers::NONE)
+    }
+}
+
+/// Which ARP requests an interface answers: `/proc/sys/net/ipv4/conf/IF/arp_ignore`, open.
+struct ArpAnswers {
+    file: File,
+    before: String,
+}
+
+impl ArpAnswers {
+    /// Those for an address of the interface that they came in by.
+    const OWN: &'static str = "1";
+    /// None.
+    const NONE: &'static str = "8";
+
+    fn of(link: &Link) -> Result<ArpAnswers> {
+        let path = arp_setting(link, "arp_ignore");
+        let before = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let file = OpenOptions::new().write(true).open(&path).with_context(|| format!("cannot open {path}"))?;
+        Ok(ArpAnswers { file, before })
+    }
+
+    fn set(&self, value: &str) -> Result<()> {
+        (&self.file).write_all(value.as_bytes()).with_context(|| format!("cannot set arp_ignore to {value}"))
+    }
+
+    fn restore(&self) -> Result<()> {
+        self.set(self.before.trim())
+    }
+}
+
+fn arp_setting(link: &Link, name: &str) -> String {
+    format!("/proc/sys/net/ipv4/conf/{}/{name}", link.name)
 }
 
 impl Netlink {
@@ -113,20 +169,46 @@ impl Netlink {
         let message = self.holding(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
         let link = self.by_index(message.header.index)?;
         let announcer = Announcer::new(&link, cidr.address)?;
-        Ok(Held { link, cidr, message, announcer })
+        let arp = ArpAnswers::of(&link)?;
+        Ok(Held { link, cidr, message, announcer, arp })
     }
 
-    /// Drops the address.
+    /// Drops the address; the interface answers as before for the others.
     pub fn drop_held(&self, held: &Held) -> Result<()> {
-        self.runtime
-            .block_on(self.handle.address().del(held.message.clone()).execute())
-            .with_context(|| format!("cannot take {} off {}", held.cidr.address, held.link.name))
+        self.delete(&held.message)
+            .with_context(|| format!("cannot take {} off {}", held.cidr.address, held.link.name))?;
+        held.arp.restore()
     }
 
-    /// Takes a dropped address again, and announces it. No error when it is there still.
+    fn delete(&self, message: &AddressMessage) -> Result<()> {
+        Ok(self.runtime.block_on(self.handle.address().del(message.clone()).execute())?)
+    }
+
+    /// Takes a hushed or dropped address again, and announces it. No error when it is there still.
     pub fn take_again(&self, held: &Held) -> Result<()> {
         self.add(&held.link, held.cidr)?;
+        held.arp.restore()?;
         held.announcer.announce()
+    }
+
+    /// Makes an address this kernel's own, and tells nobody: it is on `lo`, and `link`, by which its clients will come, answers ARP
+    /// requests for its own addresses only, and asks with them.
+    pub fn reserve(&self, link: &Link, address: Ipv4Addr) -> Result<()> {
+        for (name, value) in [("arp_ignore", ArpAnswers::OWN), ("arp_announce", "2")] {
+            let path = arp_setting(link, name);
+            std::fs::write(&path, value).with_context(|| format!("cannot set {path} to {value}"))?;
+        }
+        let lo = Link { index: LOOPBACK, name: "lo".to_owned(), mac: [0; 6] };
+        self.add(&lo, Cidr { address, prefix: 32 })
+    }
+
+    /// Moves a reserved address to the interface by which its clients come.
+    pub fn settle(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.add(link, cidr)?;
+        for message in self.addresses(cidr.address)?.iter().filter(|message| message.header.index == LOOPBACK) {
+            self.delete(message).with_context(|| format!("cannot take {} off lo", cidr.address))?;
+        }
+        Ok(())
     }
 
     fn by_index(&self, index: u32) -> Result<Link> {
@@ -147,12 +229,16 @@ impl Netlink {
             .with_context(|| format!("interface {index} is gone"))
     }
 
-    /// The link that holds `address` now.
+    /// The link that holds `address` now. (A reserved address is held by none.)
     pub fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>> {
         Ok(self.holding(address)?.map(|message| message.header.index))
     }
 
     fn holding(&self, address: Ipv4Addr) -> Result<Option<AddressMessage>> {
+        Ok(self.addresses(address)?.into_iter().find(|message| message.header.index != LOOPBACK))
+    }
+
+    fn addresses(&self, address: Ipv4Addr) -> Result<Vec<AddressMessage>> {
         let all: Vec<_> = self
             .runtime
             .block_on(self.handle.address().get().execute().try_collect())
@@ -160,7 +246,8 @@ impl Netlink {
         Ok(all
             .into_iter()
             .filter(|message| message.header.family == AddressFamily::Inet)
-            .find(|message| message.attributes.contains(&AddressAttribute::Local(address.into()))))
+            .filter(|message| message.attributes.contains(&AddressAttribute::Local(address.into())))
+            .collect())
     }
 }
 

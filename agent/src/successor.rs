@@ -48,6 +48,9 @@ struct Address {
     link: Link,
     cidr: crate::config::Cidr,
     announcer: Announcer,
+    /// It is this kernel's own already, and needs only to be announced. That takes a route to its clients beforehand, which an address of
+    /// the interface's own in the same network gives.
+    reserved: bool,
 }
 
 /// This kernel while it takes over.
@@ -57,6 +60,8 @@ struct Heir<'k> {
     device: &'k Device,
     line: Line<Successor>,
     address: Option<Address>,
+    /// What could not be done after the service answered; the next order fails with it.
+    unsettled: Option<anyhow::Error>,
     timeline: Timeline,
 }
 
@@ -87,7 +92,7 @@ impl<'k> Heir<'k> {
         mark(birth, BootMark::Network);
         let mut timeline = Timeline::continue_from(birth.record.journal.clone());
         timeline.add("successor: prepare", started, tsc());
-        Ok(Heir { kernel, birth, device, line, address, timeline })
+        Ok(Heir { kernel, birth, device, line, address, unsettled: None, timeline })
     }
 
     /// Does what the incumbent says, until its last word: the order to take the rest.
@@ -109,6 +114,9 @@ impl<'k> Heir<'k> {
             };
             let Some(answer) = answer else { continue };
             self.line.send(&answer)?;
+            if let ToIncumbent::Activated { .. } = answer {
+                self.unsettled = self.settle_address().err();
+            }
             if let ToIncumbent::Failed { what, cause } = answer {
                 tracing::error!("cannot {what}: {cause}");
             }
@@ -126,6 +134,9 @@ impl<'k> Heir<'k> {
             }
             Order::CheckHealth => self.check_health(),
             Order::Activate { epoch } => self.activate(*epoch),
+            Order::OnlineCpu { .. } | Order::Commit { .. } if self.unsettled.is_some() => {
+                Err(self.unsettled.take().expect("it was looked at just now"))
+            }
             Order::OnlineCpu { apic_id } => {
                 self.kernel.set_phase("probation");
                 Ok(Answer::Online(self.online(*apic_id)?))
@@ -165,14 +176,26 @@ impl<'k> Heir<'k> {
             bail!("epoch {epoch} is not the current one");
         }
         self.kernel.services.activate(epoch, self.cutover_patience())?;
+        let serving = tsc();
         if let Some(address) = &self.address {
-            self.kernel.netlink.add(&address.link, address.cidr)?;
+            if !address.reserved {
+                self.kernel.netlink.add(&address.link, address.cidr)?;
+            }
             address.announcer.announce()?;
         }
-        let tsc = tsc();
+        let announced = tsc();
         self.kernel.state().facts.epoch = epoch;
-        self.timeline.add("successor: activate", started, tsc);
-        Ok(Answer::AnsweringSince(tsc))
+        self.timeline.add("successor: services", started, serving);
+        self.timeline.add("successor: address", serving, announced);
+        Ok(Answer::AnsweringSince(announced))
+    }
+
+    /// After the blackout: the interface answers for the address from now on.
+    fn settle_address(&self) -> Result<()> {
+        match &self.address {
+            Some(address) if address.reserved => self.kernel.netlink.settle(&address.link, address.cidr),
+            _ => Ok(()),
+        }
     }
 
     /// The undo of [`Heir::activate`]: silent first, so that nobody answers from here when the address is dropped.
@@ -349,6 +372,10 @@ fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Opt
         kernel.netlink.add(&link, nic.address)?;
     }
     let Some(cidr) = birth.service_address() else { return Ok(None) };
+    let reserved = own.is_some_and(|nic| nic.address.network() == cidr.network());
+    if reserved {
+        kernel.netlink.reserve(&link, cidr.address)?;
+    }
     let announcer = Announcer::new(&link, cidr.address)?;
-    Ok(Some(Address { link, cidr, announcer }))
+    Ok(Some(Address { link, cidr, announcer, reserved }))
 }

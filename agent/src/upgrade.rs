@@ -2,10 +2,10 @@
 //!
 //! ```text
 //!            planned ─► granted ─► booting ─► trial ─► CUTOVER ─► probation ─► COMMIT ┄► drained
-//! effects               take mem.  place      stand by  freeze     each CPU:    commit
-//!                       grant dev. start CPU  health    seal       offline      quiesce
-//!                       offline    hello                release    park         yield ┄► the successor's alone
-//!                                                       activate   hand over
+//! effects               take mem.  place      stand by  freeze     drop addr.  commit
+//!                       grant dev. start CPU  health    seal       each CPU:   quiesce
+//!                       offline    hello                release    offline     yield ┄► the successor's alone
+//!                                                       activate   park, hand
 //! serves     incumbent ──────────────────────────────┤ nobody ├─ successor ─────────────────────►
 //! way back      ◄────────── give everything back ──────────┤◄─ reverse cutover ─┤     none
 //! ```

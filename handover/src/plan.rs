@@ -158,6 +158,7 @@ impl Plan {
             (Cutover, Effect::Seal),
             (Cutover, Effect::ReleaseAddress),
             (Cutover, Effect::Activate { epoch }),
+            (Probation, Effect::DropAddress),
         ]);
         for &Moving { cpu, online } in &self.cpus.others {
             if online {

@@ -43,13 +43,16 @@ pub enum Effect {
     Freeze,
     /// Check that every arena is sealed.
     Seal,
-    /// Drop the service address.
+    /// Speak for the service address no longer: no client is told any more that it is here.
     ReleaseAddress,
     /// Tell the successor to unseal the arenas, take the address and answer; wait until it does.
     Activate {
         /// Its epoch.
         epoch: u64,
     },
+    /// Drop the service address, which is the successor's by now. It takes longer than a client should wait, so it is not in the
+    /// cutover.
+    DropAddress,
     /// Park an offline CPU at the successor's mailbox.
     ParkCpu {
         /// Which.
@@ -75,7 +78,7 @@ pub enum Effect {
         /// The epoch that ends.
         epoch: u64,
     },
-    /// Undoes `ReleaseAddress`: take the service address, with gratuitous ARP.
+    /// Undoes `ReleaseAddress`, and `DropAddress` if it came to that: take the service address, with gratuitous ARP.
     TakeAddressBack,
     /// Undoes `Seal`: the arenas belong to this epoch.
     Unseal {
@@ -154,6 +157,8 @@ impl Effect {
             Effect::ParkCpu { cpu } => vec![Effect::UnparkCpu { cpu }],
             Effect::HandCpu { cpu } => vec![Effect::TakeCpuBack { cpu }],
             Effect::AwaitHello | Effect::StandBy | Effect::CheckHealth => vec![],
+            // What undoes `ReleaseAddress` gives the address back, dropped or not.
+            Effect::DropAddress => vec![],
             Effect::Commit | Effect::QuiesceDevices | Effect::YieldLastCpu { .. } => vec![],
             Effect::StandDown { .. }
             | Effect::TakeAddressBack
@@ -222,6 +227,7 @@ impl Effect {
             Effect::Seal => "seal",
             Effect::ReleaseAddress => "release address",
             Effect::Activate { .. } => "activate",
+            Effect::DropAddress => "drop address",
             Effect::ParkCpu { .. } => "park cpu",
             Effect::HandCpu { .. } => "hand cpu over",
             Effect::Commit => "commit",

@@ -46,6 +46,7 @@ fn the_script_can_be_read_before_it_is_taken() {
             "cutover: seal",
             "cutover: release address",
             "cutover: activate",
+            "probation: drop address",
             "probation: offline cpu",
             "probation: park cpu",
             "probation: hand cpu over",

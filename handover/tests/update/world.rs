@@ -213,6 +213,9 @@ impl World {
                 self.sealed = false;
                 self.successor_active = Some(*epoch);
             }
+            Effect::DropAddress => {
+                assert!(!self.address && self.successor_active.is_some(), "dropped an address that clients need");
+            }
             Effect::ParkCpu { cpu } => {
                 assert_eq!(self.at(cpu), At::Offline);
                 self.move_to(cpu, At::Parked);
