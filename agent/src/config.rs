@@ -66,6 +66,9 @@ pub struct Network {
     /// Whether batond itself sets the addresses of the interfaces on a kernel that was booted by firmware.
     #[serde(default)]
     pub configure: bool,
+    /// The interfaces cannot reach each other, though they are in one network: do not try that in the trial.
+    #[serde(default)]
+    pub skip_reach_check: bool,
 }
 
 /// A service: a program that keeps its state in an arena ([`crate::service`]).

@@ -599,7 +599,14 @@ impl<'k> Hands<'k> {
     /// Asks the successor how it is, and looks up what the cutover will need.
     fn check_health(&mut self) -> Result<()> {
         self.ask(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
-        if let Some(cidr) = self.kernel.config.network.service_address {
+        let network = &self.kernel.config.network;
+        if let (Some(service), Some(granted), false) =
+            (network.service_address, &self.plan.nic, network.skip_reach_check)
+            && granted.nic.address.network() == service.network()
+        {
+            crate::reach::check(granted.nic.address.address, self.until)?;
+        }
+        if let Some(cidr) = network.service_address {
             self.address = Some(self.kernel.netlink.held(cidr)?);
         }
         Ok(())

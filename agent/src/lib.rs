@@ -17,6 +17,7 @@ pub mod mkinitrd;
 pub mod net;
 pub mod outcome;
 pub mod plan;
+pub mod reach;
 pub mod recover;
 pub mod report;
 pub mod service;

@@ -11,6 +11,7 @@
 //! | `connection.rs` | one client: its buffers, and what bounds them |
 //! | `server.rs` | the event loop, in turns |
 //! | `run.rs` | the service's life: stand by, serve, freeze |
+//! | `rehearsal.rs` | what it does before it is ready, so that nothing is done for the first time in a blackout |
 //!
 //! # Why no acknowledged write can be lost
 //! 1. A write is *acknowledged* when its reply is handed to the kernel's socket; no client can have seen it before.
@@ -29,6 +30,7 @@
 
 pub mod commands;
 pub mod connection;
+pub mod rehearsal;
 pub mod resp;
 pub mod run;
 pub mod server;

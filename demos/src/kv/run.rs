@@ -14,6 +14,7 @@ use handover::arena::store::{SCHEMA_KIND, SCHEMA_VERSION};
 use handover::arena::{ArenaError, SealReceipt, Store, StoreError};
 use state_schemas::arena::ArenaHeader;
 
+use super::rehearsal;
 use super::server::{Server, Turn};
 
 /// The service's name towards the agent.
@@ -58,6 +59,10 @@ pub fn under_agent(options: &Options) -> Result<(), Error> {
     let hello = Hello::new(NAME, SCHEMA_KIND, SCHEMA_VERSION, options.arena_mib << 20);
     let (mut agent, mut arena) = Client::connect(&options.socket, hello)?;
     server.watch(agent.as_raw_fd())?;
+    if let Err(error) = rehearsal::rehearse() {
+        // Then the first clients wait a little longer; nothing else hangs on it.
+        let _ = writeln!(io::stderr(), "{NAME}: the rehearsal failed: {error}");
+    }
     agent.ready()?;
     while let Some(order) = agent.wait(None)? {
         match order {

@@ -37,6 +37,7 @@ pub fn configuration() -> Config {
             service_address: Some(on_network(net::SERVICE)),
             nic: nics.to_vec(),
             configure: true,
+            skip_reach_check: false,
         },
         program: vec![labd],
         initrd: config::Initrd {
