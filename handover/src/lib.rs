@@ -6,6 +6,7 @@ pub mod channel;
 pub mod deadline;
 pub mod error;
 pub mod kho;
+pub mod luo;
 pub mod machine;
 pub mod phase;
 pub mod plan;

@@ -177,6 +177,14 @@ pub enum ReadError {
         /// Where.
         at: u64,
     },
+    /// An address outside of what was preserved.
+    #[error("{what} at {at:#x} is not the beginning of a preserved page")]
+    NotKept {
+        /// What.
+        what: &'static str,
+        /// Where.
+        at: u64,
+    },
     /// A key without an order.
     #[error("the tree of preserved pages holds the key {key:#x}, which is no page")]
     Key {

@@ -108,7 +108,7 @@ pub struct Incoming {
     pub fdt: PhysRange,
     /// The pages of the tree: not preserved by it, and needed until it has been read.
     pub tree_nodes: Vec<u64>,
-    /// What is preserved; of each order ascending, larger orders first.
+    /// What is preserved, ascending.
     pub preserved: Vec<Run>,
     /// Memory without content that counts.
     pub scratch: Vec<PhysRange>,
@@ -123,7 +123,8 @@ impl Incoming {
     /// It is not a handover of a version that we speak, or exceeds a limit.
     pub fn read(memory: &impl Memory, handed: Handed, limits: &Limits) -> Result<Received<Incoming>, ReadError> {
         let root = v4::fdt::read(memory, handed.fdt)?;
-        let walked = tree::walk(memory, root.tree_root, limits)?;
+        let mut walked = tree::walk(memory, root.tree_root, limits)?;
+        walked.runs.sort_unstable();
         Ok(Received::new(Incoming {
             abi: root.abi,
             fdt: PhysRange { start: handed.fdt.start, len: root.len },
@@ -160,6 +161,14 @@ impl Incoming {
     pub fn metadata(&self, memory: &impl Memory, limits: &Limits) -> Result<Option<v4::metadata::Metadata>, ReadError> {
         let blob = self.blob(memory, metadata::NAME, limits)?;
         blob.map(|bytes| metadata::Metadata::from_bytes(&bytes)).transpose()
+    }
+
+    /// The order in which the page at this address is preserved, if one begins there: what `kho_restore_folio` finds.
+    pub fn folio_at(&self, phys: u64) -> Option<u32> {
+        let behind = self.preserved.partition_point(|run| run.start <= phys);
+        let run = self.preserved[..behind].last()?;
+        let inside = phys - run.start < run.range().len && (phys - run.start).is_multiple_of(PAGE << run.order);
+        inside.then_some(run.order)
     }
 
     /// Bytes of all preserved pages.

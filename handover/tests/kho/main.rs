@@ -5,6 +5,8 @@
 //! |---|---|
 //! | `kernel.rs` | a second reader, written after the kernel's code, finds what the writer was told |
 //! | `round_trip.rs` | so does our own, for anything that can be said |
+//! | `luo.rs` | sessions and memfds come out, too |
 
 mod kernel;
+mod luo;
 mod round_trip;

@@ -1,0 +1,39 @@
+//! The Live Update Orchestrator (LUO): files that outlive a kernel, as `/dev/liveupdate` gives them back.
+//!
+//! A program on the successor opens a *session* by its name and asks it for a file by a *token*. What lies in memory
+//! for that (`kernel/liveupdate/luo_*.c`, `mm/memfd_luo.c`, `include/linux/kho/abi/{luo,block,memfd}.h`):
+//!
+//! ```text
+//! KHO blob "LUO"
+//! luo_ser "luo-v5" ─► blocks of sessions ─► blocks of files: (token, "memfd-v2", data)
+//!        │            (name, files)                                             │
+//!        └─► FLBs, shared by files                                   memfd_luo_ser (size, position, seals)
+//!                                                                               │
+//!                                     vmalloc area of folios: (page, index, flags) ─► the pages themselves
+//! ```
+//!
+//! A *block* is a page: address of the next block, number of entries, entries (`kernel/liveupdate/kho_block.c`).
+//! Everything here but the content's pages is restored and freed by the kernel page by page, once it has read it:
+//! each is a folio of its own and is preserved as one.
+//!
+//! - [`Memfd::write`], then [`Orchestration::write`] put it into a [`crate::kho::Outgoing`].
+//! - [`Orchestration::read`], then [`Memfd::read`] follow only addresses that lie in preserved pages of a handover that
+//!   has been checked, each of them once.
+//!
+//! A kernel that finds *one* session that it cannot restore gives back none from there on
+//! (`luo_session_deserialize`), and one that finds another version refuses all. So what is written is checked first.
+
+pub mod memfd_v2;
+mod model;
+pub mod v5;
+
+pub use memfd_v2::{Memfd, Piece};
+pub use model::{File, Flb, LuoError, Orchestration, Session};
+
+use crate::kho::abi::Expected;
+
+/// Whether a kernel that expects these formats can be given sessions.
+pub fn speaks(expected: &Expected) -> bool {
+    let only = |found: &std::collections::BTreeSet<String>, ours: &str| found.len() == 1 && found.contains(ours);
+    expected.abi().is_some() && only(&expected.luo, v5::COMPATIBLE) && only(&expected.memfd, memfd_v2::COMPATIBLE)
+}

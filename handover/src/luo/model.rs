@@ -1,0 +1,215 @@
+//! Sessions and files, whatever the version; and what no kernel would accept of them.
+
+use std::collections::BTreeSet;
+
+use state_schemas::checked::Check;
+use state_schemas::handover_record::PhysRange;
+use thiserror::Error;
+
+use crate::kho::{Incoming, OutgoingError, PAGE};
+
+/// Bytes of a session's name, without the zero behind it (`LIVEUPDATE_SESSION_NAME_LENGTH`).
+pub const SESSION_NAME: usize = 63;
+/// Bytes of a handler's name, without the zero behind it (`LIVEUPDATE_HNDL_COMPAT_LENGTH`).
+pub const HANDLER_NAME: usize = 47;
+
+/// Everything that the orchestrator carries.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Orchestration {
+    /// `liveupdate_num`: which live update of this machine it is.
+    pub update: u64,
+    /// Sessions.
+    pub sessions: Vec<Session>,
+    /// Objects that several files share. Baton makes none; it carries those of others.
+    pub flbs: Vec<Flb>,
+}
+
+/// Files that are retrieved together.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Session {
+    /// By which it is asked for.
+    pub name: String,
+    /// Its files.
+    pub files: Vec<File>,
+}
+
+/// A file, as the orchestrator sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct File {
+    /// By which it is asked for within its session.
+    pub token: u64,
+    /// Who can restore it: "memfd-v2".
+    pub compatible: String,
+    /// What that one is told. For a memfd the address from [`crate::luo::Memfd::write`].
+    pub data: u64,
+}
+
+impl File {
+    /// A memfd that has been written.
+    pub fn memfd(token: u64, data: u64) -> File {
+        File { token, compatible: crate::luo::memfd_v2::COMPATIBLE.to_owned(), data }
+    }
+}
+
+/// A file-lifecycle-bound object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flb {
+    /// Who can restore it.
+    pub name: String,
+    /// What that one is told.
+    pub data: u64,
+    /// How many files depend on it.
+    pub count: u64,
+}
+
+/// What no kernel would give back: ours to mend before it is written, the other kernel's if it was read.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum LuoError {
+    /// A name that does not fit its field.
+    #[error("{what} {name:?}: a name has 1 to {limit} printable bytes")]
+    Name {
+        /// Of what.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// Bytes.
+        limit: usize,
+    },
+    /// The same name twice.
+    #[error("{what} {name:?} twice: the kernel would give back neither")]
+    NameTwice {
+        /// Of what.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// The same token twice in one session.
+    #[error("session {session:?} has two files with token {token:#x}: the second could never be retrieved")]
+    TokenTwice {
+        /// Which session.
+        session: String,
+        /// The token.
+        token: u64,
+    },
+    /// Two files of one content.
+    #[error("two files refer to {data:#x}: the kernel restores and frees what lies there once")]
+    DataTwice {
+        /// Where both point.
+        data: u64,
+    },
+    /// More than the kernel reads.
+    #[error("{what}: {count}, but the kernel takes {limit}")]
+    TooMany {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        count: u64,
+        /// Limit.
+        limit: u64,
+    },
+    /// A seal that has no meaning.
+    #[error("a memfd with seals {seals:#x}: {known:#x} are those that can be handed over")]
+    Seals {
+        /// All of them.
+        seals: u32,
+        /// Those known.
+        known: u32,
+    },
+    /// A size or position beyond what a file can have.
+    #[error("a memfd of {size:#x} bytes at position {pos:#x} is none that a kernel could hold")]
+    Size {
+        /// Bytes.
+        size: u64,
+        /// Position.
+        pos: u64,
+    },
+    /// Pages that have no place in the file.
+    #[error(
+        "a memfd's pages {index:#x} to {end:#x} are out of order, not aligned to order {order}, or beyond its {pages:#x} pages"
+    )]
+    Index {
+        /// First page.
+        index: u64,
+        /// Behind the last.
+        end: u64,
+        /// Order of the folios.
+        order: u32,
+        /// Of the file.
+        pages: u64,
+    },
+    /// Flags that have no meaning.
+    #[error("a memfd's folio has flags {flags:#x}, of which only {known:#x} are known")]
+    Flags {
+        /// All of them.
+        flags: u16,
+        /// Those known.
+        known: u16,
+    },
+    /// Two places in a file for one page.
+    #[error("{:#x} bytes at {:#x} are in a memfd twice", range.len, range.start)]
+    PageTwice {
+        /// Where.
+        range: PhysRange,
+    },
+    /// What is beneath.
+    #[error(transparent)]
+    Kho(#[from] OutgoingError),
+}
+
+fn name(what: &'static str, name: &str, limit: usize) -> Result<(), LuoError> {
+    match (1..=limit).contains(&name.len()) && !name.chars().any(char::is_control) {
+        true => Ok(()),
+        false => Err(LuoError::Name { what, name: name.to_owned(), limit }),
+    }
+}
+
+impl Orchestration {
+    /// Everything that holds whatever the machine.
+    pub(crate) fn consistent(&self) -> Result<(), LuoError> {
+        let mut names = BTreeSet::new();
+        let mut contents = BTreeSet::new();
+        for session in &self.sessions {
+            name("session", &session.name, SESSION_NAME)?;
+            if !names.insert(session.name.as_str()) {
+                return Err(LuoError::NameTwice { what: "session", name: session.name.clone() });
+            }
+            let mut tokens = BTreeSet::new();
+            for file in &session.files {
+                name("handler", &file.compatible, HANDLER_NAME)?;
+                if !tokens.insert(file.token) {
+                    return Err(LuoError::TokenTwice { session: session.name.clone(), token: file.token });
+                }
+                if file.compatible == crate::luo::memfd_v2::COMPATIBLE && !contents.insert(file.data) {
+                    return Err(LuoError::DataTwice { data: file.data });
+                }
+            }
+        }
+        let mut names = BTreeSet::new();
+        for flb in &self.flbs {
+            name("FLB", &flb.name, HANDLER_NAME)?;
+            if !names.insert(flb.name.as_str()) {
+                return Err(LuoError::NameTwice { what: "FLB", name: flb.name.clone() });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Check for Orchestration {
+    type Against = Incoming;
+    type Error = LuoError;
+
+    /// Addresses of files other than memfds are their handlers' to judge.
+    fn check(&self, incoming: &Incoming) -> Result<(), LuoError> {
+        self.consistent()?;
+        let memfds = self.sessions.iter().flat_map(|session| &session.files);
+        for file in memfds.filter(|file| file.compatible == crate::luo::memfd_v2::COMPATIBLE) {
+            if incoming.folio_at(file.data).is_none() {
+                let range = PhysRange { start: file.data, len: PAGE };
+                return Err(OutgoingError::Range { what: "a memfd that is not preserved", range }.into());
+            }
+        }
+        Ok(())
+    }
+}
