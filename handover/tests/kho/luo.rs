@@ -37,12 +37,15 @@ pub fn read_luo(segments: &Segments, incoming: &Incoming) -> Orchestration {
     received.check(incoming).unwrap()
 }
 
+/// Order, count, pages to leave out before it, whether its content counts.
+type Wish = (u32, u64, u64, bool);
+
 /// Memfds whose pages do not overlap: each has 64 MiB of memory for itself.
 fn memfds() -> impl Strategy<Value = Vec<Memfd>> {
     let piece = (0u32..4, 1u64..40, 0u64..5, prop::bool::ANY);
     let one = (prop::collection::vec(piece, 0..4), 0..=SEALS, any::<u32>());
     prop::collection::vec(one, 0..5).prop_map(|all| {
-        let memfd = |(slot, (pieces, seals, pos)): (usize, (Vec<(u32, u64, u64, bool)>, u32, u32))| {
+        let memfd = |(slot, (pieces, seals, pos)): (usize, (Vec<Wish>, u32, u32))| {
             let (mut phys, mut index) = (CONTENT + slot as u64 * 64 * MIB, 0u64);
             let mut made: Vec<Piece> = Vec::new();
             for (order, count, skip, dirty) in pieces {
@@ -133,7 +136,7 @@ fn restore(written: &Written, sessions: &[(String, Vec<u64>)], memfds: &[Memfd])
                         |at: usize| folio[at..at + 8].iter().rev().fold(0, |sum, byte| sum << 8 | u64::from(*byte));
                     let (piece, i) = all.next().unwrap();
                     let pfn = piece.phys / PAGE + (i << piece.order);
-                    assert_eq!((word(0) & (1 << 52) - 1, word(0) >> 52), (pfn, u64::from(piece.flags)));
+                    assert_eq!((word(0) & ((1 << 52) - 1), word(0) >> 52), (pfn, u64::from(piece.flags)));
                     assert_eq!(word(8), piece.index + (i << piece.order));
                     restore(pfn * PAGE, piece.order);
                 }
