@@ -12,10 +12,12 @@ use kexec_core::memory_map::{Range, RangeSet};
 use state_schemas::Payload;
 use state_schemas::control_block::{self, words};
 use state_schemas::latest::handover_record::{HandoverRecord, PhysRange, Role};
+use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
 use crate::control::UpdateStatus;
 use crate::facts::{Ecam, Facts};
+use crate::line::{Line, Successor};
 use crate::sysfs;
 use crate::timeline::Timeline;
 
@@ -56,12 +58,13 @@ impl Birth {
         if version != u64::from(words::VERSION) {
             bail!("the control block has version {version}, this batond speaks {}", words::VERSION);
         }
-        let mut frame = vec![0; usize::try_from(control_block::HANDOVER.size)?];
-        control.read(control_block::HANDOVER.offset, &mut frame);
-        let received = HandoverRecord::from_frame(&frame).context("the handover record cannot be read")?;
-        let region = region_around(base, received.alleged().grant.region)?;
-        let record = received.check(&region).context("the handover record is not credible")?;
-        Ok(Some((Birth { control, base, record }, device)))
+        match read_record(&control, base) {
+            Ok(record) => Ok(Some((Birth { control, base, record }, device))),
+            Err(error) => {
+                tell(control, base, &error);
+                Err(error)
+            }
+        }
     }
 
     /// The machine, as the predecessor described it.
@@ -115,6 +118,24 @@ impl Birth {
             IpAddr::V4(address) => Some(crate::config::Cidr { address, prefix: net.prefix }),
             IpAddr::V6(_) => None,
         }
+    }
+}
+
+/// The record, believed.
+fn read_record(control: &Mapping, base: u64) -> Result<HandoverRecord> {
+    let mut frame = vec![0; usize::try_from(control_block::HANDOVER.size)?];
+    control.read(control_block::HANDOVER.offset, &mut frame);
+    let received = HandoverRecord::from_frame(&frame).context("the handover record cannot be read")?;
+    let region = region_around(base, received.alleged().grant.region)?;
+    received.check(&region).context("the handover record is not credible")
+}
+
+/// The incumbent need not wait until its patience ends: the channel needs nothing of the record.
+fn tell(control: Arc<Mapping>, base: u64, error: &anyhow::Error) {
+    let word = ToIncumbent::Failed { what: "take over".to_owned(), cause: format!("{error:#}") };
+    let told = Line::<Successor>::attach(control, base).and_then(|mut line| line.send(&word));
+    if let Err(untold) = told {
+        tracing::error!("cannot even say so to the incumbent: {untold:#}");
     }
 }
 

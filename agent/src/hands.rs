@@ -565,6 +565,9 @@ impl<'k> Hands<'k> {
         let patience = self.left();
         let line = &mut self.placed()?.line;
         match line.receive(patience).context("the successor's agent has not answered")? {
+            ToIncumbent::Hello { abi, .. } if abi != words::VERSION => {
+                bail!("the successor's agent speaks version {abi} of the control block, this one {}", words::VERSION)
+            }
             ToIncumbent::Hello { program, .. } => {
                 self.heard = true;
                 tracing::info!(release = program.release, "the successor's agent answers");
@@ -572,6 +575,7 @@ impl<'k> Hands<'k> {
                 self.device.update_instance(instance, State::Running, None)?;
                 Ok(())
             }
+            ToIncumbent::Failed { what, cause } => Err(Unanswered::Refused { what, cause }.into()),
             other => bail!("the successor began with {other:?}"),
         }
     }

@@ -36,6 +36,8 @@ struct Slot {
     end: Option<AgentEnd>,
     hello: Option<Hello>,
     arena: Option<Arena>,
+    /// Why it was not admitted when it last tried.
+    refusal: Option<String>,
 }
 
 /// What a service reported when it was sealed or activated.
@@ -86,9 +88,33 @@ impl Services {
         epoch: Option<u64>,
         allocate: impl FnOnce(u64) -> Result<Arena>,
     ) -> Result<String> {
-        let mut end = AgentEnd::accept(socket, PATIENCE)?;
+        let end = AgentEnd::accept(socket, PATIENCE)?;
+        let name = end.hello().name.clone();
+        let admitted = self.prepare(end, epoch, allocate);
+        let mut slots = self.lock();
+        let slot = slots.entry(name.clone()).or_default();
+        let live = slot.end.as_ref().is_some_and(|end| end.standing() != Standing::Over);
+        match &admitted {
+            Ok(_) => slot.refusal = None,
+            // A second one of the same name is not this one's trouble.
+            Err(_) if live => {}
+            Err(error) => slot.refusal = Some(format!("{error:#}")),
+        }
+        self.changed.notify_all();
+        let end = admitted?;
+        slot.hello = Some(end.hello().clone());
+        slot.end = Some(end);
+        Ok(name)
+    }
+
+    fn prepare(
+        &self,
+        mut end: AgentEnd,
+        epoch: Option<u64>,
+        allocate: impl FnOnce(u64) -> Result<Arena>,
+    ) -> Result<AgentEnd> {
         let hello = end.hello().clone();
-        let name = hello.name.clone();
+        let name = hello.name;
         {
             let mut slots = self.lock();
             let slot = slots.entry(name.clone()).or_default();
@@ -110,12 +136,7 @@ impl Services {
                 expect_report(&mut end, "to serve", PATIENCE, activated)?;
             }
         }
-        let mut slots = self.lock();
-        let slot = slots.entry(name.clone()).or_default();
-        slot.end = Some(end);
-        slot.hello = Some(hello);
-        self.changed.notify_all();
-        Ok(name)
+        Ok(end)
     }
 
     /// A service's connection ended or failed; its arena stays, so that the program may come back to it.
@@ -131,6 +152,9 @@ impl Services {
         let deadline = Instant::now() + patience;
         let mut slots = self.lock();
         loop {
+            if let Some((name, why)) = slots.iter().find_map(|(name, slot)| Some((name, slot.refusal.as_ref()?))) {
+                bail!("service {name} cannot stand by: {why}");
+            }
             let missing: Vec<&str> = slots
                 .iter()
                 .filter(|(_, slot)| slot.end.as_ref().is_none_or(|end| end.standing() != Standing::StandingBy))

@@ -206,25 +206,12 @@ impl ArenaHeader {
         Some(padded)
     }
 
-    /// Nobody may write.
-    pub fn is_sealed(&self) -> bool {
-        self.state.get() == STATE_SEALED
-    }
-}
-
-impl Check for ArenaHeader {
-    /// Bytes of memory that are mapped.
-    type Against = u64;
-    type Error = ArenaHeaderError;
-
-    fn check(&self, memory: &u64) -> Result<(), ArenaHeaderError> {
-        let within = |field, value: u64, low: u64, high: u64| {
-            if (low..=high).contains(&value) {
-                Ok(())
-            } else {
-                Err(ArenaHeaderError::Field { field, value, low, high })
-            }
-        };
+    /// What holds from the arena's birth to its end, so that it can be checked while its owner writes: this is an arena in
+    /// a form that we read, of this size. All else is checked by [`Check`], once nobody writes.
+    ///
+    /// # Errors
+    /// The first bound that does not hold.
+    pub fn check_identity(&self, memory: u64) -> Result<(), ArenaHeaderError> {
         if self.magic != MAGIC {
             return Err(ArenaHeaderError::NotAnArena { found: u64::from_le_bytes(self.magic) });
         }
@@ -233,14 +220,38 @@ impl Check for ArenaHeader {
         }
         within("header_len", self.header_len.get().into(), HEADER_LEN, HEADER_LEN)?;
         let length = self.length.get();
-        if length != *memory {
-            return Err(ArenaHeaderError::Length { header: length, memory: *memory });
+        if length != memory {
+            return Err(ArenaHeaderError::Length { header: length, memory });
         }
-        within("state", self.state.get().into(), STATE_LIVE.into(), STATE_SEALED.into())?;
         let end = self.name.iter().position(|&b| b == 0).unwrap_or(NAME_LEN);
-        if let Err(error) = core::str::from_utf8(&self.name[..end]) {
-            return Err(ArenaHeaderError::Name { at: error.valid_up_to() as u32 });
+        match core::str::from_utf8(&self.name[..end]) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(ArenaHeaderError::Name { at: error.valid_up_to() as u32 }),
         }
+    }
+
+    /// Nobody may write.
+    pub fn is_sealed(&self) -> bool {
+        self.state.get() == STATE_SEALED
+    }
+}
+
+fn within(field: &'static str, value: u64, low: u64, high: u64) -> Result<(), ArenaHeaderError> {
+    if (low..=high).contains(&value) {
+        return Ok(());
+    }
+    Err(ArenaHeaderError::Field { field, value, low, high })
+}
+
+impl Check for ArenaHeader {
+    /// Bytes of memory that are mapped.
+    type Against = u64;
+    type Error = ArenaHeaderError;
+
+    fn check(&self, memory: &u64) -> Result<(), ArenaHeaderError> {
+        self.check_identity(*memory)?;
+        let length = self.length.get();
+        within("state", self.state.get().into(), STATE_LIVE.into(), STATE_SEALED.into())?;
         if self.is_sealed() {
             let found = self.compute_seal();
             let sealed = self.seal.get();

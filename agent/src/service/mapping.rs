@@ -70,6 +70,20 @@ impl Arena {
         false
     }
 
+    /// A copy of the first page, where what an arena is stands written. No epoch is needed: its owner may write at the same
+    /// time, in another kernel too, so that words which change may not fit each other.
+    #[must_use]
+    pub fn first_page(&self) -> Vec<u8> {
+        let words = (0..PAGE as usize / 8).flat_map(|word| {
+            // SAFETY: (1) the first page is mapped (a length is a multiple of it and not zero) until drop; (2) it is
+            // page-aligned, so every word is; (3) whoever writes beside us writes from another process or kernel: a relaxed
+            // load of an aligned word sees some whole value.
+            let value = unsafe { std::sync::atomic::AtomicU64::from_ptr(self.start.cast::<u64>().as_ptr().add(word)) };
+            value.load(std::sync::atomic::Ordering::Relaxed).to_le_bytes()
+        });
+        words.collect()
+    }
+
     /// The memory, for as long as the epoch is held. Whatever borrows it must be gone before [`Held`] can be given up
     /// (`Client::frozen` consumes it), so a frozen service cannot reach the arena any more.
     pub fn memory<'a>(&'a mut self, _held: &'a Held) -> &'a mut [u8] {

@@ -58,6 +58,11 @@ pub fn under_agent(options: &Options) -> Result<(), Error> {
     let mut server = bind(options)?;
     let hello = Hello::new(NAME, SCHEMA_KIND, SCHEMA_VERSION, options.arena_mib << 20);
     let (mut agent, mut arena) = Client::connect(&options.socket, hello)?;
+    if let Err(error) = recognise(&arena) {
+        // Said before anybody relies on this service: an update is refused in its trial then.
+        let _ = agent.failed(&error.to_string());
+        return Err(error.into());
+    }
     server.watch(agent.as_raw_fd())?;
     if let Err(error) = rehearsal::rehearse() {
         // Then the first clients wait a little longer; nothing else hangs on it.
@@ -116,6 +121,15 @@ fn serve(server: &mut Server, agent: &mut Client, arena: &mut Arena, held: Held)
 enum After {
     Frozen,
     Stopped,
+}
+
+/// What can be known of the memory while another kernel's service still writes to it.
+fn recognise(arena: &Arena) -> Result<(), StoreError> {
+    if arena.is_fresh() {
+        return Ok(());
+    }
+    let header = ArenaHeader::read(&arena.first_page()).map_err(ArenaError::from)?;
+    Ok(header.alleged().check_identity(arena.len() as u64).map_err(ArenaError::from)?)
 }
 
 /// The store, and the seal that was on it (0: fresh), for the agent to compare with the one that the predecessor reported.

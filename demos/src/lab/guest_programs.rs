@@ -37,7 +37,7 @@ pub fn build(programs: &[&str], progress: Progress) -> Result<PathBuf> {
         .args(["build", "--profile", PROFILE, "--target", TARGET, "--target-dir"])
         .arg(&target);
     // A static program needs `--target` even on the same platform, or procedural macros would be static too.
-    command.args(["-p", "agent", "-p", "demos"]).env("RUSTFLAGS", "-C target-feature=+crt-static");
+    command.args(["-p", "agent", "-p", "demos", "-p", "baton-tests"]).env("RUSTFLAGS", "-C target-feature=+crt-static");
     command.args(programs.iter().flat_map(|program| ["--bin", program]));
     for name in NOT_OURS {
         command.env_remove(name);
