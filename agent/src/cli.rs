@@ -9,9 +9,9 @@ use clap::{Args, Parser, Subcommand};
 use serde::Serialize;
 
 use crate::config::{self, Config};
-use crate::control::{self, Finding, Reply, Request, Status, Upgrade};
+use crate::control::{self, Reply, Request, Status, Upgrade};
 use crate::outcome::{Class, Failure};
-use crate::{kernels, mkinitrd};
+use crate::{handover_cmd, kernels, mkinitrd};
 
 /// Replaces the kernel of this running machine without stopping its services.
 #[derive(Debug, Parser)]
@@ -39,6 +39,9 @@ enum Verb {
     Kernels,
     /// Make the successor's initrd: the agent, the module and drivers for one kernel, the services' programs.
     Mkinitrd(MkinitrdArgs),
+    /// Show what crosses from kernel to kernel, and whether it could cross to another one.
+    #[command(subcommand)]
+    Handover(handover_cmd::Verb),
 }
 
 #[derive(Debug, Args)]
@@ -114,6 +117,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Status => status(cli.json, ask(&Request::Status)?),
         Verb::Kernels => list_kernels(cli.json),
         Verb::Mkinitrd(args) => make_initrd(&args),
+        Verb::Handover(verb) => handover_cmd::run(verb, &cli.socket, cli.json),
     }
 }
 
@@ -168,26 +172,7 @@ fn check(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
     let Reply::Checked { findings } = reply else {
         return Err(unexpected(&reply));
     };
-    let refused = findings.iter().find_map(|f| f.refusal.as_ref());
-    if json {
-        #[derive(Serialize)]
-        struct Checked<'a> {
-            schema_version: u32,
-            possible: bool,
-            findings: &'a [Finding],
-        }
-        print_json(&Checked { schema_version: 1, possible: refused.is_none(), findings: &findings });
-    } else {
-        for finding in &findings {
-            let mark = if finding.refusal.is_some() { "NO" } else { "ok" };
-            println!("{mark}  {:<12} {}", finding.check, finding.found);
-            if let Some(failure) = &finding.refusal {
-                println!("    {:<12} {}", "", failure.cause);
-                println!("    {:<12} {}", "", failure.advice);
-            }
-        }
-    }
-    Ok(refused.map_or(ExitCode::SUCCESS, |f| ExitCode::from(f.class.exit_code())))
+    Ok(handover_cmd::print_findings(&findings, json))
 }
 
 fn status(json: bool, reply: Reply) -> Result<ExitCode, Failure> {

@@ -109,6 +109,10 @@ pub struct ServiceStatus {
     pub state: String,
     /// Size of its arena in bytes, 0 without one.
     pub arena_bytes: u64,
+    /// What it keeps there: kind of its state, 0 while it has not said.
+    pub schema_kind: u32,
+    /// And that kind's version.
+    pub schema_version: u32,
 }
 
 /// An update, as far as it has come.

@@ -391,7 +391,7 @@ impl<'k> Hands<'k> {
         // Nothing is given back that is still mapped.
         drop(region);
         let control = self.device.map(placement.control_block, Access::ReadWrite)?;
-        let frame = self.record(site, info.tsc_khz).to_frame(record::HandoverRecord::VERSION)?;
+        let frame = self.record(site, info.tsc_khz).to_frame(self.plan.record_version)?;
         if frame.len() as u64 > control_block::HANDOVER.size {
             bail!("the handover record has {} bytes, {} fit", frame.len(), control_block::HANDOVER.size);
         }

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use kexec_core::cpus::parse_cpu_list;
 use kexec_core::image::BzImage;
+use kexec_core::memory_map::Range;
 use serde::Serialize;
 
 /// Where the module lists its instances.
@@ -29,6 +30,18 @@ pub struct Instance {
     pub ranges: String,
     /// Its kernel.
     pub image: String,
+}
+
+impl Instance {
+    /// Its region: nothing else of an instance is as large. Its control block is its first MiB.
+    pub fn region(&self) -> Option<Range> {
+        let range = |text: &str| {
+            let (start, last) = text.split_once('-')?;
+            let hex = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+            Range::checked(hex(start)?, hex(last)?.checked_add(1)?)
+        };
+        self.ranges.split(',').filter_map(range).max_by_key(|range| range.len())
+    }
 }
 
 /// A kernel image on disk.
@@ -139,6 +152,7 @@ mod tests {
         let rows = parse_instances(text).unwrap();
         assert_eq!(rows[0].cpus, [0, 1, 2]);
         assert_eq!((rows[1].id, rows[1].image.as_str()), (3, "vmlinuz 7.3"));
+        assert_eq!((rows[0].region(), rows[1].region()), (None, Some(Range::new(0x6000_0000, 0x8000_0000))));
         assert_eq!(parse_instances("header\n1 x y"), None);
     }
 }

@@ -25,6 +25,12 @@ pub fn own_module(release: &str) -> Option<PathBuf> {
     ["", ".xz", ".zst", ".gz"].iter().map(|suffix| PathBuf::from(format!("{plain}{suffix}"))).find(|path| path.exists())
 }
 
+/// One of the agent's programs, as it would be packed. Not always of the version that asks: see [`crate::versions`].
+pub fn own_program(name: &str) -> Result<PathBuf> {
+    let here = std::env::current_exe().context("cannot find my own program file")?;
+    Ok(here.parent().context("my program file is in no folder")?.join(name))
+}
+
 /// Makes the archive for a kernel of this `release`.
 pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u8>> {
     let mut tree = Initrd::new();
@@ -36,11 +42,9 @@ pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u
     for path in &config.initrd.include {
         tree.copy(path)?;
     }
-    let here = std::env::current_exe().context("cannot find my own program file")?;
-    let folder = here.parent().context("my program file is in no folder")?;
     for name in OWN_PROGRAMS {
         let at = format!("/usr/sbin/{name}");
-        let file = folder.join(name);
+        let file = own_program(name)?;
         if file == Path::new(&at) {
             tree.program(&file)?;
         } else {

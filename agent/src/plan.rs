@@ -47,6 +47,8 @@ pub struct Plan {
     pub block_size: u64,
     /// The interface that the successor gets.
     pub nic: Option<GrantedNic>,
+    /// In which version the handover record is written: the newest that the successor's agent reads.
+    pub record_version: u32,
     /// The machine.
     pub facts: Facts,
 }
@@ -69,7 +71,8 @@ pub struct Findings {
 }
 
 impl Findings {
-    fn check<T>(&mut self, what: &str, result: Result<(T, String)>) -> Option<T> {
+    /// Notes what a check found; its value, if it does not refuse.
+    pub fn check<T>(&mut self, what: &str, result: Result<(T, String)>) -> Option<T> {
         let (value, found, refusal) = match result {
             Ok((value, found)) => (Some(value), found, None),
             Err(error) => {
@@ -110,6 +113,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
         let nic = findings.check("network", network(kernel));
         findings.check("services", services(kernel));
+        let record_version = findings.check("agent", crate::handover_cmd::check::agent());
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
@@ -120,6 +124,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             moves: order_of_moves(&cpus, spare.cpu),
             facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
             nic: nic?,
+            record_version: record_version?,
             image,
             release,
             initrd,

@@ -272,6 +272,8 @@ impl Services {
                 }
                 .to_owned(),
                 arena_bytes: slot.arena.as_ref().map_or(0, |arena| arena.range.len()),
+                schema_kind: slot.hello.as_ref().map_or(0, |hello| hello.schema_kind),
+                schema_version: slot.hello.as_ref().map_or(0, |hello| hello.schema_version),
             })
             .collect()
     }

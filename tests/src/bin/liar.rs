@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     let lie = std::env::args().nth(1).context("which lie?")?;
     let successor = wait_for(|row| row.is_some_and(|row| row.state == "booting"))?.context("it is gone again")?;
     let device = Device::open()?;
-    let region = largest(&successor.ranges)?;
+    let region = successor.region().with_context(|| format!("no region in {:?}", successor.ranges))?;
     let block = Range::with_len(region.start(), control_block::SIZE).context("no control block fits")?;
     let control = Arc::new(device.map(block, Access::ReadWrite)?);
     ensure!(control.load(words::MAGIC_AT) == words::MAGIC, "no control block at {block}");
@@ -101,18 +101,6 @@ fn wait_for(so: impl Fn(Option<&Instance>) -> bool) -> Result<Option<Instance>> 
         ensure!(Instant::now() < deadline, "the successor is {successor:?} after {PATIENCE:?}");
         std::thread::sleep(LOOK);
     }
-}
-
-/// The region: nothing else of a successor is as large.
-fn largest(ranges: &str) -> Result<Range> {
-    let range = |text: &str| {
-        let (start, last) = text.split_once('-')?;
-        let hex = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).ok();
-        Range::checked(hex(start)?, hex(last)?.checked_add(1)?)
-    };
-    let all: Option<Vec<Range>> = ranges.split(',').map(range).collect();
-    all.and_then(|all| all.into_iter().max_by_key(|range| range.len()))
-        .with_context(|| format!("{ranges:?} is no memory"))
 }
 
 fn record_frame(control: &Mapping) -> Vec<u8> {

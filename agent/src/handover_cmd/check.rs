@@ -1,0 +1,88 @@
+//! `baton handover check`: whether what this kernel hands over can be read by that one, and by the agent that will run on
+//! it. Needs neither batond nor the module; a batond that answers is asked for its services.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use kexec_core::image::bzimage::MAX_IMAGE;
+use kexec_core::image::{BzImage, KernelFacts};
+
+use super::show::kind_name;
+use crate::control::{self, Finding, Reply, Request};
+use crate::mkinitrd;
+use crate::outcome::{Class, Failure};
+use crate::plan::Findings;
+use crate::versions::Versions;
+
+/// Every question about this pair, answered; what depends on an answer that was no is not asked.
+pub fn findings(image: &Path, socket: &Path) -> Vec<Finding> {
+    let mut findings = Findings::default();
+    let facts = findings.check("image", facts(image));
+    if let Some((release, facts)) = facts {
+        findings.check("kho", kho(&release, &facts));
+    }
+    findings.check("agent", agent());
+    findings.check("services", services(socket));
+    findings.into_list()
+}
+
+fn facts(path: &Path) -> Result<((String, KernelFacts), String)> {
+    let refuse = |cause: String| {
+        Failure::precondition(
+            format!("{}: {cause}", path.display()),
+            "name a 64-bit Linux bzImage, such as /boot/vmlinuz-* of an amd64 kernel package",
+        )
+    };
+    let size = fs::metadata(path).map_err(|error| refuse(error.to_string()))?.len();
+    if size > MAX_IMAGE {
+        return Err(refuse(format!("{} MiB is too large for an image", size >> 20)).into());
+    }
+    let bytes = fs::read(path).map_err(|error| refuse(error.to_string()))?;
+    let parsed = BzImage::parse(&bytes).map_err(|error| refuse(error.to_string()))?;
+    let facts = KernelFacts::of(&parsed).map_err(|error| refuse(error.to_string()))?;
+    let release = parsed.release().to_owned();
+    let found = format!("kernel {release}");
+    Ok(((release, facts), found))
+}
+
+/// The kernel's own format of a handover.
+fn kho(release: &str, facts: &KernelFacts) -> Result<((), String)> {
+    match &facts.kho {
+        None => Ok(((), "none in this kernel: memory crosses as reserved RAM with struct pages".to_owned())),
+        Some(expected) if super::speaks_kho(expected) => Ok(((), format!("{expected}, which this Baton writes"))),
+        Some(expected) => Err(Failure::precondition(
+            format!("kernel {release} reads {expected}, which this Baton does not write"),
+            "choose another kernel, or install a Baton that knows this one",
+        )
+        .into()),
+    }
+}
+
+/// The agent that would be put into the initrd.
+pub fn agent() -> Result<(u32, String)> {
+    let program = mkinitrd::own_program("baton")?;
+    let refuse = |error: anyhow::Error| {
+        Failure::precondition(format!("{error:#}"), "install baton, batond and baton-init of one release")
+    };
+    let successor = Versions::of_program(&program).map_err(refuse)?;
+    let record = Versions::OURS.record_for(successor).map_err(refuse)?;
+    Ok((record, format!("{} reads handover record version {record}", program.display())))
+}
+
+/// What the services keep. Whether their programs of tomorrow read it, the trial shows: they say so before they are relied on.
+fn services(socket: &Path) -> Result<((), String)> {
+    let status = match control::ask(socket, &Request::Status, |_, _| {}) {
+        Ok(Reply::Status(status)) => status,
+        Ok(other) => return Err(anyhow::anyhow!("batond answered something else than was asked: {other:?}")),
+        Err(failure) if failure.class == Class::Unreachable => {
+            return Ok(((), "batond does not answer: nothing is known of services".to_owned()));
+        }
+        Err(failure) => return Err(failure).context("cannot ask for the services"),
+    };
+    let kept = |service: &control::ServiceStatus| {
+        format!("{} keeps {} version {}", service.name, kind_name(service.schema_kind), service.schema_version)
+    };
+    let list: Vec<String> = status.services.iter().map(kept).collect();
+    Ok(((), if list.is_empty() { "none".to_owned() } else { list.join(", ") }))
+}
