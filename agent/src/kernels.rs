@@ -37,7 +37,7 @@ impl Instance {
     pub fn region(&self) -> Option<Range> {
         let range = |text: &str| {
             let (start, last) = text.split_once('-')?;
-            let hex = |text: &str| u64::from_str_radix(text.strip_prefix("0x")?, 16).ok();
+            let hex = |text: &str| u64::from_str_radix(text, 16).ok();
             Range::checked(hex(start)?, hex(last)?.checked_add(1)?)
         };
         self.ranges.split(',').filter_map(range).max_by_key(|range| range.len())
@@ -148,7 +148,7 @@ mod tests {
     fn rows_are_read_and_rubbish_is_not() {
         let text = "id name state cpus bytes ranges image\n\
                     0 self serving 0-2 0 - 6.12.107+deb13-cloud-amd64\n\
-                    3 update booting 3 536870912 0x60000000-0x7fffffff vmlinuz 7.3\n";
+                    3 update booting 3 536870912 60000000-7fffffff,8000-8fff vmlinuz 7.3\n";
         let rows = parse_instances(text).unwrap();
         assert_eq!(rows[0].cpus, [0, 1, 2]);
         assert_eq!((rows[1].id, rows[1].image.as_str()), (3, "vmlinuz 7.3"));

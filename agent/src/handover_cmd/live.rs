@@ -2,6 +2,8 @@
 //! is starting, and the arenas' first pages. Read-only, through the module; batond need not answer.
 
 use std::fs;
+use std::io::Read;
+use std::path::Path;
 
 use anyhow::{Context, Result};
 use kexec_core::cmdline::control_block_of;
@@ -13,7 +15,7 @@ use state_schemas::control_block::{self, HANDOVER};
 use state_schemas::latest::handover_record::HandoverRecord;
 use state_schemas::shared::SharedMemory;
 
-use super::show::{self, Piece};
+use super::show::{self, INPUT_LIMIT, Piece};
 use crate::kernels;
 use crate::outcome::Failure;
 
@@ -27,7 +29,7 @@ pub fn pieces() -> Result<Vec<Piece>> {
     let begun = kernels::list()?.instances.iter().find(|row| row.id != 0).and_then(|row| Some(row.region()?.start()));
     let blocks: Vec<(&str, u64)> =
         own.into_iter().chain(begun.map(|base| ("the successor's control block", base))).collect();
-    let mut pieces = super::kho(KHO.as_ref())?;
+    let mut pieces = kho(Path::new(KHO));
     if blocks.is_empty() && pieces.is_empty() {
         return Err(Failure::precondition(
             "the firmware booted this kernel, and no update is under way: nothing is handed over here",
@@ -62,6 +64,31 @@ fn copy(device: &Device, range: Range) -> Result<Vec<u8>> {
     let mut bytes = vec![0; usize::try_from(range.len())?];
     memory.read(0, &mut bytes);
     Ok(bytes)
+}
+
+/// What the kernel says that it was handed (`in`), and what it would hand to a kernel that it starts itself (`out`).
+fn kho(folder: &Path) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    for way in ["in", "out"] {
+        let folder = folder.join(way);
+        if let Some((at, bytes)) = content(&folder.join("fdt")) {
+            pieces.push(show::device_tree(&at, &bytes));
+        }
+        let Ok(blobs) = fs::read_dir(folder.join("sub_fdts")) else { continue };
+        let mut paths: Vec<_> = blobs.flatten().map(|entry| entry.path()).collect();
+        paths.sort();
+        for path in paths {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            pieces.extend(content(&path).map(|(at, bytes)| show::blob(&name, &at, &bytes)));
+        }
+    }
+    pieces
+}
+
+fn content(path: &Path) -> Option<(String, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    fs::File::open(path).ok()?.take(INPUT_LIMIT).read_to_end(&mut bytes).ok()?;
+    Some((path.display().to_string(), bytes))
 }
 
 /// The first page of each arena that the record names and that this kernel may look at.

@@ -105,6 +105,17 @@ mod tests {
             value,
             problem: Some("a lie".to_owned()),
         });
-        insta::assert_snapshot!(piece, @"");
+        insta::assert_snapshot!(piece, @r"
+        handover record (file)
+          NOT CREDIBLE: a lie
+          mac                  52:54:00:01:02:ff
+          none                 none
+          region               0x20000000+0x10000000 (256 MiB)
+          services
+            -
+              arenas               none
+              name                 k\u{1b}v
+              schema_kind          KVST
+        ");
     }
 }

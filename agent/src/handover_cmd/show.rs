@@ -4,6 +4,8 @@
 use std::cell::RefCell;
 
 use handover::channel::{Channel, ChannelError, Side};
+use handover::kho::v4::metadata;
+use handover::kho::{Metadata, Outline, Subtree};
 use handover::machine::{JOURNAL_VERSION, JournalLine};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -18,6 +20,8 @@ use state_schemas::{Payload, PayloadError};
 
 /// Most that is read of a file: nothing of ours is longer, but an arena, whose first page says all that is shown.
 pub const INPUT_LIMIT: u64 = 16 << 20;
+/// First bytes of a flattened device tree (Devicetree Specification, 5.2).
+const DEVICE_TREE: [u8; 4] = [0xd0, 0x0d, 0xfe, 0xed];
 /// Most messages that are shown of a ring: as many as fit in.
 const MESSAGES: usize = 4096;
 
@@ -66,6 +70,9 @@ pub fn pieces(at: &str, bytes: &[u8], total: u64) -> Result<Vec<Piece>, ShowErro
     }
     if word(bytes, words::MAGIC_AT) == Some(words::MAGIC) {
         return Ok(control(at, bytes));
+    }
+    if bytes.starts_with(&DEVICE_TREE) {
+        return Ok(vec![device_tree(at, bytes)]);
     }
     if bytes.first() == Some(&b'{')
         && let Ok(text) = std::str::from_utf8(bytes)
@@ -276,6 +283,37 @@ impl SharedMemory for Dump {
     }
 }
 
+/// KHO's root. What it points at can be shown only where that memory can be read.
+pub(super) fn device_tree(at: &str, bytes: &[u8]) -> Piece {
+    let read = Outline::read(bytes);
+    let value = read.as_ref().map_or(Value::Null, |outline| {
+        let outline = outline.alleged();
+        let blob = |tree: &Subtree| json!({ "name": tree.name, "blob": plain(&tree.blob) });
+        json!({
+            "version": outline.abi.compatible(),
+            "bytes": outline.len,
+            "preserved_pages_at": format!("{:#x}", outline.tree_root),
+            "blobs": outline.subtrees.iter().map(blob).collect::<Vec<_>>(),
+        })
+    });
+    let problem = read.err().map(|error| chain(&error));
+    Piece { format: "KHO device tree".to_owned(), at: at.to_owned(), value, problem }
+}
+
+/// A blob that a kernel was handed under this name.
+pub(super) fn blob(name: &str, at: &str, bytes: &[u8]) -> Piece {
+    let (format, at) = ("KHO blob".to_owned(), at.to_owned());
+    if name == metadata::NAME {
+        let read = Metadata::from_bytes(bytes);
+        let value = read.as_ref().map_or(Value::Null, |metadata| {
+            json!({ "name": name, "previous_release": metadata.previous_release, "kexec_count": metadata.kexec_count })
+        });
+        return Piece { format, at, value, problem: read.err().map(|error| chain(&error)) };
+    }
+    let start: String = bytes.iter().take(32).map(|byte| format!("{byte:02x}")).collect();
+    Piece { format, at, value: json!({ "name": name, "bytes": bytes.len(), "start": start }), problem: None }
+}
+
 /// An update's journal, or any report: a JSON object, or one a line.
 fn lines(at: &str, text: &str) -> Vec<Piece> {
     let piece = |format: &str, at: String, value, problem| Piece { format: format.to_owned(), at, value, problem };
@@ -350,6 +388,7 @@ mod tests {
         broken[100] ^= 1;
         assert!(problem(&broken).contains("the frame's CRC is"), "{}", problem(&broken));
         assert!(problem(&RECORD[..50]).contains("50 are there"));
+        assert!(problem(b"\xd0\x0d\xfe\xed").contains("4 bytes are too few"), "{}", problem(b"\xd0\x0d\xfe\xed"));
         assert!(problem(b"BATONAR\0").contains("at least 4096 bytes"));
         assert!(problem(b"{\"journal_version\":1}").contains("no line of a journal"));
         assert!(problem(&block()[..0x3000]).contains("of 1048576 bytes"));
@@ -361,7 +400,7 @@ mod tests {
     proptest! {
         #[test]
         fn never_panics(
-            start in prop::sample::select(vec![&b"BATONMSG"[..], b"BATONAR\0", b"{", b""]),
+            start in prop::sample::select(vec![&b"BATONMSG"[..], b"BATONAR\0", b"{", b"\xd0\x0d\xfe\xed", b""]),
             rest in prop::collection::vec(any::<u8>(), 0..5000),
         ) {
             let _ = pieces("any", &[start, &rest].concat(), rest.len() as u64);

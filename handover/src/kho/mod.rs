@@ -29,6 +29,7 @@ mod extents;
 mod incoming;
 mod memory;
 mod outgoing;
+mod outline;
 mod room;
 pub mod v4;
 
@@ -37,5 +38,6 @@ pub use error::{IncomingError, OutgoingError, ReadError};
 pub use incoming::{Handed, Incoming, Limits, Machine, Run, Subtree};
 pub use memory::{Memory, OutOfReach, PAGE, Segments};
 pub use outgoing::{Outgoing, Written};
+pub use outline::Outline;
 pub use v4::metadata::Metadata;
 pub use v4::vmalloc::Vmalloc;

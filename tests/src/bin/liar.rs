@@ -80,6 +80,8 @@ fn main() -> Result<()> {
         other => bail!("no lie is called {other:?}"),
     }
     println!("lied: {lie}");
+    // While it is mapped, the incumbent could not give it back.
+    drop(control);
     if let Some((page, at, truth)) = undo {
         wait_for(|row| row.is_none())?;
         page.store(at, truth);
