@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * Every difference between the kernels that baton.ko builds for, and nowhere else. A feature is tested by its macro
- * where it has one, so that backports need no list of versions.
+ * Every difference between the kernels that baton.ko builds for. A feature is tested by its macro, for backports.
  */
 #ifndef _BATON_COMPAT_H
 #define _BATON_COMPAT_H
@@ -9,10 +8,15 @@
 #include <linux/gfp.h>
 
 /* The third argument of alloc_contig_range(): a migrate type until 6.16 or so, a set of flags since. */
-#ifdef ACR_FLAGS_NONE
-#define COMPAT_ACR_NONE ACR_FLAGS_NONE
+#ifndef ACR_FLAGS_NONE
+#define ACR_FLAGS_NONE MIGRATE_MOVABLE
+#endif
+
+/* A kernel of before 7.0 has no kexec handover whose pages this could restore. */
+#if __has_include(<linux/kho/abi/kexec_handover.h>)
+#include <linux/kexec_handover.h>
 #else
-#define COMPAT_ACR_NONE MIGRATE_MOVABLE
+#define kho_restore_pages(phys, nr_pages) NULL
 #endif
 
 #endif

@@ -80,7 +80,7 @@ static int take_alloc(u64 start, u64 len)
 		int ret = fatal_signal_pending(current) ? -EINTR : 0;
 
 		next = min3(end, ALIGN_DOWN(pfn, CHUNK_PAGES) + CHUNK_PAGES, zone_end_pfn(page_zone(pfn_to_page(pfn))));
-		ret = ret ?: alloc_contig_range(pfn, next, COMPAT_ACR_NONE, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN);
+		ret = ret ?: alloc_contig_range(pfn, next, ACR_FLAGS_NONE, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN);
 		if (ret) {
 			give_back_pages(start, PFN_PHYS(pfn) - start);
 			return ret;
@@ -95,12 +95,20 @@ static int take_outside(u64 start, u64 len)
 	return ram_bytes(start, len) ? -EEXIST : 0;
 }
 
-static bool all_reserved(u64 start, u64 len)
+/*
+ * Reserved at boot. Or preserved by KHO, which marks the private word of each piece (kernel/liveupdate/kexec_handover.c):
+ * just this range, divided as kho_preserve_pages() does it. kho_restore_pages() warns at others, and stops half-way.
+ */
+#define KHO_MARK(order) (0x4b484f50ull << 32 | (order))
+static bool all_kept(u64 start, u64 len, bool by_kho)
 {
-	for_each_pfn(pfn, start, len) {
+	unsigned long end = PHYS_PFN(start + len), order;
+
+	for (unsigned long pfn = PHYS_PFN(start); pfn < end; pfn += 1UL << order) {
 		struct page *page = pfn_to_online_page(pfn);
 
-		if (!page || !PageReserved(page))
+		order = by_kho ? min_t(int, __ffs(pfn | BIT(63)), ilog2(end - pfn)) : 0;
+		if (!page || (by_kho ? page_private(page) != KHO_MARK(order) : !PageReserved(page)))
 			return false;
 	}
 	return true;
@@ -113,7 +121,11 @@ static bool all_reserved(u64 start, u64 len)
  */
 static int take_reserved(u64 start, u64 len)
 {
-	if (ram_bytes(start, len) != len || !all_reserved(start, len))
+	if (ram_bytes(start, len) != len)
+		return -EINVAL;
+	if (all_kept(start, len, true))
+		return kho_restore_pages(start, PHYS_PFN(len)) ? 0 : -EINVAL;
+	if (!all_kept(start, len, false))
 		return -EINVAL;
 	for_each_pfn(pfn, start, len) {
 		struct page *page = pfn_to_page(pfn);
@@ -129,7 +141,7 @@ static int take_borrow(u64 start, u64 len)
 {
 	if (start + len > SZ_1M)
 		return -ERANGE;
-	return all_reserved(start, len) ? 0 : -EINVAL;
+	return all_kept(start, len, false) ? 0 : -EINVAL;
 }
 
 static int (* const ways[])(u64 start, u64 len) = {

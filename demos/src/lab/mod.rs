@@ -12,6 +12,7 @@ pub mod guest_programs;
 pub mod host;
 pub mod incumbent;
 pub mod inside;
+pub mod kho_kernel;
 pub mod kmod;
 pub mod machine;
 pub mod net;
@@ -71,6 +72,13 @@ impl Lab {
     #[must_use]
     pub fn tree(&self) -> &Tree {
         &self.tree
+    }
+
+    /// The kernel with kexec handover, built now if it is not there; from then on, machines have it in their `/boot`.
+    pub fn kernel_with_kho(&mut self) -> Result<Kernel> {
+        let kernel = kho_kernel::add_to(&mut self.tree, self.progress)?;
+        kmod::module_for(&self.tree, &kernel, self.progress)?;
+        Ok(kernel)
     }
 
     /// Where this lab shows what it does.

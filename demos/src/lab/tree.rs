@@ -112,6 +112,18 @@ impl Tree {
         Ok(Some(Self { root: place.join("tree"), key, kernels: manifest.kernels }))
     }
 
+    /// A tree that is no lab's: without kernels, for building one.
+    pub(super) fn elsewhere(root: PathBuf) -> Self {
+        Self { root, key: String::new(), kernels: Vec::new() }
+    }
+
+    /// From now on one of its kernels; a kernel that it has already is not listed twice.
+    pub(super) fn adopt(&mut self, kernel: Kernel) {
+        if !self.kernels.contains(&kernel) {
+            self.kernels.push(kernel);
+        }
+    }
+
     /// Its folder.
     #[must_use]
     pub fn root(&self) -> &Path {
@@ -124,7 +136,7 @@ impl Tree {
         &self.key
     }
 
-    /// The kernels: trixie's first, then the one from backports.
+    /// The kernels: trixie's first, then the one from backports, then those that the lab built.
     #[must_use]
     pub fn kernels(&self) -> &[Kernel] {
         &self.kernels
@@ -187,7 +199,9 @@ fn build(place: &Path, task: &Task) -> Result<()> {
         let fetch = scope.spawn(|| {
             kernels.iter().try_for_each(|kernel| apt.unpack_kernel(kernel, &downloads.join(&kernel.release)))
         });
-        install(&tree, &mirror, &kernels, task)?;
+        let headers = kernels.iter().map(|k| format!("linux-headers-{}", k.release));
+        let packages: Vec<String> = PACKAGES.iter().map(|p| (*p).to_owned()).chain(headers).collect();
+        install(&tree, &mirror, &packages, task)?;
         task.step("unpacking kernels");
         fetch.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     })?;
@@ -209,14 +223,12 @@ fn build(place: &Path, task: &Task) -> Result<()> {
     work.publish()
 }
 
-/// The tree itself, by mmdebstrap in namespaces of its own: its mounts cannot be left behind, and no part of it outlives us.
-fn install(tree: &Path, mirror: &str, kernels: &[Kernel], task: &Task) -> Result<()> {
-    let headers = kernels.iter().map(|k| format!("linux-headers-{}", k.release));
-    let include: Vec<String> = PACKAGES.iter().map(|p| (*p).to_owned()).chain(headers).collect();
+/// A tree of packages, by mmdebstrap in namespaces of its own: its mounts cannot be left behind, and no part of it outlives us.
+pub(super) fn install(tree: &Path, mirror: &str, packages: &[String], task: &Task) -> Result<()> {
     let mut command = host::leashed("unshare");
     command.args(["--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "--", "mmdebstrap"]);
     command.args(["--mode=root", "--variant=apt", "--format=directory", "--architectures=amd64"]);
-    command.arg(format!("--include={}", include.join(",")));
+    command.arg(format!("--include={}", packages.join(",")));
     command.args([
         "--aptopt=Acquire::Languages \"none\"",
         "--aptopt=APT::Install-Recommends \"false\"",

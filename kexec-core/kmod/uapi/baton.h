@@ -86,8 +86,9 @@ enum baton_state {
  * BATON_IOC_MEM_TAKE: make [start, start + len) a memory object. Page-aligned. How it is got:
  *   ALLOC     out of this kernel's allocator, at exactly this place, moving what can be moved (EBUSY if not).
  *   OUTSIDE   memory that is no System RAM of this kernel (a control block, memmap= at boot); EEXIST otherwise.
- *   RESERVED  e820 RAM that was reserved at boot (struct pages exist, PageReserved): it becomes ordinary allocated
- *             memory, counted in MemTotal. EINVAL if any page there is not reserved or has no struct page.
+ *   RESERVED  e820 RAM that was reserved at boot (struct pages exist, PageReserved), or that KHO preserved as exactly
+ *             this range: it becomes ordinary allocated memory, counted in MemTotal. EINVAL if any page there is
+ *             neither, or has no struct page.
  *   BORROW    RAM below 1 MiB, which Linux reserves at boot and leaves alone (the SIPI page). It stays reserved.
  *             ERANGE above 1 MiB, EINVAL where a page is not reserved.
  * BATON_IOC_MEM_GIVE_BACK: the same range, whole: to the allocator (ALLOC, RESERVED), or just forgotten
