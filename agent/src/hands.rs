@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use handover::error::{Blame, Cause, Sort};
+use handover::kho::{Abi, Written};
 use handover::machine::Event;
 use handover::plan::Cpu;
 use handover::undo::Effect;
@@ -33,6 +34,7 @@ use zerocopy::IntoBytes;
 use crate::birth::phys;
 use crate::facts::managed_memory;
 use crate::kernel::{Kernel, Order};
+use crate::kho;
 use crate::line::{Incumbent, Line, Unanswered};
 use crate::net::Held;
 use crate::outcome::Failure;
@@ -367,6 +369,8 @@ impl<'k> Hands<'k> {
         let image = BzImage::parse(&self.plan.image)?;
         let division = &site.division;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
+        let mut record = self.record(site, info.tsc_khz);
+        let handover = self.plan.kho.map(|abi| self.hand_over(abi, site, &image, &mut record)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
             image: &image,
             initrd: &self.plan.initrd,
@@ -383,15 +387,18 @@ impl<'k> Hands<'k> {
                 .get_extended_processor_and_feature_identifiers()
                 .is_some_and(|features| features.has_1gib_pages()),
             tsc_khz: info.tsc_khz,
-            extra_setup_data: Vec::new(),
+            kho: handover.as_ref().map(Written::setup_data),
         })?;
         let region = self.device.map(site.region, Access::ReadWrite)?;
         let low = site.low.iter().map(|(page, mapping)| Mapped { range: *page, memory: mapping });
         placement.write(&low.chain([Mapped { range: site.region, memory: &region }]).collect::<Vec<_>>())?;
+        for (at, bytes) in handover.iter().flat_map(|written| written.segments.iter()) {
+            region.write(at - site.region.start(), bytes);
+        }
         // Nothing is given back that is still mapped.
         drop(region);
         let control = self.device.map(placement.control_block, Access::ReadWrite)?;
-        let frame = self.record(site, info.tsc_khz).to_frame(self.plan.record_version)?;
+        let frame = record.to_frame(self.plan.record_version)?;
         if frame.len() as u64 > control_block::HANDOVER.size {
             bail!("the handover record has {} bytes, {} fit", frame.len(), control_block::HANDOVER.size);
         }
@@ -402,6 +409,22 @@ impl<'k> Hands<'k> {
         self.device.update_instance(site.instance, State::Loaded, None)?;
         self.placed = Some(Placed { boot: placement.boot, park: placement.park, root, line });
         Ok(())
+    }
+
+    /// What a kernel with KHO is told of the memory that it must keep, and where the record says that it is.
+    fn hand_over(
+        &self,
+        abi: Abi,
+        site: &Site,
+        image: &BzImage<'_>,
+        record: &mut record::HandoverRecord,
+    ) -> Result<Written> {
+        let known = site.region.len() + site.division.reserved_in_successor().total();
+        let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
+        let written = kho::write(abi, places, record)?;
+        record.kho = Some(kho::places_of(abi, places, &written));
+        tracing::info!(abi = abi.compatible(), scratch = %places.scratch, "kexec handover for the successor");
+        Ok(written)
     }
 
     /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.

@@ -13,6 +13,7 @@ pub mod init;
 pub mod initrd;
 pub mod kernel;
 pub mod kernels;
+pub mod kho;
 pub mod line;
 pub mod mkinitrd;
 pub mod net;

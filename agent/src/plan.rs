@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
+use handover::kho::Abi;
 use kexec_core::cpus::{CpuFacts, Move, choose_spare, order_of_moves, parse_cpu_list};
 use kexec_core::device::{Device, DeviceError, InfoFlags};
 use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
@@ -17,6 +18,7 @@ use crate::control::{Finding, Upgrade};
 use crate::facts::{Facts, managed_memory};
 use crate::kernel::{Kernel, unusable};
 use crate::kernels;
+use crate::kho;
 use crate::mkinitrd;
 use crate::net::{Mac, parse_mac};
 use crate::outcome::{Class, Failure};
@@ -37,6 +39,8 @@ pub struct Plan {
     pub initrd: Vec<u8>,
     /// The operator's command line.
     pub cmdline: String,
+    /// The version of KHO that the image expects, if it was built with it.
+    pub kho: Option<Abi>,
     /// The CPU on which the successor boots.
     pub spare: CpuFacts,
     /// The others, in the order in which they follow.
@@ -107,7 +111,8 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let image = findings.check("image", read_image(kernel, &wish.kernel))?;
         let parsed = BzImage::parse(&image).ok()?;
         let release = parsed.release().to_owned();
-        findings.check("wakeup", wakeup(&parsed))?;
+        let looked = findings.check("wakeup", wakeup(&parsed))?;
+        let kho = findings.check("kexec handover", kho::spoken(looked.kho.as_deref(), &release))?;
         let initrd = findings.check("initrd", make_initrd(kernel, wish, &release));
         let cpus = findings.check("cpus", cpus(kernel, device))?;
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
@@ -117,10 +122,12 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
-        let region_len = findings.check("memory", memory(&parsed, initrd.len() as u64, asked, block_size))?;
+        let region_len =
+            findings.check("memory", memory(kernel, &parsed, initrd.len() as u64, asked, block_size, kho))?;
         let spare = spare?;
         Some(Plan {
-            cmdline: cmdline(kernel, wish),
+            cmdline: cmdline(kernel, wish, kho),
+            kho,
             moves: order_of_moves(&cpus, spare.cpu),
             facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
             nic: nic?,
@@ -186,7 +193,7 @@ fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
     Ok((bytes, found))
 }
 
-fn wakeup(image: &BzImage<'_>) -> Result<((), String)> {
+fn wakeup(image: &BzImage<'_>) -> Result<(KernelFacts, String)> {
     let facts = KernelFacts::of(image)
         .map_err(|e| Failure::precondition(format!("cannot look into the image: {e}"), "name an intact image"))?;
     if !facts.mailbox_reset_vector {
@@ -199,8 +206,7 @@ fn wakeup(image: &BzImage<'_>) -> Result<((), String)> {
         )
         .into());
     }
-    let kho = facts.kho.unwrap_or_else(|| "none".to_owned());
-    Ok(((), format!("ACPI mailbox with reset vector; KHO format: {kho}")))
+    Ok((facts, "ACPI mailbox with reset vector".to_owned()))
 }
 
 fn make_initrd(kernel: &Kernel, wish: &Upgrade, release: &str) -> Result<(Vec<u8>, String)> {
@@ -359,10 +365,24 @@ fn services(kernel: &Kernel) -> Result<((), String)> {
     Ok(((), format!("{} serving", services.len())))
 }
 
-fn memory(image: &BzImage<'_>, initrd: u64, asked: u64, block_size: u64) -> Result<(u64, String)> {
-    // The initrd is unpacked into RAM while it is still there.
-    let needed = smallest_region(image, initrd, RUNNING_ROOM + initrd, block_size);
+fn memory(
+    kernel: &Kernel,
+    image: &BzImage<'_>,
+    initrd: u64,
+    asked: u64,
+    block_size: u64,
+    kho: Option<Abi>,
+) -> Result<(u64, String)> {
     let region = asked.next_multiple_of(block_size);
+    // The initrd is unpacked into RAM while it is still there.
+    let mut room = RUNNING_ROOM + initrd;
+    if kho.is_some() {
+        // Its arenas, and around each of them and at each end of memory at most a block that is not whole.
+        let arenas: Vec<_> =
+            kernel.services.crossings().iter().map(|crossing| crossing.range.len() + 2 * block_size).collect();
+        room = room.max(kho::room_to_run(image, region + arenas.iter().sum::<u64>() + 4 * block_size));
+    }
+    let needed = smallest_region(image, initrd, room, block_size);
     if region < needed {
         return Err(Failure::precondition(
             format!(
@@ -398,7 +418,8 @@ fn available_memory() -> Result<u64> {
     Ok(system.available_memory())
 }
 
-fn cmdline(kernel: &Kernel, wish: &Upgrade) -> String {
+fn cmdline(kernel: &Kernel, wish: &Upgrade, kho: Option<Abi>) -> String {
     let asked = wish.cmdline.as_deref().unwrap_or_default();
-    format!("{} {asked}", kernel.config.update.cmdline).trim().to_owned()
+    let given = format!("{} {asked}", kernel.config.update.cmdline).trim().to_owned();
+    if kho.is_some() { kho::cmdline(given) } else { given }
 }

@@ -293,10 +293,7 @@ impl<'k> Heir<'k> {
                 }
             }
         }
-        let arenas: RangeSet =
-            record.arenas.iter().flat_map(|arena| arena.ranges.iter().map(|piece| range(*piece))).collect();
-        let fragments: RangeSet = record.grant.fragments.iter().map(|fragment| range(*fragment)).collect();
-        for free in fragments.subtract(&arenas).iter() {
+        for free in crate::kho::free_fragments(record).iter() {
             let released = self
                 .device
                 .take_memory(SELF, free, TakeMemory::Reserved)

@@ -17,7 +17,7 @@ use trampoline::{ParkArgs, SipiArgs, park_page, yield_page};
 use zerocopy::IntoBytes;
 
 use crate::acpi::{self, AcpiError, AcpiRequest, AcpiTables};
-use crate::boot_params::{BootParams, BootParamsError, E820Entry, SetupData};
+use crate::boot_params::{BootParams, BootParamsError, E820Entry, SETUP_KEXEC_KHO, SetupData};
 use crate::cmdline::{self, CmdlineError};
 use crate::image::BzImage;
 use crate::layout::{ENTRY_OFFSET, KERNEL_OFFSET, LOW_MEMORY_END, LowSlot, PAGE, REGION_ALIGN, REGION_MIN};
@@ -56,8 +56,12 @@ pub struct PlacementRequest<'a> {
     pub gigabyte_pages: bool,
     /// TSC frequency; 0: leave it to the kernel.
     pub tsc_khz: u32,
-    /// More setup_data, for instance KHO's node.
-    pub extra_setup_data: Vec<SetupData>,
+    /// For a kernel with KHO: the payload of its setup_data node. The kernel is then told by the handover what `reserved_ram`
+    /// is, and by nothing else. A `SETUP_INDIRECT` node beside it would only cost one of
+    /// [`MAX_RESERVATIONS`](crate::boot_params::MAX_RESERVATIONS): decompressor and early boot take memory from KHO's
+    /// scratch alone until the preserved pages are reserved (`process_kho_entries`, `memblock_set_kho_scratch_only`), and
+    /// who takes a page over there is decided by KHO's mark on it, not by `PageReserved`.
+    pub kho: Option<Vec<u8>>,
 }
 
 /// Bytes for one place.
@@ -220,8 +224,10 @@ impl<'a> Placement<'a> {
         })?;
 
         let e820 = e820(request, control_block)?;
-        let mut setup_data: Vec<SetupData> = request.reserved_ram.iter().map(SetupData::Reserve).collect();
-        setup_data.extend(request.extra_setup_data.iter().cloned());
+        let setup_data = match &request.kho {
+            Some(bytes) => vec![SetupData::Raw { kind: SETUP_KEXEC_KHO, bytes: bytes.clone() }],
+            None => request.reserved_ram.iter().map(SetupData::Reserve).collect(),
+        };
         let boot_params = BootParams {
             header: image.header_for_boot(),
             cmdline: at(control_block::CMDLINE).start(),
@@ -299,8 +305,8 @@ impl<'a> Placement<'a> {
     }
 }
 
-/// The image low in the region, the initrd at its end.
-fn place_images(image: &BzImage<'_>, initrd_len: u64, region: Range) -> Result<(Range, Range), PlacementError> {
+/// Where image and initrd will lie: the image low in the region, the initrd at its end.
+pub fn place_images(image: &BzImage<'_>, initrd_len: u64, region: Range) -> Result<(Range, Range), PlacementError> {
     let load = (region.start() + KERNEL_OFFSET).next_multiple_of(image.alignment());
     let offset = load - region.start();
     // Image files are bounded by MAX_IMAGE; an initrd is in our memory already. So these sums cannot wrap.

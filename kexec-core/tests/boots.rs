@@ -117,7 +117,7 @@ fn stock_kernels_boot_from_a_placement_alone() {
             identity: RangeSet::new(),
             gigabyte_pages: false,
             tsc_khz: 1_000_000,
-            extra_setup_data: vec![],
+            kho: None,
         })
         .unwrap();
         let folder = tempfile::tempdir().unwrap();

@@ -30,7 +30,7 @@ fn request<'a>(image: &'a BzImage<'a>, region: Range, initrd: &'a [u8]) -> Place
         identity: RangeSet::new(),
         gigabyte_pages: false,
         tsc_khz: 2_000_000,
-        extra_setup_data: vec![],
+        kho: None,
     }
 }
 
