@@ -422,7 +422,8 @@ impl<'k> Hands<'k> {
         let known = site.region.len() + site.division.reserved_in_successor().total();
         let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
         let written = kho::write(abi, places, record)?;
-        record.kho = Some(kho::places_of(abi, places, &written));
+        // An older agent over there finds it by the kernel alone.
+        record.kho = (self.plan.record_version >= 2).then(|| kho::places_of(abi, places, &written));
         tracing::info!(abi = abi.compatible(), scratch = %places.scratch, "kexec handover for the successor");
         Ok(written)
     }
