@@ -1,0 +1,3 @@
+//! What the fuzz targets call, and `cargo test` with it.
+
+pub mod entry;

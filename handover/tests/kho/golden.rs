@@ -1,0 +1,79 @@
+//! The bytes of each released version. The files under `golden/` are never edited: what this program writes must be the
+//! same, and what stands there must still be read, to the same meaning. What they say is the kernel's, not ours: it
+//! cannot change without a new name.
+//!
+//! `BATON_GOLDEN=write` writes files that do not exist yet. It does not touch those that do.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+
+use handover::kho::{Handed, Incoming, Limits, Machine, Metadata, Segments};
+use handover::luo::{Memfd, Orchestration};
+
+use crate::entry::BASE;
+use crate::round_trip::range;
+use crate::sample::{Sample, bytes, sample};
+
+/// Writes what is missing, if that is asked for.
+pub fn kept(file: &str, bytes: &[u8]) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    if !path.exists() && std::env::var_os("BATON_GOLDEN").is_some_and(|value| value == "write") {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, bytes).unwrap();
+    }
+    fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Lines of 16 bytes; those of zeros are left out.
+fn dump(bytes: &[u8]) -> String {
+    let mut text = String::from("kho-v4 with luo-v5 and memfd-v2. address: bytes; lines of zeros are left out.\n");
+    for (line, bytes) in bytes.chunks(16).enumerate().filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0)) {
+        write!(text, "{:08x}:", BASE + 16 * line as u64).unwrap();
+        bytes.iter().for_each(|byte| write!(text, " {byte:02x}").unwrap());
+        text.push('\n');
+    }
+    text
+}
+
+fn undump(text: &str) -> Segments {
+    let line = |line: &str| {
+        let (at, bytes) = line.split_once(": ").unwrap();
+        let bytes = bytes.split(' ').map(|byte| u8::from_str_radix(byte, 16).unwrap()).collect::<Vec<_>>();
+        (u64::from_str_radix(at, 16).unwrap(), bytes)
+    };
+    let mut memory = vec![0; bytes(&sample().written).len()];
+    for (at, bytes) in text.lines().skip(1).map(line) {
+        memory[(at - BASE) as usize..][..16].copy_from_slice(&bytes);
+    }
+    Segments::new([(BASE, memory)])
+}
+
+#[test]
+fn the_bytes_of_kho_v4() {
+    let Sample { written, memfd, luo, content } = sample();
+    let text = dump(&bytes(&written));
+    let golden = String::from_utf8(kept("golden/kho-v4.txt", text.as_bytes())).unwrap();
+    for (today, then) in text.lines().zip(golden.lines()) {
+        assert_eq!(today, then, "a released version may not change");
+    }
+    assert_eq!(text.len(), golden.len());
+
+    // Old bytes, read by today's code.
+    let memory = undump(&golden);
+    let limits = Limits::default();
+    let setup_data = [
+        0x00, 0x00, 0x10, 0x40, 0, 0, 0, 0, 0x00, 0x10, 0, 0, 0, 0, 0, 0, // FDT at 0x40100000, 4096 bytes
+        0x00, 0x10, 0x10, 0x40, 0, 0, 0, 0, 0x20, 0x00, 0, 0, 0, 0, 0, 0, // scratch list at 0x40101000, 32 bytes
+    ];
+    assert_eq!(written.setup_data(), setup_data);
+    let handed = Handed::from_setup_data(&setup_data).unwrap();
+    let machine = Machine { ram: vec![range(1 << 20, 1 << 36)] };
+    let incoming = Incoming::read(&memory, handed, &limits).unwrap().check(&machine).unwrap();
+    let metadata = Metadata { previous_release: "6.12.95-amd64".to_owned(), kexec_count: 3 };
+    assert_eq!(incoming.metadata(&memory, &limits).unwrap(), Some(metadata));
+    assert_eq!(incoming.blob(&memory, "our", &limits).unwrap().unwrap(), b"a blob of ours");
+    let read = Orchestration::read(&memory, &incoming, &limits).unwrap().unwrap().check(&incoming).unwrap();
+    assert_eq!(read, luo);
+    assert_eq!(Memfd::read(&memory, &incoming, memfd, &limits).unwrap().check(&()).unwrap(), content);
+}
