@@ -66,6 +66,8 @@ pub struct Crossing {
 #[derive(Debug, Default)]
 pub struct Services {
     slots: Mutex<BTreeMap<String, Slot>>,
+    /// Kind and version of what each service of the predecessor kept.
+    left: Mutex<BTreeMap<String, (u32, u32)>>,
     changed: Condvar,
 }
 
@@ -78,6 +80,24 @@ impl Services {
     /// An arena that came from the predecessor waits for its service here.
     pub fn expect(&self, name: &str, arena: Arena) {
         self.lock().entry(name.to_owned()).or_default().arena = Some(arena);
+    }
+
+    /// What the predecessor's service of this name kept, as the handover record says. Whoever comes for it must read it.
+    pub fn expect_content(&self, name: &str, kind: u32, version: u32) {
+        let mut left = self.left.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        left.insert(name.to_owned(), (kind, version));
+    }
+
+    fn understands(&self, hello: &Hello) -> Result<()> {
+        let left = self.left.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match left.get(&hello.name) {
+            Some(&(kind, version)) if kind != hello.schema_kind || version > hello.schema_version => bail!(
+                "it reads kind {:#x} up to version {}, and was left kind {kind:#x} version {version}",
+                hello.schema_kind,
+                hello.schema_version
+            ),
+            _ => Ok(()),
+        }
     }
 
     /// Takes a service in: greeting, arena (made by `allocate` when there is none yet), readiness; then tells it to serve
@@ -114,6 +134,7 @@ impl Services {
         allocate: impl FnOnce(u64) -> Result<Arena>,
     ) -> Result<AgentEnd> {
         let hello = end.hello().clone();
+        self.understands(&hello)?;
         let name = hello.name;
         {
             let mut slots = self.lock();
@@ -295,4 +316,21 @@ fn expect_report<T>(
     let report = end.report(patience)?;
     let shown = format!("{report:?}");
     answer(report).with_context(|| format!("it was told {what} and answered {shown}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_must_read_what_it_was_left() {
+        let services = Services::default();
+        services.expect_content("kv", 7, 2);
+        let reads = |kind, version| services.understands(&Hello::new("kv", kind, version, 0));
+        assert!(reads(7, 2).is_ok() && reads(7, 3).is_ok());
+        let older = reads(7, 1).unwrap_err().to_string();
+        assert_eq!(older, "it reads kind 0x7 up to version 1, and was left kind 0x7 version 2");
+        assert!(reads(8, 2).is_err());
+        assert!(services.understands(&Hello::new("new", 8, 1, 0)).is_ok());
+    }
 }

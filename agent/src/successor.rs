@@ -325,6 +325,7 @@ fn set_clock(birth: &Birth) -> Result<()> {
 /// The arenas become memory of this kernel's, with their content, and wait for their services.
 fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> {
     for service in &birth.record.services {
+        kernel.services.expect_content(&service.name, service.schema_kind, service.schema_version);
         let [id] = service.arenas[..] else {
             bail!("service {} has {} arenas, this agent gives it one", service.name, service.arenas.len());
         };
