@@ -5,11 +5,12 @@
 use agent::outcome::Class;
 use anyhow::{Context, Result, bail, ensure};
 use baton_tests::clients::Clients;
-use baton_tests::refusal::{assert_refused, baton};
+use baton_tests::refusal::{assert_refused, baton, said};
 use baton_tests::snapshot::{self, assert_untouched};
 use baton_tests::{NEW, OLD, console, kernel, lab, open};
 use demos::lab::guest_programs;
 use demos::story::stage::{Shape, Upgraded};
+use serde_json::Value;
 use std::time::Duration;
 
 /// The lie (see `liar`), and what must be said of it.
@@ -44,17 +45,21 @@ fn each_lie_is_refused_before_the_freeze_and_the_incumbent_goes_on() -> Result<(
     let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
     // From here on the agent has what memory it keeps for such work.
     ensure!(baton(&guest, &["check", "--kernel", &image])?.success());
+    let nothing = baton(&guest, &["handover", "show", "--live"])?;
+    assert_refused("nothing is handed over yet", &nothing, Class::Precondition, &["the firmware booted this kernel"])?;
+    let pair = baton(&guest, &["handover", "check", "--kernel", &image])?;
+    ensure!(pair.success() && said(&pair).contains("reads handover record version 2"), "{}", said(&pair));
     let mut before = snapshot::of(stage)?;
 
     let line = format!("console=ttyS{},115200 printk.devkmsg=on panic=0", 1 - stage.serving);
     let script = "/tmp/liar $1 > /tmp/lied 2>&1 & baton upgrade --kernel $2 --cmdline \"$3\"; code=$?; wait; cat /tmp/lied; exit $code";
-    for (lie, said) in LIES {
+    for (lie, words) in LIES {
         let began = std::time::Instant::now();
         let ran =
             guest.command(&["sh", "-c", script, "sh", lie, &image, &line]).timeout(Duration::from_secs(300)).run()?;
         let told = || stage.machine.logs(40);
         ensure!(ran.text().contains(&format!("lied: {lie}")), "{lie} was not told: {}\n{}", ran.text(), told());
-        assert_refused(lie, &ran, Class::RolledBack, said).map_err(|why| why.context(told()))?;
+        assert_refused(lie, &ran, Class::RolledBack, words).map_err(|why| why.context(told()))?;
         // Nobody was frozen: the phases of the cutover never came.
         let progress = String::from_utf8_lossy(&ran.stderr).into_owned();
         ensure!(!progress.contains("cutover"), "{lie} was found in the cutover: {progress}");
@@ -69,6 +74,15 @@ fn each_lie_is_refused_before_the_freeze_and_the_incumbent_goes_on() -> Result<(
         Upgraded::Drained(_) => {}
         Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
     }
+    let live = baton(&stage.guest(), &["handover", "show", "--live", "--json"])?;
+    let shown: Value = serde_json::from_slice(&live.stdout).with_context(|| said(&live))?;
+    ensure!(live.success(), "what was handed over is not credible: {shown:#}");
+    let formats =
+        shown["pieces"].as_array().into_iter().flatten().map(|piece| piece["format"].as_str().unwrap_or_default());
+    assert_eq!(formats.collect::<Vec<_>>(), ["control block", "handover record", "arena"]);
+    let record = &shown["pieces"][1]["value"]["payload"];
+    assert_eq!(record["incumbent"]["release"].as_str(), Some(kernel(OLD).release.as_str()));
+    assert_eq!(shown["pieces"][2]["value"]["name"], record["services"][0]["name"]);
     clients.await_more(20)?;
     let report = clients.finish()?;
     ensure!(report.is_clean(), "{report:?}");
