@@ -7,7 +7,9 @@
 use std::cell::Cell;
 
 use handover::kho::abi::Expected;
-use handover::kho::{Abi, Handed, Incoming, Limits, Machine, Memory, OutOfReach, PAGE, Run, Segments, Subtree};
+use handover::kho::{
+    Abi, Handed, Incoming, Limits, Machine, Memory, OutOfReach, Outline, PAGE, ReadError, Run, Segments, Subtree,
+};
 use handover::luo::{Memfd, Orchestration};
 use state_schemas::handover_record::PhysRange;
 
@@ -139,8 +141,14 @@ fn memfd(memory: &Counting, incoming: &Incoming, data: u64) -> bool {
 /// An FDT alone.
 pub fn fdt(input: &[u8]) {
     let mut bytes = input[..input.len().min(PAGE as usize)].to_vec();
+    let outline = Outline::read(&bytes).is_ok();
     bytes.resize((2 * PAGE) as usize, 0);
+    let memory = counting(bytes.clone());
     kho_in(bytes);
+    // What can be read by itself can be read where it lies.
+    if outline {
+        assert!(!matches!(Incoming::read(&memory, HANDED, &LIMITS), Err(ReadError::Fdt { .. })));
+    }
 }
 
 /// A kernel's image.

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use handover::kho::{Handed, Incoming, Limits, Machine, Metadata, Segments};
+use handover::kho::{Abi, Handed, Incoming, Limits, Machine, Metadata, Outline, Segments};
 use handover::luo::{Memfd, Orchestration};
 
 use crate::entry::BASE;
@@ -76,4 +76,25 @@ fn the_bytes_of_kho_v4() {
     let read = Orchestration::read(&memory, &incoming, &limits).unwrap().unwrap().check(&incoming).unwrap();
     assert_eq!(read, luo);
     assert_eq!(Memfd::read(&memory, &incoming, memfd, &limits).unwrap().check(&()).unwrap(), content);
+}
+
+/// What libfdt makes of the calls of `kho_out_fdt_setup` and `kho_add_subtree`: sub-nodes from last to first, each
+/// property before those that were set earlier. Made once, with the libfdt of Linux 7.3.
+#[test]
+fn an_fdt_by_the_kernels_libfdt_is_read() {
+    let bytes = kept("golden/fdt-by-libfdt.dtb", &[]);
+    let mut page = bytes.clone();
+    page.resize(4096, 0xaa); // whatever else is in its page
+    for bytes in [&bytes, &page] {
+        let outline = Outline::read(bytes).unwrap();
+        let found = outline.alleged();
+        assert_eq!((found.abi, found.tree_root, found.len), (Abi::V4, 0x1234_5000, bytes_of(&bytes[4..8])));
+        let blobs: Vec<_> = found.subtrees.iter().map(|subtree| (subtree.name.as_str(), subtree.blob)).collect();
+        let (test, luo, metadata) = (range(0x10_3000, 500), range(0x10_2000, 32), range(0x10_1000, 73));
+        assert_eq!(blobs, [("kho_test", test), ("LUO", luo), ("kexec-metadata", metadata)]);
+    }
+}
+
+fn bytes_of(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0, |sum, byte| sum << 8 | u64::from(*byte))
 }

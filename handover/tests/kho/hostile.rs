@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use handover::kho::{Handed, Incoming, IncomingError, PAGE, ReadError, Segments};
+use handover::kho::{Handed, Incoming, IncomingError, Limits, PAGE, ReadError, Segments};
 use handover::luo::{LuoError, Memfd, Orchestration};
 use proptest::prelude::*;
 
@@ -215,6 +215,8 @@ fn lies_in_the_tree() {
         half.put(leaf + 8 * i, 0x5555_5555_5555_5555);
     }
     assert!(matches!(half.kho("tree_leaf_of_many_runs"), ReadError::TooMany { .. }));
+    let few = Limits { nodes: lie().incoming.tree_nodes.len() - 1, ..LIMITS };
+    assert!(matches!(Incoming::read(&lie().memory(), HANDED, &few), Err(ReadError::TooMany { .. })));
 }
 
 #[test]
