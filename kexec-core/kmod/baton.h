@@ -35,6 +35,7 @@ struct baton_memory {
 	u64 len;
 	u32 instance;
 	bool has_pages;			/* ordinary allocated pages of this kernel: it was ALLOC or RESERVED */
+	bool filed;			/* a memfd has or had pages of it */
 	unsigned int users;		/* open files of it, a panic notice into it; until 0 it cannot be given back */
 };
 
@@ -46,6 +47,9 @@ struct baton_call {
 	size_t copied;			/* how much of ours the caller has */
 };
 
+/* All of them have this form. */
+typedef int baton_call_fn(struct baton_call *call);
+
 /* main.c */
 extern struct mutex baton_lock;		/* instances, memory objects, CPU records, the panic notice */
 int baton_reply(const struct baton_call *call);
@@ -55,38 +59,25 @@ void baton_instances_init(void);
 bool baton_instance_exists(u32 id);
 u32 baton_instances_count(void);
 int baton_instances_show(struct seq_file *seq, void *unused);
-int baton_instance_create(struct baton_call *call);
-int baton_instance_update(struct baton_call *call);
-int baton_instance_destroy(struct baton_call *call);
+baton_call_fn baton_instance_create, baton_instance_update, baton_instance_destroy;
 
 /* memory.c */
 struct baton_memory *baton_memory_find(u64 start, u64 len);
 int baton_memory_give_back_all(u32 instance);
 void baton_memory_show(struct seq_file *seq, u32 instance, bool with_addresses);
-int baton_mem_take(struct baton_call *call);
-int baton_mem_give_back(struct baton_call *call);
-int baton_mem_fd(struct baton_call *call);
-int baton_mem_adopt(struct baton_call *call);
+baton_call_fn baton_mem_take, baton_mem_give_back, baton_mem_fd, baton_mem_file, baton_mem_adopt;
 
 /* cpus.c */
 int baton_cpus_init(void);
 void baton_cpus_exit(void);
 bool baton_cpus_recorded(u32 instance);
 void baton_cpus_show(struct seq_file *seq, u32 instance);
-int baton_cpu_info(struct baton_call *call);
-int baton_cpu_give(struct baton_call *call);
-int baton_cpu_take(struct baton_call *call);
-int baton_doorbell_open(struct baton_call *call);
-int baton_doorbell_ring(struct baton_call *call);
 void baton_doorbell_close(struct baton_file *file);
-int baton_panic_notice_set(struct baton_call *call);
 void baton_panic_notice_clear(void);
+baton_call_fn baton_cpu_info, baton_cpu_give, baton_cpu_take;
+baton_call_fn baton_doorbell_open, baton_doorbell_ring, baton_panic_notice_set;
 
-/* jump.c */
-int baton_yield(struct baton_call *call);
-
-/* pci.c */
-int baton_pci_add(struct baton_call *call);
-int baton_pci_remove(struct baton_call *call);
+/* jump.c, pci.c */
+baton_call_fn baton_yield, baton_pci_add, baton_pci_remove;
 
 #endif

@@ -1,7 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/*
- * Every difference between the kernels that baton.ko builds for. A feature is tested by its macro, for backports.
- */
+/* Every difference between the kernels that baton.ko builds for; by a feature's macro where it has one (backports). */
 #ifndef _BATON_COMPAT_H
 #define _BATON_COMPAT_H
 

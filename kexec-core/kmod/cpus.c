@@ -11,9 +11,8 @@
  * A doorbell is a vector on CPU 0, the one that is offlined last. Its affinity is fixed, so that vector and APIC id
  * can be told to the other kernel once and for all.
  *
- * The ICR is written through struct apic, which knows xAPIC from x2APIC and what a hypervisor put in between. In
- * xAPIC mode it is two registers: icr_write() keeps interrupts off between them, and what Linux sends from NMIs uses
- * a shorthand, which leaves the destination register alone.
+ * The ICR is written through struct apic, which knows xAPIC from x2APIC and a hypervisor's. In xAPIC mode it is two
+ * registers: icr_write() keeps interrupts off between them, and Linux's NMIs leave the first one alone.
  */
 #include <linux/cpu.h>
 #include <linux/delay.h>

@@ -29,12 +29,8 @@ static LIST_HEAD(labels);	/* under baton_lock */
 static struct baton_label self = { .id = BATON_SELF, .state = BATON_STATE_RUNNING, .name = "self" };
 
 static const char * const state_words[] = {
-	[BATON_STATE_CREATED] = "created",
-	[BATON_STATE_LOADED] = "loaded",
-	[BATON_STATE_BOOTING] = "booting",
-	[BATON_STATE_RUNNING] = "running",
-	[BATON_STATE_SERVING] = "serving",
-	[BATON_STATE_FAILED] = "failed",
+	[BATON_STATE_CREATED] = "created", [BATON_STATE_LOADED] = "loaded", [BATON_STATE_BOOTING] = "booting",
+	[BATON_STATE_RUNNING] = "running", [BATON_STATE_SERVING] = "serving", [BATON_STATE_FAILED] = "failed",
 	[BATON_STATE_RETIRED] = "retired",
 };
 
@@ -66,9 +62,8 @@ static bool is_text(const char *text, size_t size, bool is_name)
 	for (size_t i = 0; i < size; i++) {
 		if (!text[i])
 			return true;
-		if (!isascii(text[i]) || !isprint(text[i]))
-			return false;
-		if (is_name && !isalnum(text[i]) && !strchr("._+-", text[i]))
+		if (!isascii(text[i]) || !isprint(text[i]) ||
+		    (is_name && !isalnum(text[i]) && !strchr("._+-", text[i])))
 			return false;
 	}
 	return false;

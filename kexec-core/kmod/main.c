@@ -58,7 +58,7 @@ struct baton_op {
 	size_t size;
 	size_t min_size;
 	bool mutates;
-	int (*run)(struct baton_call *call);
+	baton_call_fn *run;
 };
 
 #define ARG_SIZE 128	/* the longest of our structs fits */
@@ -76,6 +76,7 @@ static const struct baton_op baton_ops[] = {
 	OP(MEM_TAKE, baton_mem_take, baton_mem, len, true),
 	OP(MEM_GIVE_BACK, baton_mem_give_back, baton_mem, len, true),
 	OP(MEM_FD, baton_mem_fd, baton_mem_fd, fd, true),
+	OP(MEM_FILE, baton_mem_file, baton_mem_file, len, true),
 	OP(MEM_ADOPT, baton_mem_adopt, baton_adopt, len, true),
 	OP(CPU_GIVE, baton_cpu_give, baton_cpu, how, true),
 	OP(CPU_TAKE, baton_cpu_take, baton_cpu, how, true),
@@ -144,19 +145,15 @@ static int baton_close(struct inode *inode, struct file *file)
 }
 
 static const struct file_operations baton_fops = {
-	.owner = THIS_MODULE,
-	.open = baton_open,
-	.release = baton_close,
-	.unlocked_ioctl = baton_ioctl,
-	.compat_ioctl = compat_ptr_ioctl,
+	.owner = THIS_MODULE, .open = baton_open, .release = baton_close,
+	.unlocked_ioctl = baton_ioctl, .compat_ioctl = compat_ptr_ioctl,
 };
 
 static struct miscdevice baton_device = {
-	.minor = MISC_DYNAMIC_MINOR,
-	.name = "baton",
-	.fops = &baton_fops,
-	.mode = 0600,
+	.minor = MISC_DYNAMIC_MINOR, .name = "baton", .fops = &baton_fops, .mode = 0600,
 };
+
+static struct proc_dir_entry *proc_entry;
 
 static int __init baton_init(void)
 {
@@ -166,19 +163,12 @@ static int __init baton_init(void)
 	ret = baton_cpus_init();
 	if (ret)
 		return ret;
-	if (!proc_create_single("multikernel", 0444, NULL, baton_instances_show)) {
-		ret = -ENOMEM;
-		goto cpus_exit;
+	proc_entry = proc_create_single("multikernel", 0444, NULL, baton_instances_show);
+	ret = proc_entry ? misc_register(&baton_device) : -ENOMEM;
+	if (ret) {
+		proc_remove(proc_entry);
+		baton_cpus_exit();
 	}
-	ret = misc_register(&baton_device);
-	if (ret)
-		goto remove_proc;
-	return 0;
-
-remove_proc:
-	remove_proc_entry("multikernel", NULL);
-cpus_exit:
-	baton_cpus_exit();
 	return ret;
 }
 
@@ -186,7 +176,7 @@ cpus_exit:
 static void __exit baton_exit(void)
 {
 	misc_deregister(&baton_device);
-	remove_proc_entry("multikernel", NULL);
+	proc_remove(proc_entry);
 	baton_cpus_exit();
 }
 

@@ -6,7 +6,7 @@
  *
  * 1. TAKE makes it, in one of four ways (ways[]).
  * 2. MEM_FD makes files that map a part of it. A mapping holds its file and a file holds the object (users), also
- *    across fork: so counting files is enough.
+ *    across fork: so counting files is enough. Or MEM_FILE puts its pages into a memfd; each page counts who has it.
  * 3. GIVE_BACK, or DESTROY of the instance, ends it. EBUSY, and nothing done, while it has users or while a page is
  *    still pinned by I/O that outlived the mapping.
  *
@@ -19,7 +19,9 @@
 #include <linux/file.h>
 #include <linux/memory.h>
 #include <linux/memory_hotplug.h>
+#include <linux/pagemap.h>
 #include <linux/sched/signal.h>
+#include <linux/shmem_fs.h>
 #include "baton.h"
 #include "compat.h"
 
@@ -56,12 +58,11 @@ static u64 ram_bytes(u64 start, u64 len)
 	return sum;
 }
 
+/* Not free_contig_range(): a page that was in a memfd may be charged to a cgroup, which only the last put ends. */
 static void give_back_pages(u64 start, u64 len)
 {
-	unsigned long end = PHYS_PFN(start + len);
-
-	for (unsigned long pfn = PHYS_PFN(start); pfn < end; pfn += CHUNK_PAGES) {
-		free_contig_range(pfn, min(end - pfn, CHUNK_PAGES));
+	for_each_pfn(pfn, start, len) {
+		put_page(pfn_to_page(pfn));
 		cond_resched();
 	}
 }
@@ -115,9 +116,8 @@ static bool all_kept(u64 start, u64 len, bool by_kho)
 }
 
 /*
- * What free_reserved_page() does, less the freeing. Struct pages of reserved memory are initialised at boot even
- * where DEFERRED_STRUCT_PAGE_INIT puts off the others, so PageReserved can be trusted; but it is also set for memory
- * that the kernel itself took at boot, which nothing tells apart: the caller must know that the range is its own.
+ * What free_reserved_page() does, less the freeing. PageReserved can be trusted even with DEFERRED_STRUCT_PAGE_INIT;
+ * but the kernel's own memory of boot has it too, and nothing tells it apart: the caller must know what is its own.
  */
 static int take_reserved(u64 start, u64 len)
 {
@@ -139,9 +139,7 @@ static int take_reserved(u64 start, u64 len)
 
 static int take_borrow(u64 start, u64 len)
 {
-	if (start + len > SZ_1M)
-		return -ERANGE;
-	return all_kept(start, len, false) ? 0 : -EINVAL;
+	return start + len > SZ_1M ? -ERANGE : all_kept(start, len, false) ? 0 : -EINVAL;
 }
 
 static int (* const ways[])(u64 start, u64 len) = {
@@ -205,10 +203,9 @@ static bool is_idle(const struct baton_memory *memory)
 {
 	if (memory->users)
 		return false;
-	if (memory->has_pages)
-		for_each_pfn(pfn, memory->start, memory->len)
-			if (page_count(pfn_to_page(pfn)) != 1)
-				return false;
+	for_each_pfn(pfn, memory->start, memory->has_pages ? memory->len : 0)
+		if (page_count(pfn_to_page(pfn)) != 1)
+			return false;
 	return true;
 }
 
@@ -311,9 +308,7 @@ static int part_release(struct inode *inode, struct file *file)
 }
 
 static const struct file_operations part_fops = {
-	.owner = THIS_MODULE,
-	.mmap = part_mmap,
-	.release = part_release,
+	.owner = THIS_MODULE, .mmap = part_mmap, .release = part_release,
 };
 
 int baton_mem_fd(struct baton_call *call)
@@ -329,7 +324,7 @@ int baton_mem_fd(struct baton_call *call)
 	memory = baton_memory_find(arg->start, arg->len);
 	if (!memory)
 		return -ENOENT;
-	if (arg->flags & BATON_FD_PAGES && !memory->has_pages)
+	if (arg->flags & BATON_FD_PAGES && (!memory->has_pages || memory->filed))
 		return -EINVAL;
 	struct baton_part *part __free(kfree) = kzalloc(sizeof(*part), GFP_KERNEL);
 	if (!part)
@@ -351,15 +346,71 @@ int baton_mem_fd(struct baton_call *call)
 	return 0;
 }
 
+/*
+ * Puts a page of ours in place of the file's own, both locked: neither a fault nor a write comes between. It is on no
+ * LRU list, so it is never swapped out or moved. What is pinned for DMA would be written on after it had left.
+ */
+static int file_page(struct inode *inode, pgoff_t index, struct folio *new, bool keep)
+{
+	struct folio *old;
+	int ret = shmem_get_folio(inode, index, 0, &old, SGP_CACHE);
+
+	if (ret)
+		return ret;
+	if (old != new) {
+		folio_lock(new);
+		unmap_mapping_pages(inode->i_mapping, index, 1, false);
+		ret = folio_test_large(old) ? -EOPNOTSUPP : new->mapping || folio_maybe_dma_pinned(old) ? -EBUSY : 0;
+		if (!ret && !keep)
+			folio_copy(new, old);
+		if (!ret) {
+			folio_mark_uptodate(new);
+			folio_set_swapbacked(new);	/* first: the counters of shmem go by it */
+			replace_page_cache_folio(old, new);
+			folio_mark_dirty(new);
+		}
+		folio_unlock(new);
+	}
+	folio_unlock(old);
+	folio_put(old);
+	return ret;
+}
+
+int baton_mem_file(struct baton_call *call)
+{
+	const struct baton_mem_file *arg = call->arg;
+	int ret = check_range(arg->start, arg->len);
+	struct baton_memory *memory;
+
+	CLASS(fd, file)(arg->fd);
+	struct inode *inode = fd_empty(file) ? NULL : file_inode(fd_file(file));
+	if (arg->reserved || arg->flags & ~BATON_FILE_KEEP || !inode || !shmem_mapping(inode->i_mapping) || ret)
+		return ret ?: -EINVAL;
+	guard(mutex)(&baton_lock);
+	memory = baton_memory_find(arg->start, arg->len);
+	if (!memory || !memory->has_pages)
+		return memory ? -EINVAL : -ENOENT;
+	/* A page's count of mappings must be one file's, so what is filed is not mapped by page, and the reverse. */
+	if (memory->users && !memory->filed)
+		return -EBUSY;
+	inode_lock(inode);
+	ret = PAGE_ALIGN(i_size_read(inode)) == arg->len ? 0 : -ERANGE;
+	memory->filed |= !ret;
+	for (u64 at = 0; at < arg->len && !ret; at += PAGE_SIZE) {
+		ret = file_page(inode, PHYS_PFN(at), pfn_folio(PHYS_PFN(arg->start + at)), arg->flags & BATON_FILE_KEEP)
+		      ?: fatal_signal_pending(current) ? -EINTR : 0;
+		cond_resched();
+	}
+	inode_unlock(inode);
+	return ret;
+}
+
 int baton_mem_adopt(struct baton_call *call)
 {
 	const struct baton_adopt *arg = call->arg;
 	int ret = check_range(arg->start, arg->len), nid;
 	u64 grain = memory_block_size_bytes();
-	/*
-	 * The resource tree points to it for ever. So it is not the module's, but a string that is never freed: the
-	 * module can then be exchanged for a newer one before the next update of a kernel that was itself a successor.
-	 */
+	/* The resource tree points to it for ever; so it is not the module's, which can be exchanged for a newer one. */
 	static const char *name;
 
 	if (arg->reserved || !IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain) || ret)

@@ -34,9 +34,7 @@ static void __iomem *config_address(struct pci_bus *bus, unsigned int devfn, int
 }
 
 static struct pci_ops config_ops = {
-	.map_bus = config_address,
-	.read = pci_generic_config_read,
-	.write = pci_generic_config_write,
+	.map_bus = config_address, .read = pci_generic_config_read, .write = pci_generic_config_write,
 };
 
 static void unmap_functions(struct baton_root *root)

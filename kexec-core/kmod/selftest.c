@@ -31,13 +31,13 @@
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
+#include "tests/selftest.h"
 #include "uapi/baton.h"
 
-#define MIB (1ull << 20)
-#define PAGE 4096ull
 #define SIPI_PAGE 0x8000ull
 
-static int device, tests, failures;
+int device;
+static int tests, failures;
 static struct baton_info info = { .size = sizeof(info) };
 
 static bool check(bool good, const char *what, const char *got)
@@ -47,7 +47,7 @@ static bool check(bool good, const char *what, const char *got)
 	return good;
 }
 
-static bool is(const char *what, int ret, int want)
+bool is(const char *what, int ret, int want)
 {
 	return check((ret < 0 ? errno : 0) == want, what, ret < 0 ? strerrorname_np(errno) : "success");
 }
@@ -57,14 +57,14 @@ static void skip(const char *what, const char *why)
 	printf("ok %d - %s # SKIP %s\n", ++tests, what, why);
 }
 
-static bool truth(const char *what, bool good)
+bool truth(const char *what, bool good)
 {
 	return check(good, what, "false");
 }
 
 /* Calls */
 
-static int create(const char *name, uint32_t *id)
+int create(const char *name, uint32_t *id)
 {
 	struct baton_instance arg = { .size = sizeof(arg), .state = BATON_STATE_CREATED };
 	int ret;
@@ -75,7 +75,7 @@ static int create(const char *name, uint32_t *id)
 	return ret;
 }
 
-static int destroy(uint32_t id)
+int destroy(uint32_t id)
 {
 	struct baton_instance arg = { .size = sizeof(arg), .id = id };
 
@@ -89,17 +89,17 @@ static int mem(unsigned long cmd, uint32_t instance, uint32_t how, uint64_t star
 	return ioctl(device, cmd, &arg);
 }
 
-static int take(uint32_t instance, uint32_t how, uint64_t start, uint64_t len)
+int take(uint32_t instance, uint32_t how, uint64_t start, uint64_t len)
 {
 	return mem(BATON_IOC_MEM_TAKE, instance, how, start, len);
 }
 
-static int give_back(uint32_t instance, uint64_t start, uint64_t len)
+int give_back(uint32_t instance, uint64_t start, uint64_t len)
 {
 	return mem(BATON_IOC_MEM_GIVE_BACK, instance, 0, start, len);
 }
 
-static int mem_fd(uint64_t start, uint64_t len, uint32_t flags)
+int mem_fd(uint64_t start, uint64_t len, uint32_t flags)
 {
 	struct baton_mem_fd arg = { .size = sizeof(arg), .flags = flags, .start = start, .len = len };
 	int ret = ioctl(device, BATON_IOC_MEM_FD, &arg);
@@ -158,7 +158,7 @@ static uint32_t apic_id_of(uint32_t number, uint32_t *flags)
 	return arg.apic_id;
 }
 
-static long meminfo(const char *key)
+long meminfo(const char *key)
 {
 	FILE *file = fopen("/proc/meminfo", "r");
 	char line[128];
@@ -205,7 +205,7 @@ static char *proc_row(uint32_t id, char *row, size_t size)
 }
 
 /* @len bytes that this kernel can do without, wherever they are. */
-static uint64_t alloc_anywhere(uint32_t instance, uint64_t len)
+uint64_t alloc_anywhere(uint32_t instance, uint64_t len)
 {
 	for (uint64_t at = 64 * MIB; at < 4096 * MIB; at += len > 16 * MIB ? 16 * MIB : len)
 		if (!take(instance, BATON_MEM_ALLOC, at, len))
@@ -214,7 +214,7 @@ static uint64_t alloc_anywhere(uint32_t instance, uint64_t len)
 }
 
 /* MemFree, with the per-CPU lists of free pages emptied into it, which is what taking a page does on its way. */
-static long free_kib(uint32_t instance)
+long free_kib(uint32_t instance)
 {
 	uint64_t page = alloc_anywhere(instance, PAGE);
 	long kib = meminfo("MemFree");
@@ -806,6 +806,8 @@ static void print_layout(void)
 	AT(baton_mem, start), AT(baton_mem, len);
 	SIZE(baton_mem_fd), AT(baton_mem_fd, flags), AT(baton_mem_fd, start), AT(baton_mem_fd, len);
 	AT(baton_mem_fd, fd), AT(baton_mem_fd, reserved);
+	SIZE(baton_mem_file), AT(baton_mem_file, flags), AT(baton_mem_file, fd), AT(baton_mem_file, reserved);
+	AT(baton_mem_file, start), AT(baton_mem_file, len);
 	SIZE(baton_adopt), AT(baton_adopt, reserved), AT(baton_adopt, start), AT(baton_adopt, len);
 	SIZE(baton_cpu), AT(baton_cpu, instance), AT(baton_cpu, apic_id), AT(baton_cpu, how), AT(baton_cpu, start_pa);
 	SIZE(baton_doorbell), AT(baton_doorbell, eventfd), AT(baton_doorbell, apic_id), AT(baton_doorbell, vector);
@@ -847,6 +849,7 @@ int main(int argc, char **argv)
 	test_info();
 	test_instances();
 	test_memory();
+	test_memfds();
 	test_pressure();
 	test_reserved();
 	test_outside(outside);

@@ -147,6 +147,14 @@ pub enum DeviceError {
         /// Why.
         reason: String,
     },
+    /// A file whose pages cannot become those of a memory object.
+    #[error("the file's pages cannot be exchanged: {why} ({errno})")]
+    File {
+        /// What is wrong with it.
+        why: &'static str,
+        /// EINVAL, ERANGE, EOPNOTSUPP or EBUSY.
+        errno: Errno,
+    },
     /// Anything else.
     #[error("{call} {subject}: {errno}")]
     Other {
@@ -171,7 +179,7 @@ impl DeviceError {
             | Lockdown
             | Unknown { .. }
             | Text { .. } => Blame::Operator,
-            Busy { .. } | NoMemory { .. } | NoSuch { .. } | Exists { .. } => Blame::Circumstances,
+            Busy { .. } | NoMemory { .. } | NoSuch { .. } | Exists { .. } | File { .. } => Blame::Circumstances,
             Unsupported { .. } | Other { .. } => Blame::Machine,
             Refused { .. } => Blame::Bug,
         }
@@ -248,6 +256,15 @@ bitflags! {
         /// Mapped by struct page, so that O_DIRECT, futexes and ptrace work on it.
         const PAGES = sys::FD_PAGES;
     }
+}
+
+/// Whose content stays when the pages of a memory object take the place of a file's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Content {
+    /// The file's: it is copied into the pages.
+    OfFile,
+    /// The pages': the file shows it.
+    OfMemory,
 }
 
 /// How a CPU goes to an instance.
@@ -446,6 +463,27 @@ impl Device {
             call: sys::MEM_FD.name(),
             subject: format!("of {range}"),
             errno: Errno::EBADF,
+        })
+    }
+
+    /// Puts the pages of a memory object in place of a memfd's own, all of them; what is mapped stays mapped. A call may
+    /// be repeated: pages that are there already are left alone.
+    pub fn place_in_file(&self, range: Range, memfd: BorrowedFd<'_>, keep: Content) -> Result<(), DeviceError> {
+        let flags = match keep {
+            Content::OfFile => 0,
+            Content::OfMemory => sys::FILE_KEEP,
+        };
+        let (start, len) = (range.start(), range.len());
+        let mut m = sys::MemFile { flags, fd: memfd.as_raw_fd(), start, len, ..Default::default() };
+        sys::MEM_FILE.on(self.file.as_fd(), &mut m).map_err(|errno| {
+            let why = match errno {
+                Errno::EINVAL => "it is no memfd, or one with hugetlbfs pages",
+                Errno::ERANGE => "its size is not that of the memory set aside for it: it has changed",
+                Errno::EOPNOTSUPP => "it has huge pages (transparent ones, see /sys/kernel/mm/transparent_hugepage)",
+                Errno::EBUSY => "a device writes into its pages just now, or its memory is in other use",
+                errno => return self.explain(sys::MEM_FILE.name(), format!("of {range}"), errno),
+            };
+            DeviceError::File { why, errno }
         })
     }
 

@@ -48,6 +48,7 @@ pub const ALL_NUMBERS: &[(&str, u64)] = &[
     ("MEM_BORROW", MEM_BORROW as u64),
     ("FD_READONLY", FD_READONLY as u64),
     ("FD_PAGES", FD_PAGES as u64),
+    ("FILE_KEEP", FILE_KEEP as u64),
     ("CPU_RECORD", CPU_RECORD as u64),
     ("CPU_START", CPU_START as u64),
     ("CPU_FENCE", CPU_FENCE as u64),
@@ -75,6 +76,8 @@ pub const MEM_BORROW: u32 = 3;
 pub const FD_READONLY: u32 = 1 << 0;
 /// `BATON_FD_PAGES`.
 pub const FD_PAGES: u32 = 1 << 1;
+/// `BATON_FILE_KEEP`.
+pub const FILE_KEEP: u32 = 1 << 0;
 /// `BATON_CPU_RECORD`.
 pub const CPU_RECORD: u32 = 0;
 /// `BATON_CPU_START`.
@@ -143,6 +146,8 @@ messages! {
     Mem = "baton_mem" { instance: u32, how: u32, reserved: u32, start: u64, len: u64 }
     /// `struct baton_mem_fd`.
     MemFd = "baton_mem_fd" { flags: u32, start: u64, len: u64, fd: i32, reserved: u32 }
+    /// `struct baton_mem_file`.
+    MemFile = "baton_mem_file" { flags: u32, fd: i32, reserved: u32, start: u64, len: u64 }
     /// `struct baton_adopt`.
     Adopt = "baton_adopt" { reserved: u32, start: u64, len: u64 }
     /// `struct baton_cpu`.
@@ -162,6 +167,7 @@ const _: () = assert!(size_of::<CpuInfo>() == 16);
 const _: () = assert!(size_of::<Instance>() == 16 + NAME_LEN + IMAGE_LEN);
 const _: () = assert!(size_of::<Mem>() == 32);
 const _: () = assert!(size_of::<MemFd>() == 32);
+const _: () = assert!(size_of::<MemFile>() == 32);
 const _: () = assert!(size_of::<Adopt>() == 24);
 const _: () = assert!(size_of::<Cpu>() == 24);
 const _: () = assert!(size_of::<Doorbell>() == 16);
@@ -229,6 +235,7 @@ calls! {
     MEM_GIVE_BACK: Mem = 0x21;
     MEM_FD: MemFd = 0x22;
     MEM_ADOPT: Adopt = 0x23;
+    MEM_FILE: MemFile = 0x24;
     CPU_GIVE: Cpu = 0x30;
     CPU_TAKE: Cpu = 0x31;
     DOORBELL_OPEN: Doorbell = 0x40;

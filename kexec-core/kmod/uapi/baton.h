@@ -126,6 +126,27 @@ struct baton_mem_fd {
 };
 
 /*
+ * BATON_IOC_MEM_FILE: the pages of [start, start + len), which must lie within one memory object (ALLOC or RESERVED),
+ * take the place of a memfd's own (of any file of shmem), page by page from its offset 0. What is mapped stays mapped:
+ * it shows the new pages from its next access on. Without KEEP the file keeps its content, which is copied; with KEEP
+ * the pages do, and the file shows it. Pages that are there already are left alone, so a call can be repeated: after an
+ * error in the middle, or when the file's owner has punched or cut off pages and written new ones.
+ * The object keeps its pages when the file is cut or gone, and GIVE_BACK gives EBUSY until it is.
+ *   EINVAL: no such file     ERANGE: the file's size, rounded up to pages, is not len     EOPNOTSUPP: it has large folios
+ *   EBUSY: a MEM_FD file of the object is open, a page is in another memfd, or one of the memfd's is pinned for DMA
+ * PAGES of MEM_FD gives EINVAL on an object of which this was ever asked.
+ */
+#define BATON_FILE_KEEP		(1u << 0)
+struct baton_mem_file {
+	__u32 size;
+	__u32 flags;			/* BATON_FILE_* */
+	__s32 fd;			/* in */
+	__u32 reserved;
+	__u64 start;
+	__u64 len;
+};
+
+/*
  * BATON_IOC_MEM_ADOPT: hot-add RAM that this kernel has not seen yet; whole memory blocks. Onlined as
  * /sys/devices/system/memory/auto_online_blocks says. There is no way back.
  */
@@ -219,6 +240,7 @@ struct baton_panic_notice {
 #define BATON_IOC_MEM_GIVE_BACK		BATON_IOC(0x21)
 #define BATON_IOC_MEM_FD		BATON_IOC(0x22)
 #define BATON_IOC_MEM_ADOPT		BATON_IOC(0x23)
+#define BATON_IOC_MEM_FILE		BATON_IOC(0x24)
 #define BATON_IOC_CPU_GIVE		BATON_IOC(0x30)
 #define BATON_IOC_CPU_TAKE		BATON_IOC(0x31)
 #define BATON_IOC_DOORBELL_OPEN		BATON_IOC(0x40)
