@@ -76,7 +76,7 @@ static const struct baton_op baton_ops[] = {
 	OP(MEM_TAKE, baton_mem_take, baton_mem, len, true),
 	OP(MEM_GIVE_BACK, baton_mem_give_back, baton_mem, len, true),
 	OP(MEM_FD, baton_mem_fd, baton_mem_fd, fd, true),
-	OP(MEM_FILE, baton_mem_file, baton_mem_file, len, true),
+	OP(MEM_FILE, baton_mem_file, baton_mem_file, offset, true),
 	OP(MEM_ADOPT, baton_mem_adopt, baton_adopt, len, true),
 	OP(CPU_GIVE, baton_cpu_give, baton_cpu, how, true),
 	OP(CPU_TAKE, baton_cpu_take, baton_cpu, how, true),

@@ -11,9 +11,7 @@
  *    still pinned by I/O that outlived the mapping.
  *
  * ADOPT is not an object: the range becomes this kernel's own RAM, for good.
- *
  * Pages that were ALLOCated are zero. Pages taken as RESERVED or OUTSIDE keep their content: that is their point.
- * What an instance leaves in pages goes back to the allocator as it is, like any freed page.
  */
 #include <linux/anon_inodes.h>
 #include <linux/file.h>
@@ -198,7 +196,7 @@ int baton_mem_take(struct baton_call *call)
 	return 0;
 }
 
-/* With no users there is no mapping, so references to its pages can only become fewer: what is idle stays idle. */
+/* With no users and no memfd, references to its pages can only become fewer: what is idle stays idle. */
 static bool is_idle(const struct baton_memory *memory)
 {
 	if (memory->users)
@@ -384,7 +382,8 @@ int baton_mem_file(struct baton_call *call)
 
 	CLASS(fd, file)(arg->fd);
 	struct inode *inode = fd_empty(file) ? NULL : file_inode(fd_file(file));
-	if (arg->reserved || arg->flags & ~BATON_FILE_KEEP || !inode || !shmem_mapping(inode->i_mapping) || ret)
+	if (arg->reserved || arg->flags & ~BATON_FILE_KEEP || !inode || !shmem_mapping(inode->i_mapping) || ret ||
+	    !PAGE_ALIGNED(arg->offset))
 		return ret ?: -EINVAL;
 	guard(mutex)(&baton_lock);
 	memory = baton_memory_find(arg->start, arg->len);
@@ -394,11 +393,12 @@ int baton_mem_file(struct baton_call *call)
 	if (memory->users && !memory->filed)
 		return -EBUSY;
 	inode_lock(inode);
-	ret = PAGE_ALIGN(i_size_read(inode)) == arg->len ? 0 : -ERANGE;
+	u64 size = PAGE_ALIGN(i_size_read(inode));
+	ret = arg->offset < size && arg->len <= size - arg->offset ? 0 : -ERANGE;
 	memory->filed |= !ret;
 	for (u64 at = 0; at < arg->len && !ret; at += PAGE_SIZE) {
-		ret = file_page(inode, PHYS_PFN(at), pfn_folio(PHYS_PFN(arg->start + at)), arg->flags & BATON_FILE_KEEP)
-		      ?: fatal_signal_pending(current) ? -EINTR : 0;
+		ret = file_page(inode, PHYS_PFN(arg->offset + at), pfn_folio(PHYS_PFN(arg->start + at)),
+				arg->flags & BATON_FILE_KEEP) ?: fatal_signal_pending(current) ? -EINTR : 0;
 		cond_resched();
 	}
 	inode_unlock(inode);

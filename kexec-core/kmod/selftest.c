@@ -807,7 +807,7 @@ static void print_layout(void)
 	SIZE(baton_mem_fd), AT(baton_mem_fd, flags), AT(baton_mem_fd, start), AT(baton_mem_fd, len);
 	AT(baton_mem_fd, fd), AT(baton_mem_fd, reserved);
 	SIZE(baton_mem_file), AT(baton_mem_file, flags), AT(baton_mem_file, fd), AT(baton_mem_file, reserved);
-	AT(baton_mem_file, start), AT(baton_mem_file, len);
+	AT(baton_mem_file, start), AT(baton_mem_file, len), AT(baton_mem_file, offset);
 	SIZE(baton_adopt), AT(baton_adopt, reserved), AT(baton_adopt, start), AT(baton_adopt, len);
 	SIZE(baton_cpu), AT(baton_cpu, instance), AT(baton_cpu, apic_id), AT(baton_cpu, how), AT(baton_cpu, start_pa);
 	SIZE(baton_doorbell), AT(baton_doorbell, eventfd), AT(baton_doorbell, apic_id), AT(baton_doorbell, vector);

@@ -466,19 +466,25 @@ impl Device {
         })
     }
 
-    /// Puts the pages of a memory object in place of a memfd's own, all of them; what is mapped stays mapped. A call may
+    /// Puts pages of a memory object in place of a memfd's own, from `offset` on; what is mapped stays mapped. A call may
     /// be repeated: pages that are there already are left alone.
-    pub fn place_in_file(&self, range: Range, memfd: BorrowedFd<'_>, keep: Content) -> Result<(), DeviceError> {
+    pub fn place_in_file(
+        &self,
+        range: Range,
+        memfd: BorrowedFd<'_>,
+        offset: u64,
+        keep: Content,
+    ) -> Result<(), DeviceError> {
         let flags = match keep {
             Content::OfFile => 0,
             Content::OfMemory => sys::FILE_KEEP,
         };
         let (start, len) = (range.start(), range.len());
-        let mut m = sys::MemFile { flags, fd: memfd.as_raw_fd(), start, len, ..Default::default() };
+        let mut m = sys::MemFile { flags, fd: memfd.as_raw_fd(), start, len, offset, ..Default::default() };
         sys::MEM_FILE.on(self.file.as_fd(), &mut m).map_err(|errno| {
             let why = match errno {
                 Errno::EINVAL => "it is no memfd, or one with hugetlbfs pages",
-                Errno::ERANGE => "its size is not that of the memory set aside for it: it has changed",
+                Errno::ERANGE => "it is shorter than the memory set aside for it: it was cut",
                 Errno::EOPNOTSUPP => "it has huge pages (transparent ones, see /sys/kernel/mm/transparent_hugepage)",
                 Errno::EBUSY => "a device writes into its pages just now, or its memory is in other use",
                 errno => return self.explain(sys::MEM_FILE.name(), format!("of {range}"), errno),

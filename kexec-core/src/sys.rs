@@ -147,7 +147,7 @@ messages! {
     /// `struct baton_mem_fd`.
     MemFd = "baton_mem_fd" { flags: u32, start: u64, len: u64, fd: i32, reserved: u32 }
     /// `struct baton_mem_file`.
-    MemFile = "baton_mem_file" { flags: u32, fd: i32, reserved: u32, start: u64, len: u64 }
+    MemFile = "baton_mem_file" { flags: u32, fd: i32, reserved: u32, start: u64, len: u64, offset: u64 }
     /// `struct baton_adopt`.
     Adopt = "baton_adopt" { reserved: u32, start: u64, len: u64 }
     /// `struct baton_cpu`.
@@ -167,7 +167,7 @@ const _: () = assert!(size_of::<CpuInfo>() == 16);
 const _: () = assert!(size_of::<Instance>() == 16 + NAME_LEN + IMAGE_LEN);
 const _: () = assert!(size_of::<Mem>() == 32);
 const _: () = assert!(size_of::<MemFd>() == 32);
-const _: () = assert!(size_of::<MemFile>() == 32);
+const _: () = assert!(size_of::<MemFile>() == 40);
 const _: () = assert!(size_of::<Adopt>() == 24);
 const _: () = assert!(size_of::<Cpu>() == 24);
 const _: () = assert!(size_of::<Doorbell>() == 16);

@@ -21,11 +21,18 @@
 #define PAGES 64ull
 #define LEN (PAGES * PAGE)
 
-static int file_it(int fd, uint64_t start, uint64_t len, uint32_t flags)
+static int file_at(int fd, uint64_t start, uint64_t len, uint64_t offset, uint32_t flags)
 {
-	struct baton_mem_file arg = { .size = sizeof(arg), .fd = fd, .flags = flags, .start = start, .len = len };
+	struct baton_mem_file arg = {
+		.size = sizeof(arg), .fd = fd, .flags = flags, .start = start, .len = len, .offset = offset
+	};
 
 	return ioctl(device, BATON_IOC_MEM_FILE, &arg);
+}
+
+static int file_it(int fd, uint64_t start, uint64_t len, uint32_t flags)
+{
+	return file_at(fd, start, len, 0, flags);
 }
 
 static void *map_file(int fd, int flags)
@@ -88,7 +95,11 @@ static void refusals(uint32_t id, uint64_t at)
 	is("MEM_FILE: no such flag", file_it(fd, at, LEN, 2), EINVAL);
 	is("MEM_FILE: outside every object", file_it(fd, at + 2 * MIB, LEN, 0), ENOENT);
 	is("MEM_FILE: not a page", file_it(fd, at, LEN - 1, 0), EINVAL);
-	is("MEM_FILE: another size", file_it(fd, at, LEN - PAGE, 0), ERANGE);
+	is("MEM_FILE: longer than the file", file_it(fd, at, LEN + PAGE, 0), ERANGE);
+	is("MEM_FILE: behind its end", file_at(fd, at, PAGE, LEN, 0), ERANGE);
+	is("MEM_FILE: past its end", file_at(fd, at, 2 * PAGE, LEN - PAGE, 0), ERANGE);
+	is("MEM_FILE: an offset that wraps", file_at(fd, at, LEN, -PAGE, 0), ERANGE);
+	is("MEM_FILE: an offset that is not a page's", file_at(fd, at, PAGE, 8, 0), EINVAL);
 	is("TAKE BORROW", take(id, BATON_MEM_BORROW, low, PAGE), 0);
 	is("MEM_FILE: memory without pages of its own", file_it(fd, low, PAGE, 0), EINVAL);
 	is("GIVE_BACK", give_back(id, low, PAGE), 0);
@@ -120,7 +131,9 @@ static void content(uint32_t id, uint64_t at)
 	truth("before: its own pages", !pages_at((char *)map, at) && private[1] == map[1]);
 	private[8] = 4711;	/* a copy of its first page */
 	mlock(map, LEN / 2);
-	is("MEM_FILE: while mapped", file_it(fd, at, LEN, 0), 0);
+	is("MEM_FILE: while mapped, its second half", file_at(fd, at + LEN / 2, LEN / 2, LEN / 2, 0), 0);
+	truth("half of it lies in the object", holds(map, 1) && pages_at((char *)map, at) == PAGES / 2);
+	is("MEM_FILE: all of it", file_it(fd, at, LEN, 0), 0);
 	truth("the mapping shows the same", holds(map, 1));
 	truth("and all of it lies in the object", pages_at((char *)map, at) == PAGES);
 	truth("a private copy stays one", private[8] == 4711 && private[PAGE] == map[PAGE]);
@@ -169,6 +182,7 @@ static void content(uint32_t id, uint64_t at)
 	is("GIVE_BACK: a child has it", give_back(id, at, 2 * MIB), EBUSY);
 	kill(child, SIGKILL);
 	waitpid(child, &status, 0);
+	free_kib(id);	/* mlock() leaves references in lists of each CPU, which this empties */
 	is("GIVE_BACK: nobody has it", give_back(id, at, 2 * MIB), 0);
 }
 

@@ -127,12 +127,13 @@ struct baton_mem_fd {
 
 /*
  * BATON_IOC_MEM_FILE: the pages of [start, start + len), which must lie within one memory object (ALLOC or RESERVED),
- * take the place of a memfd's own (of any file of shmem), page by page from its offset 0. What is mapped stays mapped:
+ * take the place of a memfd's own (of any file of shmem), page by page from its offset. What is mapped stays mapped:
  * it shows the new pages from its next access on. Without KEEP the file keeps its content, which is copied; with KEEP
  * the pages do, and the file shows it. Pages that are there already are left alone, so a call can be repeated: after an
  * error in the middle, or when the file's owner has punched or cut off pages and written new ones.
- * The object keeps its pages when the file is cut or gone, and GIVE_BACK gives EBUSY until it is.
- *   EINVAL: no such file     ERANGE: the file's size, rounded up to pages, is not len     EOPNOTSUPP: it has large folios
+ * The object keeps its pages when the file is cut or gone, and GIVE_BACK gives EBUSY until it is. (Pages that were
+ * mlocked may stay counted in lists of each CPU until something empties them, such as TAKE ALLOC of a page elsewhere.)
+ *   EINVAL: no such file     ERANGE: it ends (at a page's end) before offset + len     EOPNOTSUPP: it has large folios
  *   EBUSY: a MEM_FD file of the object is open, a page is in another memfd, or one of the memfd's is pinned for DMA
  * PAGES of MEM_FD gives EINVAL on an object of which this was ever asked.
  */
@@ -144,6 +145,7 @@ struct baton_mem_file {
 	__u32 reserved;
 	__u64 start;
 	__u64 len;
+	__u64 offset;			/* in the file, page-aligned */
 };
 
 /*
