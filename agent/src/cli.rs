@@ -11,7 +11,7 @@ use serde::Serialize;
 use crate::config::{self, Config};
 use crate::control::{self, Reply, Request, Status, Upgrade};
 use crate::outcome::{Class, Failure};
-use crate::{handover_cmd, kernels, mkinitrd};
+use crate::{handover_cmd, kernels, launch, mkinitrd};
 
 /// Replaces the kernel of this running machine without stopping its services.
 #[derive(Debug, Parser)]
@@ -37,6 +37,8 @@ enum Verb {
     Status,
     /// List the kernels of this machine: those that run (instances) and the images that could.
     Kernels,
+    /// Become a program that keeps memfds as under systemd (FDSTORE=1, LISTEN_FDS), once it may run on this kernel.
+    Run(RunArgs),
     /// Make the successor's initrd: the agent, the module and drivers for one kernel, the services' programs.
     Mkinitrd(MkinitrdArgs),
     /// Show what crosses from kernel to kernel, and whether it could cross to another one.
@@ -58,6 +60,15 @@ struct UpgradeArgs {
     /// The CPU on which the successor boots (Linux's number); default: the last one that may.
     #[arg(long)]
     cpu: Option<u32>,
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// The service's name, under which its files are kept.
+    name: String,
+    /// Program and arguments.
+    #[arg(last = true, required = true)]
+    exec: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -118,6 +129,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Kernels => list_kernels(cli.json),
         Verb::Mkinitrd(args) => make_initrd(&args),
         Verb::Handover(verb) => handover_cmd::run(verb, &cli.socket, cli.json),
+        Verb::Run(args) => match launch::become_program(&args.name, &args.exec) {
+            Ok(never) => match never {},
+            Err(error) => Err(Failure::from_error(&error)),
+        },
     }
 }
 

@@ -71,7 +71,7 @@ pub struct Network {
     pub skip_reach_check: bool,
 }
 
-/// A service: a program that keeps its state in an arena ([`crate::service`]).
+/// A service: a program that keeps its state in an arena or in files ([`crate::service`]).
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
@@ -79,6 +79,9 @@ pub struct Service {
     pub name: String,
     /// Program and arguments; the successor's initrd carries the program.
     pub exec: Vec<String>,
+    /// It knows nothing of Baton, and keeps memfds in the fd store that systemd has too: it is started by `baton run`.
+    #[serde(default)]
+    pub fd_store: bool,
 }
 
 /// A program that `baton-init` starts in every kernel, beside the services; it keeps no state across an update.

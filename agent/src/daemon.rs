@@ -72,6 +72,8 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
             Err(error) => warn!("an earlier batond left something behind: {error:#}"),
         }
     }
+    crate::files::server::start(kernel.clone())?;
+    crate::files::notify::start(kernel.clone())?;
     tell_init();
     info!(release = kernel.release(), role = kernel.role(), "batond is ready");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

@@ -33,6 +33,7 @@ use zerocopy::IntoBytes;
 
 use crate::birth::phys;
 use crate::facts::managed_memory;
+use crate::files::{CrossingFile, Numbered};
 use crate::kernel::{Kernel, Order};
 use crate::kho;
 use crate::line::{Incumbent, Line, Unanswered};
@@ -208,7 +209,8 @@ impl<'k> Hands<'k> {
     /// Takes the successor's memory: a range reserved at boot if there is one, else out of the allocator.
     fn take_memory(&mut self) -> Result<()> {
         let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
-        let taken = self.take_region(instance).and_then(|region| {
+        let settled = self.kernel.files.close(self.device).map(drop);
+        let taken = settled.and_then(|()| self.take_region(instance)).and_then(|region| {
             let division = self.divide(instance, region)?;
             let mut low = Vec::new();
             let low_slot = self.free_slot()?;
@@ -224,6 +226,7 @@ impl<'k> Hands<'k> {
                 Ok(())
             }
             Err(error) => {
+                self.kernel.files.open();
                 self.device.destroy_instance(instance)?;
                 Err(error)
             }
@@ -232,6 +235,7 @@ impl<'k> Hands<'k> {
 
     /// The undo of [`Hands::take_memory`].
     fn give_back_memory(&mut self) -> Result<()> {
+        self.kernel.files.open();
         let Some(mut site) = self.site.take() else { return Ok(()) };
         // Mappings first: the module gives back nothing that is in use.
         site.low.clear();
@@ -279,7 +283,8 @@ impl<'k> Hands<'k> {
     }
 
     fn arenas(&self) -> impl Iterator<Item = Range> + use<> {
-        self.kernel.services.crossings().into_iter().map(|crossing| crossing.range)
+        let files: Vec<Range> = self.kernel.files.ranges().iter().collect();
+        self.kernel.services.crossings().into_iter().map(|crossing| crossing.range).chain(files)
     }
 
     fn free_slot(&self) -> Result<LowSlot> {
@@ -369,7 +374,7 @@ impl<'k> Hands<'k> {
         let image = BzImage::parse(&self.plan.image)?;
         let division = &site.division;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
-        let mut record = self.record(site, info.tsc_khz);
+        let mut record = self.record(site, info.tsc_khz, self.kernel.files.crossings()?);
         let handover = self.plan.kho.map(|abi| self.hand_over(abi, site, &image, &mut record)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
             image: &image,
@@ -436,13 +441,14 @@ impl<'k> Hands<'k> {
     }
 
     /// What the successor's agent must know.
-    fn record(&self, site: &Site, tsc_khz: u32) -> record::HandoverRecord {
+    fn record(&self, site: &Site, tsc_khz: u32, files: Vec<CrossingFile>) -> record::HandoverRecord {
         let division = &site.division;
         let facts = &self.plan.facts;
         let crossings = self.kernel.services.crossings();
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
         let boot_cpus = self.plan.moves.iter().map(|(cpu, _)| cpu).chain([&self.plan.spare]);
         let numbered = || crossings.iter().zip(1u32..);
+        let files = Numbered { files, first: 1 + crossings.len() as u32 };
         record::HandoverRecord {
             update: self.id,
             hop: facts.hops + 1,
@@ -474,6 +480,7 @@ impl<'k> Hands<'k> {
                     ranges: vec![phys(crossing.range)],
                     len: crossing.range.len(),
                 })
+                .chain(files.arenas())
                 .collect(),
             services: numbered()
                 .map(|(crossing, arena)| record::Service {
@@ -484,7 +491,7 @@ impl<'k> Hands<'k> {
                     port: 0,
                 })
                 .collect(),
-            files: Vec::new(),
+            files: files.files().collect(),
             network: self.network_record(),
             ecam: facts.ecam.map(|ecam| record::Ecam { address: ecam.base, segment: 0, bus_end: ecam.bus_end }),
             retired: Vec::new(),
@@ -618,7 +625,8 @@ impl<'k> Hands<'k> {
             ToIncumbent::Standing { services } => Some(services),
             _ => None,
         })?;
-        if let Some(missing) = expected.iter().find(|name| !standing.contains(name)) {
+        let keeping = self.kernel.files.crossings()?.into_iter().map(|file| file.service);
+        if let Some(missing) = expected.into_iter().chain(keeping).find(|name| !standing.contains(name)) {
             bail!("service {missing} does not stand by in the successor (standing: {})", standing.join(", "));
         }
         Ok(())
@@ -637,7 +645,7 @@ impl<'k> Hands<'k> {
         if let Some(cidr) = network.service_address {
             self.address = Some(self.kernel.netlink.held(cidr)?);
         }
-        Ok(())
+        self.kernel.files.settle_again(self.device)
     }
 
     // ---- cutover: between freeze and activate nobody serves. No file, no log, nothing that can wait -----------------
@@ -645,7 +653,7 @@ impl<'k> Hands<'k> {
     /// Stops the services at a request boundary; they seal their arenas.
     fn freeze(&mut self) -> Result<()> {
         self.sealed = self.kernel.services.freeze(self.epoch(), self.left())?.into_keys().collect();
-        Ok(())
+        self.kernel.files.freeze(self.device, self.left())
     }
 
     /// Every arena that crosses has its receipt.
@@ -663,6 +671,7 @@ impl<'k> Hands<'k> {
             placed.line.memory().store(words::EPOCH_AT, epoch);
         }
         self.kernel.services.unfreeze(epoch, self.left())?;
+        self.kernel.files.serve(self.left())?;
         self.kernel.state().facts.epoch = epoch;
         Ok(())
     }

@@ -42,10 +42,13 @@ pub fn run() -> Result<()> {
     let config = Config::load(config_path)?;
     let mut children = HashMap::new();
     start_agent(&mut children)?;
-    let services = config.service.iter().map(|s| (&s.name, &s.exec));
-    let programs = config.program.iter().map(|p| (&p.name, &p.exec));
-    for (name, exec) in services.chain(programs) {
-        start(name, exec, &[], &mut children)?;
+    for service in &config.service {
+        let launcher = ["/usr/sbin/baton", "run", &service.name, "--"].map(str::to_owned);
+        let launcher: &[String] = if service.fd_store { &launcher } else { &[] };
+        start(&service.name, &[launcher, &service.exec].concat(), &[], &mut children)?;
+    }
+    for program in &config.program {
+        start(&program.name, &program.exec, &[], &mut children)?;
     }
     reap(&children)
 }
@@ -83,6 +86,10 @@ fn mount_all() -> Result<()> {
             .with_context(|| format!("cannot mount {target}"))?;
     }
     fs::create_dir_all("/run/baton")?;
+    // Only programs of the fd store need it, and their start says so: a kernel without cgroups does for everything else.
+    if let Err(error) = mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>) {
+        say(&format!("baton-init: no cgroups: {error}"));
+    }
     Ok(())
 }
 

@@ -14,6 +14,7 @@ use crate::birth::Birth;
 use crate::config::Config;
 use crate::control::{Status, UpdateStatus};
 use crate::facts::{Facts, managed_memory};
+use crate::files::Store;
 use crate::net::Netlink;
 use crate::outcome::Failure;
 use crate::services::{Arena, Services};
@@ -52,6 +53,8 @@ pub struct Kernel {
     pub netlink: Netlink,
     /// The services.
     pub services: Services,
+    /// The files that programs keep.
+    pub files: Store,
     /// How this kernel came to be: nothing when the firmware booted it.
     pub birth: Option<Birth>,
     /// Held by the update that runs.
@@ -83,7 +86,11 @@ impl Kernel {
         let successor = birth.is_some();
         let state = Mutex::new(State { successor, facts, update });
         let (services, updating) = (Services::default(), Mutex::new(()));
-        Ok(Kernel { config, config_path, netlink, services, birth, updating, device, release, state })
+        let files = Store::default();
+        if !successor {
+            files.serve(std::time::Duration::ZERO)?;
+        }
+        Ok(Kernel { config, config_path, netlink, services, files, birth, updating, device, release, state })
     }
 
     /// The module. Opened at first use, so that batond runs, and says what is missing, on a machine without it.
@@ -137,7 +144,7 @@ impl Kernel {
 
     /// How things stand.
     pub fn status(&self) -> Status {
-        let services = self.services.status();
+        let services = [self.services.status(), self.files.status()].concat();
         let state = self.state();
         Status {
             schema_version: 1,

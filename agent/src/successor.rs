@@ -88,6 +88,7 @@ impl<'k> Heir<'k> {
         set_clock(birth)?;
         let line = Line::attach(birth.control.clone(), birth.base)?;
         expect_arenas(kernel, device, birth)?;
+        kernel.files.inherit(device, &birth.record)?;
         let address = attach_network(kernel, device, birth)?;
         mark(birth, BootMark::Network);
         let mut timeline = Timeline::continue_from(birth.record.journal.clone());
@@ -128,7 +129,10 @@ impl<'k> Heir<'k> {
             Order::StandBy => {
                 self.kernel.set_phase("trial");
                 let patience = Duration::from_secs(self.kernel.config.update.step_timeout_s);
-                let services = self.kernel.services.await_standby(patience)?;
+                let mut services = self.kernel.services.await_standby(patience)?;
+                let programs = crate::files::programs_of(&self.birth.record);
+                self.kernel.files.await_programs(&programs, patience)?;
+                services.extend(programs);
                 mark(self.birth, BootMark::Standby);
                 Ok(Answer::Services(services))
             }
@@ -183,6 +187,7 @@ impl<'k> Heir<'k> {
             }
             address.announcer.announce()?;
         }
+        self.kernel.files.serve(self.cutover_patience())?;
         let announced = tsc();
         self.kernel.state().facts.epoch = epoch;
         self.timeline.add("successor: services", started, serving);
@@ -201,6 +206,7 @@ impl<'k> Heir<'k> {
     /// The undo of [`Heir::activate`]: silent first, so that nobody answers from here when the address is dropped.
     fn stand_down(&mut self, epoch: u64) -> Result<Answer> {
         self.kernel.services.freeze(epoch, self.cutover_patience())?;
+        self.kernel.files.freeze(self.device, self.cutover_patience())?;
         if let Some(address) = &self.address {
             let held = self.kernel.netlink.held(address.cidr)?;
             self.kernel.netlink.drop_held(&held)?;

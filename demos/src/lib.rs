@@ -8,4 +8,5 @@ pub mod kv;
 pub mod lab;
 pub mod load;
 pub mod measure;
+pub mod memo;
 pub mod story;

@@ -7,7 +7,6 @@
  *
  * 1. GIVE records it; START also sends INIT, SIPI, SIPI, so that it runs at start_pa in real mode.
  * 2. TAKE ends the record; FENCE first sends INIT, so that it stops whatever it does and waits for a SIPI.
- *
  * A doorbell is a vector on CPU 0, the one that is offlined last. Its affinity is fixed, so that vector and APIC id
  * can be told to the other kernel once and for all.
  *
@@ -26,10 +25,7 @@
 #include <asm/irqdomain.h>
 #include "baton.h"
 
-/*
- * The instance of each APIC id that was given. Changed under baton_lock and cpus_read_lock, so either baton_lock or
- * cpus_write_lock, which the hotplug callback runs under, is enough to read.
- */
+/* APIC id -> instance. Changed under baton_lock and cpus_read_lock; baton_lock or cpus_write_lock is enough to read. */
 static DEFINE_XARRAY(given);
 static int hotplug_state;
 

@@ -8,7 +8,6 @@
  * 1. CREATE gives it an id, never used again while the module is loaded: a stale id can only meet ENOENT.
  * 2. UPDATE changes state and image.
  * 3. DESTROY gives back its memory; EBUSY, and nothing done, while a CPU is recorded there or its memory is in use.
- *
  * BATON_SELF stands for the kernel that shows the list. It is not created, so not destroyed either.
  */
 #include <linux/capability.h>

@@ -12,11 +12,9 @@
  * 3. baton_leave() saves what C expects to survive a call, plus CR3 and CR4, and jumps.
  * 4. The way back is a jump to baton_return, in the same tables, on any stack.
  *
- * What is not saved is what nobody changes on the way: the code out there touches no segment register, no FS/GS base,
- * no FPU or vector register, no MSR, and neither GDTR nor IDTR. CR4 and CR3 are restored raw, so that the kernel's
- * own copies of them (cpu_tlbstate) stay true. The TLB needs no further care: changing CR4.PGE empties it, all PCIDs
- * and global entries included.
- *
+ * What is not saved is what nobody changes on the way: no segment register, FS/GS base, FPU or vector register, MSR,
+ * GDTR or IDTR. CR4 and CR3 are restored raw, so that the kernel's own copies of them (cpu_tlbstate) stay true.
+ * Changing CR4.PGE empties the TLB, all PCIDs and global entries included.
  * NMIs cannot be turned off. They find their handlers through the upper half, and go back to where they interrupted.
  */
 #include <linux/cpu.h>
@@ -57,8 +55,7 @@ asm(
 	"	mov	%cr4, %rcx;			mov	%rcx, baton_left+64(%rip)\n"
 	"	mov	%rdi, %r8;			lea	baton_return(%rip), %rdi\n"
 	"	mov	%rdx, %cr3\n"
-	"	and	$~0x20080, %rcx\n"		/* PCIDE, PGE */
-	"	mov	%rcx, %cr4\n"
+	"	and	$~0x20080, %rcx;		mov	%rcx, %cr4\n"	/* PCIDE, PGE */
 	ANNOTATE_RETPOLINE_SAFE
 	"	jmp	*%r8\n"
 	".size baton_leave, . - baton_leave\n"
@@ -72,8 +69,7 @@ asm(
 	"	mov	baton_left+16(%rip), %rbx;	mov	baton_left+24(%rip), %r12\n"
 	"	mov	baton_left+32(%rip), %r13;	mov	baton_left+40(%rip), %r14\n"
 	"	mov	baton_left+48(%rip), %r15\n"
-	"	pushq	$2\n"				/* the flag that is always set; IF, DF, NT, AC clear */
-	"	popfq\n"
+	"	pushq	$2;				popfq\n"	/* the flag always set; IF, DF, NT, AC clear */
 	"	" ASM_RET
 	".size baton_return, . - baton_return\n"
 	".popsection\n"

@@ -2,16 +2,14 @@
 /*
  * DOC: baton.ko, the kernel half of a live update
  *
- * Mechanism only: it pins memory, starts and stops CPUs, rings and hears doorbells, leaves this kernel and comes
- * back, shows chosen PCI functions. Why and when is decided in user space; whatever can be computed there, is.
+ * Mechanism only: memory, CPUs, doorbells, leaving this kernel and coming back, chosen PCI functions. Why and when is
+ * decided in user space; whatever can be computed there, is.
  *
  * 1. A caller with CAP_SYS_ADMIN opens /dev/baton and creates an instance.
  * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
  * 3. Doorbells, panic notices and mappings of memory are files: they end with their file, also when its owner dies.
  * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may
- *    crash, be restarted, and find them in /proc/multikernel. Each holds a reference on the module, which an open
- *    file of it cannot fail to get.
- *
+ *    crash, be restarted, and find them in /proc/multikernel. Each holds a reference on the module.
  * Unhappy path: every call either does all of what it says or none of it.
  */
 #include <linux/capability.h>

@@ -9,7 +9,6 @@
  *    across fork: so counting files is enough. Or MEM_FILE puts its pages into a memfd; each page counts who has it.
  * 3. GIVE_BACK, or DESTROY of the instance, ends it. EBUSY, and nothing done, while it has users or while a page is
  *    still pinned by I/O that outlived the mapping.
- *
  * ADOPT is not an object: the range becomes this kernel's own RAM, for good.
  * Pages that were ALLOCated are zero. Pages taken as RESERVED or OUTSIDE keep their content: that is their point.
  */
@@ -95,7 +94,7 @@ static int take_outside(u64 start, u64 len)
 }
 
 /*
- * Reserved at boot. Or preserved by KHO, which marks the private word of each piece (kernel/liveupdate/kexec_handover.c):
+ * Reserved at boot. Or preserved by KHO, which marks the private word of each piece (kexec_handover.c):
  * just this range, divided as kho_preserve_pages() does it. kho_restore_pages() warns at others, and stops half-way.
  */
 #define KHO_MARK(order) (0x4b484f50ull << 32 | (order))
@@ -410,7 +409,7 @@ int baton_mem_adopt(struct baton_call *call)
 	const struct baton_adopt *arg = call->arg;
 	int ret = check_range(arg->start, arg->len), nid;
 	u64 grain = memory_block_size_bytes();
-	/* The resource tree points to it for ever; so it is not the module's, which can be exchanged for a newer one. */
+	/* The resource tree points to it for ever, and is never freed: the module can be exchanged for a newer one. */
 	static const char *name;
 
 	if (arg->reserved || !IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain) || ret)
@@ -427,10 +426,7 @@ int baton_mem_adopt(struct baton_call *call)
 	return ret == -E2BIG ? -ERANGE : ret;	/* E2BIG: beyond what the direct map can hold */
 }
 
-/*
- * "<bytes> <ranges>". BATON_SELF holds what it calls System RAM, less what it allocated for others; where that is
- * stands in /proc/iomem.
- */
+/* "<bytes> <ranges>". BATON_SELF: its System RAM, less what it allocated for others; /proc/iomem says where that is. */
 void baton_memory_show(struct seq_file *seq, u32 instance, bool with_addresses)
 {
 	u64 bytes = instance == BATON_SELF ? (u64)totalram_pages() << PAGE_SHIFT : 0;

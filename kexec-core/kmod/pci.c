@@ -3,10 +3,8 @@
  * DOC: A PCI root that shows only chosen functions
  *
  * A kernel that was booted with pci=off leaves configuration space alone. ADD gives it a root bus, in a domain of its
- * own, through which it finds the functions that were granted to it and nothing else: of ECAM, only their pages are
- * mapped, and every other address reads as absent. Drivers bind as ever; interrupts are MSI or MSI-X, there is no
- * INTx to route.
- *
+ * own, with the functions that were granted to it and nothing else: of ECAM, only their pages are mapped, and every
+ * other address reads as absent. Drivers bind as ever; interrupts are MSI or MSI-X, there is no INTx to route.
  * 1. ADD: map, scan, claim what the firmware assigned (nothing is moved), add the devices.
  * 2. REMOVE: stop the drivers, remove the devices and the bus, unmap.
  */

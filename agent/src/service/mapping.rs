@@ -107,7 +107,7 @@ impl Drop for Arena {
 unsafe impl Send for Arena {}
 
 /// Gives a descriptor that recvmsg has just made its owner.
-pub(super) fn received_descriptor(raw: RawFd) -> OwnedFd {
+pub(crate) fn received_descriptor(raw: RawFd) -> OwnedFd {
     // SAFETY: the kernel installed it for this message and each is seen once (called only by `recv_with_fd`, once per
     // element), so nobody else owns or closes it.
     unsafe { OwnedFd::from_raw_fd(raw) }

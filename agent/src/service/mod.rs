@@ -57,6 +57,7 @@
 
 pub mod agent_end;
 pub mod client;
+pub mod files;
 pub mod mapping;
 pub mod protocol;
 #[cfg(test)]

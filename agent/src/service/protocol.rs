@@ -60,19 +60,27 @@ impl Hello {
         if self.protocol != PROTOCOL_VERSION {
             return Err(Error::Version { theirs: self.protocol, ours: PROTOCOL_VERSION });
         }
-        let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
-        let name = &self.name;
-        if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(plain) || name.starts_with('.') {
-            let value = name.chars().take(MAX_NAME).collect();
-            let allowed = "1 to 64 of a-z, 0-9, '-', '_', '.', not starting with a dot";
-            return Err(Error::BadGreeting { field: "name", value, allowed });
-        }
+        check_service_name(&self.name)?;
         if self.wanted_arena_len == 0 || self.wanted_arena_len > mapping::MAX_ARENA {
             let value = self.wanted_arena_len.to_string();
             return Err(Error::BadGreeting { field: "wanted_arena_len", value, allowed: "1 byte to 1 TiB" });
         }
         Ok(())
     }
+}
+
+/// A name that can be a file name, a cgroup's, and part of a log line.
+///
+/// # Errors
+/// It is empty, too long, or has other characters.
+pub fn check_service_name(name: &str) -> Result<(), Error> {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-_.".contains(&b);
+    if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(plain) || name.starts_with('.') {
+        let value = name.chars().take(MAX_NAME).collect();
+        let allowed = "1 to 64 of a-z, 0-9, '-', '_', '.', not starting with a dot";
+        return Err(Error::BadGreeting { field: "name", value, allowed });
+    }
+    Ok(())
 }
 
 /// What a service says.

@@ -55,6 +55,7 @@ pub fn demo_service() -> config::Service {
     config::Service {
         name: crate::kv::run::NAME.into(),
         exec: ["/usr/sbin/baton-kv", "--listen", &listen].map(str::to_owned).to_vec(),
+        fd_store: false,
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use agent::config::{Config, Update};
+use agent::config::{Config, Service, Update};
 use agent::control::Status;
 use anyhow::{Context, Result, bail};
 
@@ -30,20 +30,23 @@ pub struct Shape {
     pub memory_mib: u32,
     /// How its agent makes updates.
     pub update: Update,
+    /// What runs on it.
+    pub services: Vec<Service>,
     /// More words for the incumbent's command line.
     pub cmdline: String,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Shape { vcpus: 4, memory_mib: 3072, update: Update::default(), cmdline: String::new() }
+        let services = vec![incumbent::demo_service()];
+        Shape { vcpus: 4, memory_mib: 3072, update: Update::default(), services, cmdline: String::new() }
     }
 }
 
 /// The configuration of the lab's machines.
 pub fn config(shape: &Shape) -> Config {
     let mut config = incumbent::configuration();
-    config.service = vec![incumbent::demo_service()];
+    config.service = shape.services.clone();
     config.update = shape.update.clone();
     config
 }

@@ -1,0 +1,102 @@
+//! The socket of those who keep files ([`crate::service::files`]): one question a connection, each on a thread of its own,
+//! since a program that stands by may wait for long.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use std::{fs, thread};
+
+use anyhow::{Context, Result};
+use nix::sys::socket::{getsockopt, sockopt};
+
+use super::{borrowed, check_owner};
+use crate::files::programs::Program;
+use crate::kernel::Kernel;
+use crate::service::files::{Ask, DEFAULT_SOCKET, Told, What, answer, receive};
+use crate::service::protocol::Inbox;
+
+/// How long a question may take to arrive.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Listens from now on.
+pub fn start(kernel: Arc<Kernel>) -> Result<()> {
+    let listener = bind(Path::new(DEFAULT_SOCKET))?;
+    thread::Builder::new().name("files".into()).spawn(move || {
+        for connection in listener.incoming() {
+            let kernel = kernel.clone();
+            let served = connection.and_then(|socket| {
+                thread::Builder::new().name("file".into()).spawn(move || {
+                    if let Err(error) = serve(&kernel, &socket) {
+                        tracing::warn!("a question about kept files failed: {error:#}");
+                    }
+                })
+            });
+            if let Err(error) = served {
+                tracing::warn!("a question about kept files is not heard: {error}");
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn bind(path: &Path) -> Result<UnixListener> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
+    // Whoever may ask gets the memory of any service.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+fn serve(kernel: &Kernel, socket: &UnixStream) -> Result<()> {
+    socket.set_nonblocking(true)?;
+    let mut inbox = Inbox::default();
+    let ask: Ask = receive(socket.as_fd(), &mut inbox, Some(PATIENCE))?;
+    let carried_out = carry_out(kernel, socket, &ask, &mut inbox);
+    let service = &ask.service;
+    let told = match carried_out {
+        Ok(files) => borrowed(&files)
+            .try_for_each(|(name, file)| answer(socket.as_fd(), &Told::File { name: name.to_owned() }, Some(file)))
+            .and_then(|()| answer(socket.as_fd(), &Told::Done, None)),
+        Err(error) => {
+            tracing::warn!("{service}: {error:#}");
+            let cause = crate::service::protocol::bounded_cause(&format!("{error:#}"));
+            answer(socket.as_fd(), &Told::Failed { cause }, None)
+        }
+    };
+    if ask.what == What::Start {
+        kernel.files.started(service);
+    }
+    Ok(told?)
+}
+
+fn carry_out(kernel: &Kernel, socket: &UnixStream, ask: &Ask, inbox: &mut Inbox) -> Result<Vec<(String, OwnedFd)>> {
+    ask.check()?;
+    match &ask.what {
+        What::Keep { name } => {
+            let file = inbox.descriptor()?;
+            kernel.files.keep(kernel.device()?, &ask.service, name, file).with_context(|| format!("file {name:?}"))?;
+            Ok(Vec::new())
+        }
+        What::Forget { name } => {
+            kernel.files.forget(kernel.device()?, &ask.service, name)?;
+            Ok(Vec::new())
+        }
+        What::Files => kernel.files.of(&ask.service),
+        What::Start => {
+            check_owner(&kernel.services.crossings(), &ask.service)?;
+            let pid = getsockopt(socket, sockopt::PeerCredentials)?.pid();
+            let program = Program::adopt(&ask.service, pid)?;
+            kernel.files.stand_by(&ask.service, program)
+        }
+    }
+}
