@@ -18,6 +18,18 @@ pub enum Abi {
 /// Every version that we speak, oldest first. The next one is a module beside [`super::v4`] and a line here.
 pub const SPOKEN: &[Abi] = &[Abi::V4];
 
+/// Every version that is known to exist, oldest first, and what sets it apart. What upstream says of none of them is
+/// how long it will be read.
+pub const KNOWN: &[(&str, &str)] = &[
+    (
+        "kho-v1",
+        "the first, of Linux 6.16: pages in chunks of bitmaps, blobs are device trees named by the property fdt",
+    ),
+    ("kho-v2", "the tree of preserved pages; blobs of any kind, by the property preserved-data"),
+    ("kho-v3", "blobs have a size, by the property blob-size"),
+    ("kho-v4", "Linux 7.2 and 7.3: lists of LUO are blocks"),
+];
+
 impl Abi {
     /// The `compatible` string of the root node.
     pub const fn compatible(self) -> &'static str {
@@ -64,15 +76,18 @@ impl Expected {
     }
 }
 
-/// Strings of `prefix` and a number, ended by a zero.
+/// Strings of `prefix` and a number, ended by a zero. Between number and zero may be more, behind a dash: patches that
+/// were never released had "luo-v4-block-v1", and such a name must not pass for that of a kernel without the format.
 fn versions(bytes: &[u8], prefix: &str) -> BTreeSet<String> {
-    const DIGITS: usize = 4;
+    const LONGEST: usize = 32;
     memmem::find_iter(bytes, prefix)
         .filter_map(|at| {
-            let number = &bytes[at + prefix.len()..];
-            let len = number.iter().take(DIGITS + 1).position(|byte| !byte.is_ascii_digit())?;
-            let ends = len > 0 && number[len] == 0;
-            ends.then(|| format!("{prefix}{}", String::from_utf8_lossy(&number[..len])))
+            let rest = &bytes[at + prefix.len()..];
+            let name = &rest[..rest.iter().take(LONGEST).position(|byte| *byte == 0)?];
+            let number = name.iter().take_while(|byte| byte.is_ascii_digit()).count();
+            let tail = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._".contains(byte);
+            let good = number > 0 && number <= 4 && (number == name.len() || name[number] == b'-');
+            (good && name.iter().all(tail)).then(|| format!("{prefix}{}", String::from_utf8_lossy(name)))
         })
         .collect()
 }
@@ -90,6 +105,7 @@ mod tests {
         assert_eq!(expected.memfd, BTreeSet::from(["memfd-v2".to_owned()]));
         assert_eq!(expected.abi(), Some(Abi::V4));
         assert_eq!(Expected::of_kernel(b"kho-v5\0").abi(), None);
+        assert_eq!(Expected::of_kernel(b"kho-v4-block-v1\0").kho, BTreeSet::from(["kho-v4-block-v1".to_owned()]));
         assert_eq!(Expected::of_kernel(b"kho-v4\0kho-v5\0").abi(), None);
         assert_eq!(Expected::of_kernel(b"a kernel without it").abi(), None);
     }
@@ -98,6 +114,7 @@ mod tests {
     fn every_spoken_version_has_one_name() {
         for abi in SPOKEN {
             assert_eq!(Abi::from_compatible(abi.compatible()), Some(*abi));
+            assert!(KNOWN.iter().any(|(name, _)| *name == abi.compatible()));
         }
         assert_eq!(Abi::from_compatible("kho-v3"), None);
     }

@@ -179,6 +179,9 @@ impl Incoming {
 
 fn read_scratch(memory: &impl Memory, list: PhysRange) -> Result<Vec<PhysRange>, ReadError> {
     const WHAT: &str = "the scratch list";
+    if list.len == 0 {
+        return Ok(Vec::new());
+    }
     let limit = (SCRATCH_LIMIT * size_of::<Scratch>()) as u64;
     if list.len > limit {
         return Err(ReadError::TooMany { what: "bytes of the scratch list", count: list.len, limit });

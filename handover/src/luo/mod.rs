@@ -20,8 +20,10 @@
 //! - [`Orchestration::read`], then [`Memfd::read`] follow only addresses that lie in preserved pages of a handover that
 //!   has been checked, each of them once.
 //!
-//! A kernel that finds *one* session that it cannot restore gives back none from there on
-//! (`luo_session_deserialize`), and one that finds another version refuses all. So what is written is checked first.
+//! The kernel checks little and forgives nothing: one session that it cannot restore, and `/dev/liveupdate` cannot be
+//! opened (`luo_session_deserialize`, EIO); another version, or a list of sessions that is not one, and it *panics*
+//! (`luo_restore_fail`). So what is written is checked before, and written only for a kernel that names all three
+//! formats ([`speaks`]). What nobody retrieves of a session is freed when the session is closed.
 
 pub mod memfd_v2;
 mod model;
