@@ -98,6 +98,7 @@ impl Birth {
             cpus_moved: 1,
             left_undone: Vec::new(),
             timeline: Timeline::continue_from(record.journal.clone()).spans(record.clock.tsc_khz),
+            zero: None,
         }
     }
 

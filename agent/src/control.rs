@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::outcome::{Class, Failure};
-use crate::timeline::Span;
+use crate::timeline::{Span, Zero};
 
 /// The agent's socket.
 pub const SOCKET: &str = "/run/baton/control.sock";
@@ -53,7 +53,7 @@ pub enum Reply {
         text: String,
     },
     /// How things stand.
-    Status(Status),
+    Status(Box<Status>),
     /// What a check found.
     Checked {
         /// In the order of the checks.
@@ -134,6 +134,9 @@ pub struct UpdateStatus {
     pub left_undone: Vec<String>,
     /// Phases and steps with their times.
     pub timeline: Vec<Span>,
+    /// Where on the TSC these times begin; nothing before the update is over.
+    #[serde(default)]
+    pub zero: Option<Zero>,
 }
 
 /// Asks batond, shows progress through `progress`, and gives its last word.

@@ -145,7 +145,7 @@ async fn answer(kernel: Arc<Kernel>, stream: UnixStream) -> Result<()> {
     let (replies, mut outbox) = mpsc::unbounded_channel();
     let worker = tokio::task::spawn_blocking(move || {
         let last = match request {
-            Request::Status => Reply::Status(kernel.status()),
+            Request::Status => Reply::Status(Box::new(kernel.status())),
             Request::Check(wish) => Reply::Checked { findings: check::findings(&kernel, &wish) },
             Request::Upgrade(wish) => upgrade::run(&kernel, &wish, &replies),
         };

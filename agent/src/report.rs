@@ -50,6 +50,7 @@ impl<'a> Report<'a> {
             cpus_moved: 0,
             left_undone: Vec::new(),
             timeline: Vec::new(),
+            zero: None,
         });
         let journal = create(Path::new(JOURNAL));
         if let Err(error) = &journal {

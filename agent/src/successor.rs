@@ -268,12 +268,12 @@ impl<'k> Heir<'k> {
         self.timeline.add("adopt memory", adopting, tsc());
         self.timeline.add("drained", started, tsc());
         let khz = self.birth.record.clock.tsc_khz;
-        let timeline = self.timeline.spans(khz);
+        let (timeline, zero) = (self.timeline.spans(khz), self.timeline.zero(khz));
         let mut state = self.kernel.state();
         state.successor = false;
         if let Some(update) = &mut state.update {
             "drained".clone_into(&mut update.phase);
-            update.timeline = timeline;
+            (update.timeline, update.zero) = (timeline, Some(zero));
             update.left_undone = left;
         }
         tracing::info!("drained: this kernel has the machine");

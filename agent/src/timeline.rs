@@ -16,6 +16,15 @@ pub struct Span {
     pub ms: f64,
 }
 
+/// Where the spans' zero is on the TSC, for whoever lays another clock beside them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Zero {
+    /// What the TSC read at the beginning of the first step.
+    pub tsc: u64,
+    /// How fast it counts.
+    pub khz: u64,
+}
+
 /// Steps in the order in which they ended.
 #[derive(Debug, Clone, Default)]
 pub struct Timeline {
@@ -46,10 +55,15 @@ impl Timeline {
         &self.marks
     }
 
+    /// From where the spans count.
+    pub fn zero(&self, tsc_khz: u64) -> Zero {
+        Zero { tsc: self.marks.iter().map(|mark| mark.start_tsc).min().unwrap_or(0), khz: tsc_khz.max(1) }
+    }
+
     /// For people.
     pub fn spans(&self, tsc_khz: u64) -> Vec<Span> {
-        let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / tsc_khz.max(1) as f64;
-        let first = self.marks.iter().map(|mark| mark.start_tsc).min().unwrap_or(0);
+        let Zero { tsc: first, khz } = self.zero(tsc_khz);
+        let ms = |from: u64, to: u64| to.saturating_sub(from) as f64 / khz as f64;
         self.marks
             .iter()
             .map(|mark| Span {
@@ -73,5 +87,6 @@ mod tests {
         let spans = timeline.spans(1_000);
         assert_eq!((spans[0].at_ms, spans[0].ms), (2.0, 2.0));
         assert_eq!(spans[1].at_ms, 0.0);
+        assert_eq!(timeline.zero(1_000), Zero { tsc: 1_000, khz: 1_000 });
     }
 }

@@ -10,7 +10,7 @@ fn one_update(from: &str, to: &str, shape: &Shape, cpu: Option<&str>) -> Result<
     if let Some(cpu) = cpu {
         spec.cpu = cpu.to_owned();
     }
-    let mut stage = Stage { machine: lab().start(&spec)?, serving: 0 };
+    let mut stage = Stage::start(lab(), &spec, shape)?;
     stage.await_serving()?;
     let before = snapshot::of(&stage)?;
     let status = match stage.upgrade(&kernel(to).release, &[])? {

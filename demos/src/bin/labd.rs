@@ -61,6 +61,7 @@ fn answer(stream: &mut TcpStream) -> io::Result<()> {
     let exit = match wire::parse_json(&bytes)? {
         Request::Get { path } => get(stream, &path)?,
         Request::Put { path, mode } => put(stream, &path, mode)?,
+        Request::Clock => clock(stream)?,
         Request::Run { argv, env, timeout_ms, terminal } => {
             let name = argv.join(" ");
             let running = start(&argv, env, terminal).map_err(|e| io::Error::new(e.kind(), format!("{name}: {e}")))?;
@@ -97,6 +98,13 @@ fn put(stream: &mut TcpStream, path: &str, mode: u32) -> io::Result<Exit> {
         let _ = fs::remove_file(&fresh);
     }
     stored.map(|()| Exit { code: Some(0), ..Exit::default() })
+}
+
+fn clock(stream: &mut TcpStream) -> io::Result<Exit> {
+    while let (Kind::Data, _) = wire::receive(stream)? {
+        wire::send(stream, Kind::Data, &agent::timeline::tsc().to_le_bytes())?;
+    }
+    Ok(Exit { code: Some(0), ..Exit::default() })
 }
 
 /// A command under way.

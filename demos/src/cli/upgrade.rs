@@ -2,16 +2,25 @@
 
 use std::process::ExitCode;
 
+use agent::outcome::Class;
 use clap::Args;
 use demos::lab::{Lab, Progress};
 use demos::story::report::{self, Outcome, Report};
 use demos::story::upgrade::{self, Options};
+
+/// For a successor that cannot work: a kernel without a program to run. It panics, and must stay where it is until it is stopped.
+const BROKEN: &str = "rdinit=/nonexistent panic=0";
+/// How long it is waited for. One that works needs 2 to 10 s.
+const BROKEN_FOR_S: u64 = 25;
 
 #[derive(Debug, Args)]
 pub struct UpgradeArguments {
     /// Updates, one after the other: from 6.12 to 7.x, back to 6.12, and so on
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     hops: u16,
+    /// Show an update that fails: the successor's agent never comes up, and everything is given back
+    #[arg(long)]
+    broken: bool,
     /// Print one JSON object on stdout and nothing else
     #[arg(long)]
     json: bool,
@@ -43,7 +52,11 @@ impl MachineArguments {
 }
 
 pub fn run(arguments: &UpgradeArguments) -> anyhow::Result<ExitCode> {
-    let options = Options { hops: arguments.hops.into(), ..arguments.machine.options() };
+    let mut options = Options { hops: arguments.hops.into(), ..arguments.machine.options() };
+    if arguments.broken {
+        BROKEN.clone_into(&mut options.shape.successor_cmdline);
+        options.shape.update.boot_timeout_s = BROKEN_FOR_S;
+    }
     let told = Lab::set_up(Progress::auto()).map_err(Into::into).and_then(|lab| upgrade::run(&lab, &options));
     let report = match told {
         Ok(report) => report,
@@ -56,5 +69,9 @@ pub fn run(arguments: &UpgradeArguments) -> anyhow::Result<ExitCode> {
     } else {
         print!("{}", report::for_people(&report));
     }
-    Ok(if report.outcome == Outcome::Committed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(match report.outcome {
+        Outcome::Committed => ExitCode::SUCCESS,
+        Outcome::RolledBack => Class::RolledBack.exit_code().into(),
+        Outcome::Failed => ExitCode::FAILURE,
+    })
 }

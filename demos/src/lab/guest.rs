@@ -71,6 +71,20 @@ pub struct GuestCommand {
     timeout: Duration,
 }
 
+/// The guest's clock beside ours.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clock {
+    /// What its TSC read.
+    pub tsc: u64,
+    /// When, by our clock.
+    pub at: Instant,
+    /// How far the two may be apart.
+    pub within: Duration,
+}
+
+/// How often a clock is asked; the quickest answer counts.
+const CLOCK_READINGS: usize = 20;
+
 /// A command under way. Dropped, it is killed, if its kernel is still there to do it.
 #[derive(Debug)]
 pub struct Begun {
@@ -142,6 +156,35 @@ impl Guest {
     pub fn put(&self, path: &str, mode: u32, content: &[u8]) -> Result<()> {
         let request = Request::Put { path: path.to_owned(), mode };
         self.ask(&request, content, COMMAND_TIME, |_, _| {}).map(drop)
+    }
+
+    /// Reads its TSC. Of several answers the one that was quickest on its way counts: it was read in the middle of that way, give or take
+    /// half of it.
+    pub fn clock(&self) -> Result<Clock> {
+        let speaking = format!("asking labd at {} for its clock", self.address);
+        let mut stream = self.connect(SILENCE).doing(&speaking)?;
+        stream.set_read_timeout(Some(SILENCE)).doing(&speaking)?;
+        wire::send_json(&mut stream, Kind::Request, &Request::Clock).doing(&speaking)?;
+        let mut reading = || {
+            let asked = Instant::now();
+            wire::send(&mut stream, Kind::Data, &[]).doing(&speaking)?;
+            let (_, bytes) = wire::receive(&mut stream).doing(&speaking)?;
+            let within = asked.elapsed() / 2;
+            let tsc = bytes.try_into().map(u64::from_le_bytes).map_err(|bytes: Vec<u8>| LabError::Reply {
+                from: format!("labd at {}", self.address),
+                problem: format!("a clock has 8 bytes, not {}: {}", bytes.len(), bytes.escape_ascii()),
+            })?;
+            Ok(Clock { tsc, at: asked + within, within })
+        };
+        let mut best: Clock = reading()?;
+        for _ in 1..CLOCK_READINGS {
+            let next = reading()?;
+            if next.within < best.within {
+                best = next;
+            }
+        }
+        wire::send(&mut stream, Kind::End, &[]).doing(&speaking)?;
+        Ok(best)
     }
 
     /// A connection on which a request can be made by hand. It notices by itself when the kernel at the other end is gone.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! lab  → labd   Request (JSON), then Data... End for what the request reads (a command's input, a file to store)
-//! labd → lab    Out, Err (a command's output), Data (a file), then exactly one of Exit (JSON) or Failed (text)
+//! labd → lab    Out, Err (a command's output), Data (a file, a clock), then exactly one of Exit (JSON) or Failed (text)
 //! ```
 //! A connection carries one request. Closing it early kills the command.
 
@@ -73,6 +73,8 @@ pub enum Request {
         /// Its permission bits.
         mode: u32,
     },
+    /// Answer each Data frame at once with one that says what the TSC reads (u64, little-endian).
+    Clock,
 }
 
 /// How a request ended.

@@ -157,7 +157,7 @@ impl Series<'_> {
             task.step(&format!("a machine boots {}", kernel.release));
             let mut spec = Stage::spec(self.lab, kernel, &self.options.machine.shape)?;
             spec.reboots = self.way == Restarts::Reboot;
-            let stage = Stage { machine: self.lab.start(&spec)?, serving: 0 };
+            let stage = Stage::start(self.lab, &spec, &self.options.machine.shape)?;
             method.logs.push(folder(&stage));
             // Kept before it serves: its logs are wanted if it never does.
             self.machine.insert(Running { stage, kernel: 0 }).stage.await_serving()?;

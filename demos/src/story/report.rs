@@ -74,8 +74,10 @@ pub struct Hop {
     pub blackout_ms: f64,
     /// The same silence in full.
     pub silence: Silence,
-    /// In which phase it began, as near as the two clocks can be laid beside each other.
+    /// In which phase it began.
     pub silence_began_in: Option<String>,
+    /// How far the clocks of clients and kernels may be apart, on which that rests.
+    pub clocks_within_ms: f64,
     /// Round trips of the probes in the same time.
     pub latencies: Option<Latencies>,
     /// Answers of a kernel that had been succeeded. Must be 0.

@@ -34,12 +34,20 @@ pub struct Shape {
     pub services: Vec<Service>,
     /// More words for the incumbent's command line.
     pub cmdline: String,
+    /// More words for each successor's. Of a word that is given twice the kernel takes the last.
+    pub successor_cmdline: String,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        let services = vec![incumbent::demo_service()];
-        Shape { vcpus: 4, memory_mib: 3072, update: Update::default(), services, cmdline: String::new() }
+        Shape {
+            vcpus: 4,
+            memory_mib: 3072,
+            update: Update::default(),
+            services: vec![incumbent::demo_service()],
+            cmdline: String::new(),
+            successor_cmdline: String::new(),
+        }
     }
 }
 
@@ -57,6 +65,7 @@ pub struct Stage {
     pub machine: Machine,
     /// Index into [`NICS`] of the serving kernel's NIC; serial ports alternate alike.
     pub serving: usize,
+    successor_cmdline: String,
 }
 
 /// How an upgrade ended.
@@ -65,15 +74,6 @@ pub enum Upgraded {
     Refused(Ran),
     /// The new kernel has the whole machine.
     Drained(Status),
-}
-
-/// What is told while an upgrade runs.
-#[derive(Debug, Clone, Copy)]
-pub enum News<'a> {
-    /// A line of `baton upgrade`: phase and step.
-    Said(&'a str),
-    /// The new kernel has just said that the machine is its own.
-    Drained,
 }
 
 /// What a successor's agent logs when the machine is its own.
@@ -93,10 +93,14 @@ impl Stage {
         Ok(spec)
     }
 
+    /// Starts a machine.
+    pub fn start(lab: &Lab, spec: &MachineSpec, shape: &Shape) -> Result<Stage> {
+        Ok(Stage { machine: lab.start(spec)?, serving: 0, successor_cmdline: shape.successor_cmdline.clone() })
+    }
+
     /// Starts a machine and waits until its service answers.
     pub fn open(lab: &Lab, kernel: &Kernel, shape: &Shape) -> Result<Stage> {
-        let machine = lab.start(&Stage::spec(lab, kernel, shape)?)?;
-        let stage = Stage { machine, serving: 0 };
+        let stage = Stage::start(lab, &Stage::spec(lab, kernel, shape)?, shape)?;
         stage.await_serving()?;
         Ok(stage)
     }
@@ -148,15 +152,10 @@ impl Stage {
         self.upgrade_telling(image, more, &mut |_| {})
     }
 
-    /// The same, and tells how it goes.
-    pub fn upgrade_telling(
-        &mut self,
-        image: &[&str],
-        more: &[&str],
-        tell: &mut dyn FnMut(News<'_>),
-    ) -> Result<Upgraded> {
+    /// The same, and tells each line of `baton upgrade`: phase and step.
+    pub fn upgrade_telling(&mut self, image: &[&str], more: &[&str], tell: &mut dyn FnMut(&str)) -> Result<Upgraded> {
         let port = 1 - self.serving;
-        let line = cmdline(port);
+        let line = format!("{} {}", cmdline(port), self.successor_cmdline);
         let mut words = vec!["baton", "upgrade", "--json", "--cmdline", &line];
         words.extend(image.iter().chain(more));
         let command = self.guest().command(&words).timeout(UPGRADE_PATIENCE);
@@ -166,14 +165,13 @@ impl Stage {
         std::thread::spawn(move || end.send(run_telling(&command, &line)));
         let deadline = Instant::now() + UPGRADE_PATIENCE;
         loop {
-            lines.try_iter().for_each(|line: String| tell(News::Said(line.trim())));
+            lines.try_iter().for_each(|line: String| tell(line.trim()));
             match ended.try_recv() {
                 Ok(Ok(ran)) if !ran.success() => return Ok(Upgraded::Refused(ran)),
                 _ => {}
             }
             match self.machine.serial(port).wait_for(DRAINED, seen, Patience::of(LOOK)) {
                 Ok(_) => {
-                    tell(News::Drained);
                     self.serving = port;
                     return Ok(Upgraded::Drained(self.status()?));
                 }

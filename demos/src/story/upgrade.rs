@@ -8,13 +8,14 @@ use std::time::{Duration, Instant};
 
 use agent::control::Status;
 use agent::outcome::{Class, Failure};
+use agent::timeline::Zero;
 use anyhow::{Context, Result};
 
 use super::clients::{self, CALM, Clients, Seen};
 use super::report::{BeforeAfter, Connections, Cpus, Hop, MachineShape, Outcome, Report, UnfinishedUpdate, Writes};
 use super::report::{phase_at, phases};
-use super::stage::{News, Shape, Stage, Upgraded};
-use crate::lab::guest::{Guest, Ran};
+use super::stage::{Shape, Stage, Upgraded};
+use crate::lab::guest::{Clock, Guest, Ran};
 use crate::lab::progress::Task;
 use crate::lab::{Door, Kernel, Lab, accel};
 use crate::load::Halted;
@@ -59,8 +60,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<Report> {
     let accelerator = accel::choose(lab.tree(), lab.progress())?;
     let task = lab.progress().task("machine");
     task.step(&format!("booting {}", kernels[0].release));
-    let machine = lab.start(&Stage::spec(lab, &kernels[0], &options.shape)?)?;
-    let mut stage = Stage { machine, serving: 0 };
+    let mut stage = Stage::start(lab, &Stage::spec(lab, &kernels[0], &options.shape)?, &options.shape)?;
     let mut report = Report {
         accelerator: Some(accelerator),
         logs: Some(stage.machine.folder().display().to_string()),
@@ -127,22 +127,18 @@ fn hop(stage: &mut Stage, to: &Kernel, probe_hz: u32, task: &Task) -> Result<Upd
     let (before, clients) = onlookers().map_err(|why| unfinished(Why::Broke(why), None))?;
 
     let image = format!("/boot/vmlinuz-{}", to.release);
-    let (began, mut drained, mut shown) = (Instant::now(), None, String::new());
-    let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |news| match news {
-        News::Said(line) => show(task, &mut shown, line),
-        News::Drained => drained = Some(Instant::now()),
-    });
+    let (began, mut shown) = (Instant::now(), String::new());
+    let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |line| show(task, &mut shown, line));
     task.step("clients go on for a while");
     std::thread::sleep(CALM);
     // Whatever came of it: they know which writes must be there now.
     let seen = clients.stop(began, stage.machine.folder()).map_err(|why| unfinished(Why::Broke(why), None))?;
-    let told = match (upgraded, drained) {
-        (Ok(Upgraded::Drained(status)), Some(drained)) => Look::at(&stage.guest())
-            .and_then(|after| account(status, drained, &before, &after, &seen))
-            .map_err(Why::Broke),
-        (Ok(Upgraded::Drained(_)), None) => unreachable!("the stage tells of the end before it returns it"),
-        (Ok(Upgraded::Refused(ran)), _) => Err(Why::Refused(refusal(&ran))),
-        (Err(why), _) => Err(Why::Broke(why)),
+    let told = match upgraded {
+        Ok(Upgraded::Drained(status)) => {
+            Look::at(&stage.guest()).and_then(|after| account(status, &before, &after, &seen)).map_err(Why::Broke)
+        }
+        Ok(Upgraded::Refused(ran)) => Err(Why::Refused(refusal(&ran))),
+        Err(why) => Err(Why::Broke(why)),
     };
     match told {
         Ok(hop) => Ok(Updated { hop, halted: seen.halted }),
@@ -168,19 +164,19 @@ fn refusal(ran: &Ran) -> Failure {
 }
 
 /// Puts together what the kernels say and what the clients saw.
-fn account(status: Status, drained: Instant, before: &Look, after: &Look, seen: &Seen) -> Result<Hop> {
+fn account(status: Status, before: &Look, after: &Look, seen: &Seen) -> Result<Hop> {
     let update = status.update.context("the successor's status knows of no update")?;
     let silence = seen.probe.silence.context("the prober sent nothing during the update")?;
-    // The last step's end and the serial port's news of it are the same moment: there the two clocks meet.
-    let end_ms = update.timeline.iter().map(|span| span.at_ms + span.ms).fold(0.0, f64::max);
-    let drained_ms = drained.duration_since(seen.started).as_secs_f64() * 1e3;
+    let zero = update.zero.context("the successor's status does not say when the update began")?;
+    let began = seen.started + Duration::from_secs_f64(silence.began_at_ms / 1e3);
     let phases = phases(&update.timeline);
     Ok(Hop {
         incumbent_release: update.incumbent_release,
         successor_release: update.successor_release,
         blackout_ms: silence.blackout_ms,
         silence,
-        silence_began_in: phase_at(&phases, silence.began_at_ms - drained_ms + end_ms).map(str::to_owned),
+        silence_began_in: phase_at(&phases, on_timeline(zero, after.clock, began)).map(str::to_owned),
+        clocks_within_ms: after.clock.within.as_secs_f64() * 1e3,
         latencies: seen.probe.latencies,
         epoch_regressions: seen.probe.epoch_regressions,
         phases,
@@ -190,6 +186,14 @@ fn account(status: Status, drained: Instant, before: &Look, after: &Look, seen: 
         connections: Connections::default(),
         left_undone: update.left_undone,
     })
+}
+
+/// A moment of our clock, in milliseconds of the timeline.
+fn on_timeline(zero: Zero, clock: Clock, moment: Instant) -> f64 {
+    let clock_at_ms = (i128::from(clock.tsc) - i128::from(zero.tsc)) as f64 / zero.khz.max(1) as f64;
+    let before = clock.at.saturating_duration_since(moment).as_secs_f64();
+    let after = moment.saturating_duration_since(clock.at).as_secs_f64();
+    clock_at_ms + (after - before) * 1e3
 }
 
 /// Reads all writes back, the first update's too, and says how it all ended.
@@ -269,6 +273,7 @@ impl Reader<'_> {
 struct Look {
     mem_total_kib: u64,
     cpus_online: u32,
+    clock: Clock,
 }
 
 impl Look {
@@ -278,6 +283,7 @@ impl Look {
         let online = text.lines().last().and_then(count);
         Ok(Self {
             mem_total_kib: mem.context("/proc/meminfo has no MemTotal")?,
+            clock: guest.clock()?,
             cpus_online: online.with_context(|| format!("which CPUs are online? {text:?}"))?,
         })
     }
@@ -295,6 +301,16 @@ fn count(list: &str) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_moment_is_found_on_the_timeline() {
+        let zero = Zero { tsc: 1_000_000, khz: 1_000 };
+        let clock = Clock { tsc: 6_000_000, at: Instant::now(), within: Duration::ZERO };
+        let at = |moment| on_timeline(zero, clock, moment);
+        assert_eq!(at(clock.at), 5000.0);
+        assert_eq!(at(clock.at - Duration::from_millis(1500)), 3500.0);
+        assert_eq!(at(clock.at + Duration::from_millis(250)), 5250.0);
+    }
 
     #[test]
     fn lists_of_cpus_are_counted() {

@@ -74,7 +74,7 @@ pub struct Run {
     pub to: String,
     /// The longest silence.
     pub blackout_ms: f64,
-    /// In which phase of an update it began, as near as the two clocks can be laid beside each other.
+    /// In which phase of an update it began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub silence_began_in: Option<String>,
     /// The prober's own worst lateness within it.
@@ -276,7 +276,7 @@ fn limit(baton: &Method) -> String {
     let counted: Vec<String> = places.iter().map(|(place, count)| format!("{count} in `{place}`")).collect();
     format!(
         "What limits Baton: the median silence is {silence:.1} ms, the cutover takes {:.1} ms ({}){most}. The longest silences of \
-         the {} updates began {} (placed by the serial line, tens of milliseconds early).",
+         the {} updates began {}.",
         cutover.ms,
         parts.join(", "),
         baton.runs.len(),

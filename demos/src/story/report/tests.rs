@@ -41,6 +41,7 @@ fn hop(lost: u64) -> Hop {
         blackout_ms: silence.blackout_ms,
         silence,
         silence_began_in: Some("cutover".into()),
+        clocks_within_ms: 0.4,
         latencies: None,
         epoch_regressions: 0,
         phases: phases(&timeline()),
