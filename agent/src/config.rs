@@ -240,6 +240,15 @@ mod tests {
     }
 
     #[test]
+    fn a_network_is_shared_with_the_same_leading_bits_and_no_fewer() {
+        let cidr = |text: &str| Cidr::try_from(text.to_owned()).unwrap();
+        let shares = |one: &str, other: &str| cidr(one).network() == cidr(other).network();
+        assert!(shares("10.77.0.10/24", "10.77.0.12/24") && shares("1.2.3.4/0", "9.9.9.9/0"));
+        assert!(!shares("10.77.0.10/24", "10.77.1.10/24") && !shares("10.77.0.10/24", "10.77.0.12/16"));
+        assert!(shares("10.0.0.1/32", "10.0.0.1/32") && !shares("10.0.0.1/32", "10.0.0.2/32"));
+    }
+
+    #[test]
     fn a_bad_address_says_what_is_expected() {
         for bad in ["10.0.0.1", "10.0.0/24", "10.0.0.1/33"] {
             let error = parse(&format!("[network]\nservice_address = \"{bad}\"")).unwrap_err().to_string();

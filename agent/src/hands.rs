@@ -32,12 +32,13 @@ use state_schemas::shared::SharedMemory;
 use zerocopy::IntoBytes;
 
 use crate::birth::phys;
+use crate::config::Cidr;
 use crate::facts::managed_memory;
 use crate::files::{CrossingFile, Numbered};
 use crate::kernel::{Kernel, Order};
 use crate::kho;
 use crate::line::{Incumbent, Line, Unanswered};
-use crate::net::Held;
+use crate::net::{ArpRules, Held, Link, Mac};
 use crate::outcome::Failure;
 use crate::plan::Plan;
 use crate::sysfs;
@@ -84,6 +85,8 @@ pub struct Hands<'k> {
     site: Option<Site>,
     placed: Option<Placed>,
     unbound: Option<sysfs::Unbound>,
+    /// Interfaces whose ARP rules were changed, by MAC address, with the rules as they were.
+    arp_rules: Vec<(Mac, ArpRules)>,
     /// The service address: looked up in the trial, dropped in the cutover.
     address: Option<Held>,
     /// The successor's agent has answered.
@@ -111,6 +114,7 @@ impl<'k> Hands<'k> {
             site: None,
             placed: None,
             unbound: None,
+            arp_rules: Vec::new(),
             address: None,
             heard: false,
             given: BTreeSet::new(),
@@ -305,20 +309,48 @@ impl<'k> Hands<'k> {
     fn grant_devices(&mut self) -> Result<()> {
         let Some(granted) = &self.plan.nic else { return Ok(()) };
         if let Some(link) = self.kernel.netlink.find(granted.mac)? {
+            self.part_from(&link, granted.nic.address)?;
             let (_, folder) = sysfs::pci_function_of(&link.name)?;
             self.unbound = sysfs::unbind(&folder)?;
         }
         Ok(())
     }
 
+    /// When the interface that goes is on the service's network, it may have answered for the service's address: it does not
+    /// any more, and clients are told which one does. So they send to the one that stays, before the other is gone.
+    fn part_from(&mut self, going: &Link, own: Cidr) -> Result<()> {
+        let Some(cidr) = self.kernel.config.network.service_address.filter(|cidr| cidr.network() == own.network())
+        else {
+            return Ok(());
+        };
+        let netlink = &self.kernel.netlink;
+        let held = netlink.held(cidr)?;
+        for link in [&held.link, going] {
+            self.arp_rules.push((link.mac, ArpRules::of(link)?));
+            ArpRules::strict().set(link)?;
+        }
+        netlink.announce(&held)
+    }
+
     /// The undo of [`Hands::grant_devices`].
     fn take_devices_back(&mut self) -> Result<()> {
-        let (Some(unbound), Some(granted)) = (&self.unbound, &self.plan.nic) else { return Ok(()) };
-        unbound.bind()?;
-        self.unbound = None;
-        let link = self.kernel.netlink.find(granted.mac)?.context("the interface did not come back")?;
-        self.kernel.netlink.link_up(&link)?;
-        self.kernel.netlink.add(&link, granted.nic.address)
+        let netlink = &self.kernel.netlink;
+        let back = match (&self.unbound, &self.plan.nic) {
+            (Some(unbound), Some(granted)) => {
+                unbound.bind()?;
+                self.unbound = None;
+                Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
+            }
+            _ => None,
+        };
+        for (mac, rules) in self.arp_rules.drain(..) {
+            if let Some(link) = netlink.find(mac)? {
+                rules.set(&link)?;
+            }
+        }
+        let Some((link, address)) = back else { return Ok(()) };
+        netlink.link_up(&link)?;
+        netlink.add(&link, address)
     }
 
     /// The undo of [`offline_cpu`].

@@ -52,7 +52,8 @@ const LOOPBACK: u32 = 1;
 
 /// An address that an interface of this kernel holds, with all that is needed to drop it and to take it again.
 pub struct Held {
-    link: Link,
+    /// The interface.
+    pub link: Link,
     cidr: Cidr,
     message: AddressMessage,
     announcer: Announcer,
@@ -73,8 +74,6 @@ struct ArpAnswers {
 }
 
 impl ArpAnswers {
-    /// Those for an address of the interface that they came in by.
-    const OWN: &'static str = "1";
     /// None.
     const NONE: &'static str = "8";
 
@@ -184,6 +183,11 @@ impl Netlink {
         Ok(self.runtime.block_on(self.handle.address().del(message.clone()).execute())?)
     }
 
+    /// Says once more who holds the address.
+    pub fn announce(&self, held: &Held) -> Result<()> {
+        held.announcer.announce()
+    }
+
     /// Takes a hushed or dropped address again, and announces it. No error when it is there still.
     pub fn take_again(&self, held: &Held) -> Result<()> {
         self.add(&held.link, held.cidr)?;
@@ -194,10 +198,7 @@ impl Netlink {
     /// Makes an address this kernel's own, and tells nobody: it is on `lo`, and `link`, by which its clients will come, answers ARP
     /// requests for its own addresses only, and asks with them.
     pub fn reserve(&self, link: &Link, address: Ipv4Addr) -> Result<()> {
-        for (name, value) in [("arp_ignore", ArpAnswers::OWN), ("arp_announce", "2")] {
-            let path = arp_setting(link, name);
-            std::fs::write(&path, value).with_context(|| format!("cannot set {path} to {value}"))?;
-        }
+        ArpRules::strict().set(link)?;
         let lo = Link { index: LOOPBACK, name: "lo".to_owned(), mac: [0; 6] };
         self.add(&lo, Cidr { address, prefix: 32 })
     }
@@ -248,6 +249,42 @@ impl Netlink {
             .filter(|message| message.header.family == AddressFamily::Inet)
             .filter(|message| message.attributes.contains(&AddressAttribute::Local(address.into())))
             .collect())
+    }
+}
+
+/// How one interface answers ARP, and whose address it names when it asks.
+///
+/// Two interfaces on one network need the strict rules: by default Linux answers on either for the addresses of both
+/// (net/ipv4/arp.c, `arp_ignore` and `arp_announce`), and clients would send to the interface that is about to be given
+/// away. The stricter of an interface's own rule and that of `all` counts (include/linux/inetdevice.h, `IN_DEV_MAXCONF`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ArpRules {
+    ignore: String,
+    announce: String,
+}
+
+impl ArpRules {
+    /// Answer for the interface's own addresses only; name the one that fits the network.
+    pub fn strict() -> ArpRules {
+        ArpRules { ignore: "1".to_owned(), announce: "2".to_owned() }
+    }
+
+    /// The rules of an interface.
+    pub fn of(link: &Link) -> Result<ArpRules> {
+        let read = |rule| {
+            let path = arp_setting(link, rule);
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+        };
+        Ok(ArpRules { ignore: read("arp_ignore")?, announce: read("arp_announce")? })
+    }
+
+    /// Gives an interface these rules.
+    pub fn set(&self, link: &Link) -> Result<()> {
+        for (rule, value) in [("arp_ignore", &self.ignore), ("arp_announce", &self.announce)] {
+            let path = arp_setting(link, rule);
+            std::fs::write(&path, value.trim()).with_context(|| format!("cannot set {path} to {}", value.trim()))?;
+        }
+        Ok(())
     }
 }
 

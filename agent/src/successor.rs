@@ -128,10 +128,11 @@ impl<'k> Heir<'k> {
         match order {
             Order::StandBy => {
                 self.kernel.set_phase("trial");
-                let patience = Duration::from_secs(self.kernel.config.update.step_timeout_s);
+                let patience = sooner_than(Duration::from_secs(self.kernel.config.update.step_timeout_s));
+                let until = Instant::now() + patience;
                 let mut services = self.kernel.services.await_standby(patience)?;
                 let programs = crate::files::programs_of(&self.birth.record);
-                self.kernel.files.await_programs(&programs, patience)?;
+                self.kernel.files.await_programs(&programs, until.saturating_duration_since(Instant::now()))?;
                 services.extend(programs);
                 mark(self.birth, BootMark::Standby);
                 Ok(Answer::Services(services))
@@ -216,7 +217,7 @@ impl<'k> Heir<'k> {
     }
 
     fn cutover_patience(&self) -> Duration {
-        Duration::from_millis(self.kernel.config.update.cutover_timeout_ms)
+        sooner_than(Duration::from_millis(self.kernel.config.update.cutover_timeout_ms))
     }
 
     /// The undo of [`Heir::online`]: Linux sends an offline CPU to the reset vector, which is our park page.
@@ -310,6 +311,12 @@ impl<'k> Heir<'k> {
         }
         left
     }
+}
+
+/// How long to wait for services, so that the answer, which names the one that is late, comes while the incumbent still
+/// waits for it. Its limit for the phase is this one: both kernels have the same configuration.
+fn sooner_than(limit: Duration) -> Duration {
+    limit * 3 / 4
 }
 
 /// What the incumbent can read when it hears nothing.

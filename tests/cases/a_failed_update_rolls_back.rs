@@ -24,7 +24,12 @@ fn trap(service: &str) -> Result<Vec<u8>> {
 /// What goes wrong, the words on the successor's command line and its initrd, and what is said of it.
 const FAILURES: [(&str, &str, Option<&str>, &str); 3] = [
     ("a successor that never answers", "rdinit=/nonexistent", None, "booting failed"),
-    ("a service that does not come up", "rdinit=/trap", Some("/tmp/exits"), "trial failed"),
+    (
+        "a service that does not come up",
+        "rdinit=/trap",
+        Some("/tmp/exits"),
+        "services do not stand by after 15s: baton-kv",
+    ),
     ("a successor that panics under its agent", "rdinit=/trap", Some("/tmp/panics"), "the successor panicked"),
 ];
 

@@ -205,16 +205,12 @@ fn run_telling(command: &GuestCommand, lines: &mpsc::Sender<String>) -> crate::l
 
 /// The kernels of one machine take the serial ports by turns, so that each log is one kernel's at a time.
 ///
-/// `arp_ignore`: both interfaces are on one network, and Linux answers on either for the addresses of both. Clients would then send to the
-/// interface that the successor is about to get, and hear nothing from the moment at which it is given away.
-///
 /// `noreplace-smp`, `lpj`: a kernel that started with one CPU rewrites its own code when the second comes, and each CPU times a delay loop
 /// that nobody uses where there is a TSC. In emulation on a busy host, bringing a CPU online took a successor 155 to 689 ms without both, and
 /// 129 to 343 ms with them, in runs too noisy to say more. They are given to every kernel, whichever way it comes.
 pub fn cmdline(port: usize) -> String {
-    let arp = "sysctl.net.ipv4.conf.all.arp_ignore=1 sysctl.net.ipv4.conf.all.arp_announce=2";
     let online = "noreplace-smp lpj=10000000";
-    format!("console=ttyS{port},115200 printk.devkmsg=on panic=-1 {arp} {online}")
+    format!("console=ttyS{port},115200 printk.devkmsg=on panic=-1 {online}")
 }
 
 /// `baton status` of a kernel.
