@@ -63,15 +63,6 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
             }
         })?;
     }
-    if !kernel.is_successor()
-        && let Ok(device) = kernel.device()
-    {
-        match crate::recover::recover(device, &kernel.netlink, &kernel.config) {
-            Ok(None) => {}
-            Ok(Some(what)) => warn!("took back what an earlier batond left: {what}"),
-            Err(error) => warn!("an earlier batond left something behind: {error:#}"),
-        }
-    }
     crate::files::server::start(kernel.clone())?;
     crate::files::notify::start(kernel.clone())?;
     tell_init();

@@ -17,6 +17,7 @@ use crate::facts::{Facts, managed_memory};
 use crate::files::Store;
 use crate::net::Netlink;
 use crate::outcome::Failure;
+use crate::recover;
 use crate::services::{Arena, Services};
 
 /// Arenas start and end here, so that the successor can map them by large pages.
@@ -77,6 +78,10 @@ impl Kernel {
         let (facts, update) = match &birth {
             Some(birth) => (birth.facts(), Some(birth.update_status(&release))),
             None => {
+                // Before anything is looked at: a CPU or an interface may be missing. Without the module, nothing can be.
+                if let Ok(opened) = Device::open() {
+                    recover::recover(device.get_or_init(|| opened), &netlink, &config);
+                }
                 if config.network.configure {
                     configure_network(&config, &netlink)?;
                 }

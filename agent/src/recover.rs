@@ -1,49 +1,125 @@
-//! After a batond that died in the middle of an update: the module still accounts for what it held. What has not passed
-//! the cutover is taken back, as an update that fails would; what serves is left alone, because only its own agent may
-//! stop it.
+//! After a batond that died in the middle of an update: the module still accounts for what it held, and the journal for
+//! what it was doing. What has not passed the cutover is taken back, as an update that fails would; what serves is left
+//! alone, because only its own agent may stop it.
+//!
+//! What is not taken back: the services' connections. They serve on without an agent, and the next update is refused until
+//! they have been started again.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use handover::error::{Blame, Cause, Left, Outcome};
+use handover::machine::{Event, JournalLine, Next};
+use handover::undo::Effect;
 use kexec_core::device::{Device, TakeCpu};
 
 use crate::config::Config;
 use crate::kernels::{self, Instance};
 use crate::net::{Netlink, parse_mac};
+use crate::report::{self, JOURNAL};
 use crate::sysfs;
 
-/// Takes back what an earlier batond left. Says what it found; nothing when there was nothing.
-pub fn recover(device: &Device, netlink: &Netlink, config: &Config) -> Result<Option<String>> {
+/// Takes back what an earlier batond left, and says in log and journal what it found.
+pub fn recover(device: &Device, netlink: &Netlink, config: &Config) {
+    let journal = Journal::read(Path::new(JOURNAL)).unwrap_or_else(|error| {
+        tracing::warn!("the last update's journal cannot be read: {error:#}");
+        Journal::default()
+    });
+    let Some(last) = journal.unfinished() else { return };
+    let during = match &last.next {
+        Next::Do(effect) => effect.name(),
+        Next::End(_) => "its end",
+    };
+    tracing::warn!(update = last.update, phase = last.phase.name(), during, "an earlier batond died in an update");
+    let left = match take_back(device, netlink, config, &journal) {
+        Ok(()) => Vec::new(),
+        Err(error) => {
+            tracing::error!("what an earlier batond left could not be taken back: {error:#}");
+            let cause = Cause::broken(Blame::Incumbent, format!("{error:#}"));
+            vec![Left { effect: Effect::DestroyInstance, cause }]
+        }
+    };
+    let cause =
+        Cause::broken(Blame::Incumbent, format!("batond died during `{during}`; its successor took everything back"));
+    let outcome = Outcome::RolledBack { cause: cause.clone(), phase: last.phase, left };
+    let line = JournalLine {
+        seq: last.seq + 1,
+        serves: handover::machine::Serves::Incumbent,
+        event: Event::Unknown(cause),
+        next: Next::End(outcome),
+        ..last.clone()
+    };
+    if let Err(error) = report::append(Path::new(JOURNAL), &line) {
+        tracing::warn!("the journal ends here: {error:#}");
+    }
+}
+
+/// The lines of the last update.
+#[derive(Debug, Default)]
+struct Journal {
+    lines: Vec<JournalLine>,
+}
+
+impl Journal {
+    fn read(path: &Path) -> Result<Journal> {
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Journal::default()),
+            text => text.with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        Journal::parse(&text).with_context(|| format!("in {}", path.display()))
+    }
+
+    fn parse(text: &str) -> Result<Journal> {
+        // The last line may have been under way: what it would have announced was not begun.
+        let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        let lines = lines.map(serde_json::from_str).collect::<Result<_, _>>();
+        Ok(Journal { lines: lines.context("a line does not read")? })
+    }
+
+    /// The last line, if nothing says that the update has ended.
+    fn unfinished(&self) -> Option<&JournalLine> {
+        self.lines.last().filter(|line| matches!(line.next, Next::Do(_)))
+    }
+
+    /// CPUs that the update took offline, or was about to.
+    fn cpus(&self) -> impl Iterator<Item = u32> + '_ {
+        self.lines.iter().filter_map(|line| match &line.next {
+            Next::Do(Effect::OfflineCpu { cpu }) => Some(cpu.number),
+            _ => None,
+        })
+    }
+}
+
+fn take_back(device: &Device, netlink: &Netlink, config: &Config, journal: &Journal) -> Result<()> {
     let left: Vec<Instance> = kernels::list()?.instances.into_iter().filter(|instance| instance.id != 0).collect();
-    if left.is_empty() {
-        return Ok(None);
-    }
     if let Some(serving) = left.iter().find(|instance| instance.state == "serving") {
-        bail!(
-            "instance {} ({}) serves, and the update that started it has lost its agent: its own agent has to finish it",
-            serving.id,
-            serving.image
-        );
+        bail!("instance {} ({}) serves: its own agent has to finish the update", serving.id, serving.image);
     }
-    let cpus = device.cpus()?;
     for instance in &left {
         for apic_id in &instance.cpus {
             device.take_cpu(instance.id, *apic_id, TakeCpu::Fence)?;
         }
         device.destroy_instance(instance.id)?;
-        for cpu in cpus.iter().filter(|cpu| !cpu.online && instance.cpus.contains(&cpu.apic_id)) {
+    }
+    let theirs = |apic_id| left.iter().any(|instance| instance.cpus.contains(&apic_id));
+    for cpu in device.cpus()?.iter().filter(|cpu| !cpu.online) {
+        if theirs(cpu.apic_id) || journal.cpus().any(|number| number == cpu.cpu) {
             sysfs::online_cpu(cpu.cpu)?;
         }
     }
+    let missing = |mac| Ok::<_, anyhow::Error>(netlink.find(mac)?.is_none());
     for nic in &config.network.nic {
-        if netlink.find(parse_mac(&nic.mac)?)?.is_none() {
+        let mac = parse_mac(&nic.mac)?;
+        if missing(mac)? {
             probe_drivers()?;
-            break;
+            if let Some(link) = netlink.find(mac)? {
+                netlink.link_up(&link)?;
+                netlink.add(&link, nic.address)?;
+            }
         }
     }
-    let names: Vec<String> = left.iter().map(|i| format!("{} ({}, {})", i.id, i.image, i.state)).collect();
-    Ok(Some(names.join(", ")))
+    Ok(())
 }
 
 /// Lets the kernel look for drivers of PCI functions that have none: an interface that was to be granted.
@@ -57,4 +133,45 @@ fn probe_drivers() -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use handover::machine::Serves;
+    use handover::phase::Phase;
+    use handover::plan::Cpu;
+
+    use super::*;
+
+    fn line(seq: u32, next: Next) -> String {
+        let line = JournalLine {
+            journal_version: 1,
+            update: "u".into(),
+            seq,
+            at_ns: 0,
+            phase: Phase::Granted,
+            serves: Serves::Incumbent,
+            event: Event::Done,
+            next,
+        };
+        serde_json::to_string(&line).unwrap() + "\n"
+    }
+
+    #[test]
+    fn an_update_without_an_end_is_unfinished_and_names_its_cpus() {
+        let offline = line(1, Next::Do(Effect::OfflineCpu { cpu: Cpu { number: 3, apic_id: 3 } }));
+        let begun = line(0, Next::Do(Effect::TakeMemory)) + &offline;
+        let found = Journal::parse(&begun).unwrap();
+        assert_eq!(found.unfinished().map(|line| line.seq), Some(1));
+        assert_eq!(found.cpus().collect::<Vec<_>>(), [3]);
+        // A line that was cut off announced something that was never begun.
+        assert_eq!(
+            Journal::parse(&(begun.clone() + "{\"journal_ver")).unwrap().unfinished().map(|line| line.seq),
+            Some(1)
+        );
+        let ended = begun + &line(2, Next::End(Outcome::Committed { left: Vec::new() }));
+        assert!(Journal::parse(&ended).unwrap().unfinished().is_none());
+        assert!(Journal::parse("no journal\n").is_err());
+        assert!(Journal::read(Path::new("/nonexistent")).unwrap().unfinished().is_none());
+    }
 }

@@ -179,6 +179,13 @@ fn create(path: &Path) -> Result<File> {
     File::create(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// Adds a line to a journal.
+pub fn append(path: &Path, line: &JournalLine) -> Result<()> {
+    let mut file =
+        File::options().append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    write(&mut file, std::slice::from_ref(line))
+}
+
 /// On the disk before the effect that it announces is carried out.
 fn write(file: &mut File, lines: &[JournalLine]) -> Result<()> {
     let mut text = Vec::new();

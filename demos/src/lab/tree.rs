@@ -343,7 +343,13 @@ impl Apt {
         )?;
         let apt = Self { config: dir.join("apt.conf") };
         // Without this flag, lists that could not be fetched are no error.
-        apt.run("apt-get", &["update", "-q", "-o", "APT::Update::Error-Mode=any"], None)?;
+        apt.run("apt-get", &["update", "-q", "-o", "APT::Update::Error-Mode=any"], None).map_err(|why| {
+            LabError::Prerequisite(format!(
+                "the Debian mirror {mirror} cannot be read: see that this machine reaches it (a proxy is taken from apt's \
+                 configuration), or name another in {}; {why}",
+                apt_sources::MIRROR_VARIABLE
+            ))
+        })?;
         Ok(apt)
     }
 

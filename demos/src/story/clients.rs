@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use super::stage::service;
 use crate::lab::Door;
 use crate::load::{Halted, Load, LoadOptions, LoadReport};
-use crate::measure::{ProbeOptions, ProbeReport, Prober};
+use crate::measure::{ProbeOptions, ProbeReport, Prober, Samples};
 
 /// How long the clients look at the machine before it is changed, and after.
 pub const CALM: Duration = Duration::from_secs(2);
@@ -32,6 +32,10 @@ pub struct Clients {
 pub struct Seen {
     /// The prober's samples between the change's beginning and the calm after it.
     pub probe: ProbeReport,
+    /// When that began, in nanoseconds since the prober's start.
+    pub from: u64,
+    /// Every sample.
+    pub samples: Samples,
     /// The zero of the prober's times.
     pub started: Instant,
     /// The load has stopped; its writes are yet to be read back.
@@ -79,7 +83,7 @@ impl Clients {
         let writing = || format!("writing {}", file.display());
         samples.write_csv(io::BufWriter::new(File::create(&file).with_context(writing)?)).with_context(writing)?;
         let window: Range<u64> = from.saturating_duration_since(started).as_nanos() as u64..u64::MAX;
-        Ok(Seen { probe: samples.report(window), started, halted })
+        Ok(Seen { probe: samples.report(window.clone()), from: window.start, samples, started, halted })
     }
 
     /// The network they are on.

@@ -78,6 +78,8 @@ pub struct Hop {
     pub silence_began_in: Option<String>,
     /// How far the clocks of clients and kernels may be apart, on which that rests.
     pub clocks_within_ms: f64,
+    /// Probes until the cutover began: whatever the update does before it, clients should notice nothing.
+    pub before_cutover: Probes,
     /// Round trips of the probes in the same time.
     pub latencies: Option<Latencies>,
     /// Answers of a kernel that had been succeeded. Must be 0.
@@ -94,6 +96,15 @@ pub struct Hop {
     pub connections: Connections,
     /// What the successor could not do.
     pub left_undone: Vec<String>,
+}
+
+/// Probes of a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Probes {
+    /// That were due.
+    pub due: usize,
+    /// Of these, never answered.
+    pub lost: usize,
 }
 
 /// What clients noticed of an update that was refused, undone or broken off.
@@ -410,6 +421,8 @@ pub fn for_people(report: &Report) -> String {
                 hop.silence.prober_stalled_ms
             );
         }
+        let Probes { due, lost } = hop.before_cutover;
+        let _ = writeln!(text, "  before it    {lost} of {due} probes lost before the cutover");
         text += &fate(&hop.writes, hop.connections);
         let Cpus { total, moved, online } = hop.cpus;
         let _ = writeln!(text, "  CPUs         {moved} of {total} moved, {online} online");

@@ -10,9 +10,12 @@ use agent::control::Status;
 use agent::outcome::{Class, Failure};
 use agent::timeline::Zero;
 use anyhow::{Context, Result};
+use handover::phase::Phase;
 
 use super::clients::{self, CALM, Clients, Seen};
-use super::report::{BeforeAfter, Connections, Cpus, Hop, MachineShape, Outcome, Report, UnfinishedUpdate, Writes};
+use super::report::{
+    BeforeAfter, Connections, Cpus, Hop, MachineShape, Outcome, Probes, Report, UnfinishedUpdate, Writes,
+};
 use super::report::{phase_at, phases};
 use super::stage::{Shape, Stage, Upgraded};
 use crate::lab::guest::{Clock, Guest, Ran};
@@ -22,6 +25,9 @@ use crate::load::Halted;
 
 /// How long the service may take to answer the first probe and the first write, with nothing in its way.
 const FIRST_ANSWERS: Duration = Duration::from_secs(60);
+
+/// A probe sent so shortly before the cutover may arrive in it.
+const IN_FLIGHT: Duration = Duration::from_millis(10);
 
 /// What to tell.
 #[derive(Debug, Clone)]
@@ -168,15 +174,20 @@ fn account(status: Status, before: &Look, after: &Look, seen: &Seen) -> Result<H
     let update = status.update.context("the successor's status knows of no update")?;
     let silence = seen.probe.silence.context("the prober sent nothing during the update")?;
     let zero = update.zero.context("the successor's status does not say when the update began")?;
-    let began = seen.started + Duration::from_secs_f64(silence.began_at_ms / 1e3);
+    // What the prober's zero is on the timeline.
+    let prober_at = on_timeline(zero, after.clock, seen.started);
     let phases = phases(&update.timeline);
+    let cutover = phases.iter().find(|phase| phase.name == Phase::Cutover.name()).context("there was no cutover")?;
+    let cutover_ms = cutover.at_ms - prober_at - IN_FLIGHT.as_secs_f64() * 1e3;
+    let before_cutover = seen.samples.report(seen.from..(cutover_ms * 1e6) as u64);
     Ok(Hop {
         incumbent_release: update.incumbent_release,
         successor_release: update.successor_release,
         blackout_ms: silence.blackout_ms,
         silence,
-        silence_began_in: phase_at(&phases, on_timeline(zero, after.clock, began)).map(str::to_owned),
+        silence_began_in: phase_at(&phases, silence.began_at_ms + prober_at).map(str::to_owned),
         clocks_within_ms: after.clock.within.as_secs_f64() * 1e3,
+        before_cutover: Probes { due: before_cutover.due, lost: before_cutover.lost },
         latencies: seen.probe.latencies,
         epoch_regressions: seen.probe.epoch_regressions,
         phases,

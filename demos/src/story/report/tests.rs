@@ -42,6 +42,7 @@ fn hop(lost: u64) -> Hop {
         silence,
         silence_began_in: Some("cutover".into()),
         clocks_within_ms: 0.4,
+        before_cutover: Probes { due: 4000, lost: 1 },
         latencies: None,
         epoch_regressions: 0,
         phases: phases(&timeline()),
