@@ -49,25 +49,24 @@ pub enum Unanswered {
     },
 }
 
-/// Which side this is, and what that means for the words in the control block.
+/// A side of the line, and its words in the control block.
 pub trait End {
+    /// The other side.
+    type Peer: End<Peer = Self>;
     /// What this side says.
-    type Out;
-    /// What this side hears.
-    type In;
+    type Says;
     /// For the rings.
     const SIDE: Side;
     /// Where this side says where its bell is.
-    const OWN_BELL_AT: u64;
-    /// Where the other side says so.
-    const PEER_BELL_AT: u64;
-    /// Where this side's module says that this kernel panicked.
-    const OWN_PANIC_AT: u64;
-    /// Where the other side says that it panicked.
-    const PEER_PANIC_AT: u64;
-    /// What the other side is called.
-    const PEER: &'static str;
+    const BELL_AT: u64;
+    /// Where this side's module says that its kernel panicked.
+    const PANIC_AT: u64;
+    /// What this side is called.
+    const NAME: &'static str;
 }
+
+/// What a side hears.
+type Heard<E> = <<E as End>::Peer as End>::Says;
 
 /// The incumbent's end.
 pub struct Incumbent;
@@ -75,25 +74,21 @@ pub struct Incumbent;
 pub struct Successor;
 
 impl End for Incumbent {
-    type Out = ToSuccessor;
-    type In = ToIncumbent;
+    type Peer = Successor;
+    type Says = ToSuccessor;
     const SIDE: Side = Side::Incumbent;
-    const OWN_BELL_AT: u64 = words::INCUMBENT_BELL_AT;
-    const PEER_BELL_AT: u64 = words::SUCCESSOR_BELL_AT;
-    const OWN_PANIC_AT: u64 = words::INCUMBENT_PANIC_AT;
-    const PEER_PANIC_AT: u64 = words::SUCCESSOR_PANIC_AT;
-    const PEER: &'static str = "successor";
+    const BELL_AT: u64 = words::INCUMBENT_BELL_AT;
+    const PANIC_AT: u64 = words::INCUMBENT_PANIC_AT;
+    const NAME: &'static str = "incumbent";
 }
 
 impl End for Successor {
-    type Out = ToIncumbent;
-    type In = ToSuccessor;
+    type Peer = Incumbent;
+    type Says = ToIncumbent;
     const SIDE: Side = Side::Successor;
-    const OWN_BELL_AT: u64 = words::SUCCESSOR_BELL_AT;
-    const PEER_BELL_AT: u64 = words::INCUMBENT_BELL_AT;
-    const OWN_PANIC_AT: u64 = words::SUCCESSOR_PANIC_AT;
-    const PEER_PANIC_AT: u64 = words::INCUMBENT_PANIC_AT;
-    const PEER: &'static str = "incumbent";
+    const BELL_AT: u64 = words::SUCCESSOR_BELL_AT;
+    const PANIC_AT: u64 = words::SUCCESSOR_PANIC_AT;
+    const NAME: &'static str = "successor";
 }
 
 /// One end of the line.
@@ -116,8 +111,8 @@ impl Line<Incumbent> {
 
 impl<E: End> Line<E>
 where
-    E::Out: Payload + std::fmt::Debug,
-    E::In: Payload + Check<Against = (), Error = MessageError> + std::fmt::Debug,
+    E::Says: Payload + std::fmt::Debug,
+    Heard<E>: Payload + Check<Against = (), Error = MessageError> + std::fmt::Debug,
 {
     /// Takes this side's end: publishes the bell, and leaves word where to write when this kernel panics. The doorbell
     /// belongs to an open file of the device, so the line has one of its own. `base` is the control block's address.
@@ -125,9 +120,9 @@ where
         let device = Device::open()?;
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let own = device.open_doorbell(bell.as_fd())?;
-        memory.store(E::OWN_BELL_AT, own.to_word());
-        let peer = Bell::from_word(memory.load(E::PEER_BELL_AT));
-        device.panic_notice(base + E::OWN_PANIC_AT, PANICKED, peer)?;
+        memory.store(E::BELL_AT, own.to_word());
+        let peer = Bell::from_word(memory.load(E::Peer::BELL_AT));
+        device.panic_notice(base + E::PANIC_AT, PANICKED, peer)?;
         let channel = Channel::attach(memory.clone(), E::SIDE)?;
         Ok(Line { device, bell, memory, channel, end: PhantomData })
     }
@@ -138,7 +133,7 @@ where
     }
 
     /// Sends a message and rings.
-    pub fn send(&mut self, message: &E::Out) -> Result<()> {
+    pub fn send(&mut self, message: &E::Says) -> Result<()> {
         self.channel.send(message)?;
         self.ring();
         Ok(())
@@ -147,26 +142,26 @@ where
     /// Rings, if the other side has a bell yet. What was sent can be read without it, so a bell that cannot be rung now
     /// is rung again while an answer is awaited.
     fn ring(&self) {
-        if let Some(peer) = Bell::from_word(self.memory.load(E::PEER_BELL_AT))
+        if let Some(peer) = Bell::from_word(self.memory.load(E::Peer::BELL_AT))
             && let Err(error) = self.device.ring(peer)
         {
-            tracing::warn!("cannot ring the {}: {error}", E::PEER);
+            tracing::warn!("cannot ring the {}: {error}", E::Peer::NAME);
         }
     }
 
     /// The next message, waiting for it.
-    pub fn receive(&mut self, patience: Duration) -> Result<E::In> {
+    pub fn receive(&mut self, patience: Duration) -> Result<Heard<E>> {
         let deadline = Instant::now() + patience;
         loop {
             if let Some(message) = self.channel.receive()? {
                 return Ok(message);
             }
-            if self.memory.load(E::PEER_PANIC_AT) != 0 {
-                return Err(Unanswered::Panicked(E::PEER).into());
+            if self.memory.load(E::Peer::PANIC_AT) != 0 {
+                return Err(Unanswered::Panicked(E::Peer::NAME).into());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Unanswered::Silent { peer: E::PEER, patience }.into());
+                return Err(Unanswered::Silent { peer: E::Peer::NAME, patience }.into());
             }
             self.wait(left.min(RING_AGAIN))?;
         }

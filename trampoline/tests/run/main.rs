@@ -70,6 +70,16 @@ fn leaves_park(record: &Record, park: u64, cr3: u64, cr4: u64) {
     assert!((park..park + 4096).contains(&record.idt_base));
 }
 
+/// CPU 1 is woken into `die`, which has it park again as a kernel does that offlines it; there it bears what `parked` does to it, and is
+/// woken once more. Its state then.
+fn back_from_the_dead(mut image: Image, die: &Script, machine: Machine, parked: impl Fn(Script) -> Script) -> Record {
+    let die = image.script(die);
+    let halt = image.script(&Script::new().halt());
+    let boot = image.park(Script::new(), PARK).next(1, die).start(1, SIPI).parked(0b10).wake(1, probe()).parked(0b10);
+    let boot = parked(boot).next(1, halt).wake(1, probe()).arrived(1, 2).dump_record(1).pass();
+    take(&mut &run(&image.build(&boot), machine)[..])
+}
+
 #[test]
 fn sipi_page_brings_the_boot_cpu_to_64_bit_mode() {
     let image = Image::new();
@@ -126,80 +136,31 @@ fn parked_cpus_are_counted_tested_and_woken_one_by_one() {
 /// Linux offlines a CPU: its own identity map, in which of ours only the vector's page exists, and its own everything.
 #[test]
 fn a_dying_kernels_cpu_parks_and_comes_back_clean() {
-    let mut image = Image::new();
+    let image = Image::new();
     let (firmware4, dying4) = (image.firmware4, image.dying4);
     let efer_off = EFER_NXE; // worse than Linux leaves it
-    let die = image.script(&Script::new().next(1, 0).efer(efer_off, EFER_SVME | EFER_SCE).die(
-        PARK,
-        CR4_KERNEL | CR4_MCE,
-        dying4,
-    ));
-    let halt = image.script(&Script::new().halt());
-    let boot = image
-        .park(Script::new(), PARK)
-        .next(1, die)
-        .start(1, SIPI)
-        .parked(0b10)
-        .wake(1, probe())
-        .parked(0b10)
-        .nmi(1)
-        .nmis(1)
-        .next(1, halt)
-        .wake(1, probe())
-        .arrived(1, 2)
-        .dump_record(1)
-        .pass();
-    let out = run(&image.build(&boot), cpus(2));
-    let record: Record = take(&mut &out[..]);
+    let die = Script::new().next(1, 0).efer(efer_off, EFER_SVME | EFER_SCE).die(PARK, CR4_KERNEL | CR4_MCE, dying4);
+    let record = back_from_the_dead(image, &die, cpus(2), |boot| boot.nmi(1).nmis(1));
     leaves_park(&record, PARK, firmware4, PAE | CR4_MCE);
     assert_eq!(record.efer, EFER_CLEAN | EFER_SCE, "NXE on, SVME off, the rest as it was");
 }
 
 #[test]
 fn process_context_ids_are_switched_off_with_care() {
-    let mut image = Image::new();
+    let image = Image::new();
     let (firmware4, dying4) = (image.firmware4, image.dying4);
-    let die = image.script(&Script::new().next(1, 0).die(PARK, CR4_KERNEL | CR4_PCIDE, dying4 | PCID));
-    let halt = image.script(&Script::new().halt());
-    let boot = image
-        .park(Script::new(), PARK)
-        .next(1, die)
-        .start(1, SIPI)
-        .parked(0b10)
-        .wake(1, probe())
-        .parked(0b10)
-        .next(1, halt)
-        .wake(1, probe())
-        .arrived(1, 2)
-        .dump_record(1)
-        .pass();
-    let machine = Machine { cpu: "max", ..cpus(2) };
-    let out = run(&image.build(&boot), machine);
-    leaves_park(&take(&mut &out[..]), PARK, firmware4, PAE);
+    let die = Script::new().next(1, 0).die(PARK, CR4_KERNEL | CR4_PCIDE, dying4 | PCID);
+    let record = back_from_the_dead(image, &die, Machine { cpu: "max", ..cpus(2) }, |boot| boot);
+    leaves_park(&record, PARK, firmware4, PAE);
 }
 
 #[test]
 fn five_level_cpus_get_five_level_tables() {
-    let mut image = Image::new();
+    let image = Image::new();
     let (kernel5, firmware5) = (image.kernel5, image.firmware5);
-    let die =
-        image.script(&Script::new().next(1, 0).five_levels(kernel5).die(PARK, CR4_KERNEL | CR4_PCIDE, kernel5 | PCID));
-    let halt = image.script(&Script::new().halt());
-    let boot = image
-        .park(Script::new(), PARK)
-        .next(1, die)
-        .start(1, SIPI)
-        .parked(0b10)
-        .wake(1, probe())
-        .parked(0b10)
-        .next(1, halt)
-        .wake(1, probe())
-        .arrived(1, 2)
-        .dump_record(1)
-        .pass();
-    let machine = Machine { cpu: "max", ..cpus(2) };
-    let out = run(&image.build(&boot), machine);
-    leaves_park(&take(&mut &out[..]), PARK, firmware5, PAE | CR4_LA57);
+    let die = Script::new().next(1, 0).five_levels(kernel5).die(PARK, CR4_KERNEL | CR4_PCIDE, kernel5 | PCID);
+    let record = back_from_the_dead(image, &die, Machine { cpu: "max", ..cpus(2) }, |boot| boot);
+    leaves_park(&record, PARK, firmware5, PAE | CR4_LA57);
 }
 
 #[test]
