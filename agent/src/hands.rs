@@ -316,20 +316,14 @@ impl<'k> Hands<'k> {
         Ok(())
     }
 
-    /// When the interface that goes is on the service's network, it may have answered for the service's address: it does not
-    /// any more, and clients are told which one does. So they send to the one that stays, before the other is gone.
+    /// Clients that send to the interface that goes are sent to the one that stays.
     fn part_from(&mut self, going: &Link, own: Cidr) -> Result<()> {
         let Some(cidr) = self.kernel.config.network.service_address.filter(|cidr| cidr.network() == own.network())
         else {
             return Ok(());
         };
-        let netlink = &self.kernel.netlink;
-        let held = netlink.held(cidr)?;
-        for link in [&held.link, going] {
-            self.arp_rules.push((link.mac, ArpRules::of(link)?));
-            ArpRules::strict().set(link)?;
-        }
-        netlink.announce(&held)
+        self.arp_rules = self.kernel.netlink.held(cidr)?.part_from(going)?;
+        Ok(())
     }
 
     /// The undo of [`Hands::grant_devices`].
@@ -343,11 +337,7 @@ impl<'k> Hands<'k> {
             }
             _ => None,
         };
-        for (mac, rules) in self.arp_rules.drain(..) {
-            if let Some(link) = netlink.find(mac)? {
-                rules.set(&link)?;
-            }
-        }
+        netlink.restore(std::mem::take(&mut self.arp_rules))?;
         let Some((link, address)) = back else { return Ok(()) };
         netlink.link_up(&link)?;
         netlink.add(&link, address)

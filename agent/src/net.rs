@@ -52,8 +52,7 @@ const LOOPBACK: u32 = 1;
 
 /// An address that an interface of this kernel holds, with all that is needed to drop it and to take it again.
 pub struct Held {
-    /// The interface.
-    pub link: Link,
+    link: Link,
     cidr: Cidr,
     message: AddressMessage,
     announcer: Announcer,
@@ -61,6 +60,16 @@ pub struct Held {
 }
 
 impl Held {
+    /// Before an interface of the same network goes: it may have answered for this address, and does not any more, and clients are told
+    /// which one does. Gives both interfaces' former rules.
+    pub fn part_from(&self, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
+        let both = [&self.link, going];
+        let before = both.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect::<Result<_>>()?;
+        both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
+        self.announcer.announce()?;
+        Ok(before)
+    }
+
     /// No ARP request that comes in by this interface is answered any more. In the blackout: one write.
     pub fn hush(&self) -> Result<()> {
         self.arp.set(ArpAnswers::NONE)
@@ -183,9 +192,14 @@ impl Netlink {
         Ok(self.runtime.block_on(self.handle.address().del(message.clone()).execute())?)
     }
 
-    /// Says once more who holds the address.
-    pub fn announce(&self, held: &Held) -> Result<()> {
-        held.announcer.announce()
+    /// Gives interfaces their former rules, those that are there.
+    pub fn restore(&self, rules: Vec<(Mac, ArpRules)>) -> Result<()> {
+        for (mac, rules) in rules {
+            if let Some(link) = self.find(mac)? {
+                rules.set(&link)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes a hushed or dropped address again, and announces it. No error when it is there still.
