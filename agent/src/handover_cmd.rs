@@ -1,6 +1,7 @@
 //! `baton handover`: what crosses from kernel to kernel, readably; and whether it could cross to another one.
 
 pub mod check;
+mod kho;
 mod live;
 mod render;
 pub mod show;

@@ -5,7 +5,7 @@
 //! tables included), not the data: the cutover must not depend on the size of what crosses.
 //!
 //! ```text
-//! 0x00 magic "BATONAR\0"   0x08 version u32, page length u32   0x10 arena length u64
+//! 0x00 magic "BATONAR\0"   0x08 version u32, page length u32   0x10 length u64
 //! 0x18 name, NUL-padded    0x38 schema kind u32, version u32    0x40 epoch u64
 //! 0x48 state u32, seal u32 0x50 mutations u64                   0x58 root u64
 //! 0x60 top u64             0x68 used u64                        0x70 seed u64

@@ -27,9 +27,12 @@ const LIES: [(&str, &[&str]); 14] = [
     ("ring-crc", &["booting failed", "the other side broke the ring: record at 0x0 has CRC"]),
     ("ring-message", &["booting failed", "a message does not decode"]),
     ("ring-tail", &["trial failed", "the other side broke the ring"]),
-    ("arena-magic", &["trial failed", "service kv cannot stand by", "no arena here"]),
-    ("arena-version", &["trial failed", "service kv cannot stand by", "arena version 77"]),
-    ("arena-length", &["trial failed", "service kv cannot stand by", "the arena says it has 0xffffffffffffffff bytes"]),
+    ("arena-magic", &["trial failed", "service baton-kv cannot stand by", "no arena here"]),
+    ("arena-version", &["trial failed", "service baton-kv cannot stand by", "arena version 77"]),
+    (
+        "arena-length",
+        &["trial failed", "service baton-kv cannot stand by", "the arena says it has 0xffffffffffffffff bytes"],
+    ),
 ];
 
 #[test]

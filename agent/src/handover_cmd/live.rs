@@ -16,6 +16,7 @@ use state_schemas::latest::handover_record::HandoverRecord;
 use state_schemas::shared::SharedMemory;
 
 use super::show::{self, INPUT_LIMIT, Piece};
+use crate::birth::phys;
 use crate::kernels;
 use crate::outcome::Failure;
 
@@ -53,7 +54,12 @@ pub fn pieces() -> Result<Vec<Piece>> {
                     problem: Some(error.to_string()),
                 }),
             }
-            pieces.extend(arenas(&device, &bytes));
+            let frame = bytes.get(HANDOVER.offset as usize..).unwrap_or_default();
+            if let Ok(received) = HandoverRecord::from_frame(frame) {
+                let record = received.alleged();
+                pieces.extend(arenas(&device, record));
+                pieces.extend(kho_of_region(&device, base, record));
+            }
         }
     }
     Ok(pieces)
@@ -92,10 +98,7 @@ fn content(path: &Path) -> Option<(String, Vec<u8>)> {
 }
 
 /// The first page of each arena that the record names and that this kernel may look at.
-fn arenas(device: &Device, control: &[u8]) -> Vec<Piece> {
-    let frame = control.get(HANDOVER.offset as usize..).unwrap_or_default();
-    let Ok(received) = HandoverRecord::from_frame(frame) else { return Vec::new() };
-    let record = received.alleged();
+fn arenas(device: &Device, record: &HandoverRecord) -> Vec<Piece> {
     let first_pages = record.arenas.iter().filter_map(|arena| Some((arena, *arena.ranges.first()?)));
     first_pages
         .filter_map(|(arena, piece)| {
@@ -110,6 +113,15 @@ fn arenas(device: &Device, control: &[u8]) -> Vec<Piece> {
             }
         })
         .collect()
+}
+
+/// KHO's structures of a successor that does not run yet or not long: its region is still a memory object of this kernel's module.
+/// To the successor itself the region is RAM like any other, which no program may look into; there debugfs shows what it does.
+fn kho_of_region(device: &Device, base: u64, record: &HandoverRecord) -> Option<Piece> {
+    let kho = record.kho.as_ref()?;
+    let region = Range::with_len(base, record.grant.region.len)?;
+    let mapping = device.map(region, Access::ReadOnly).ok()?;
+    Some(super::kho::piece(&super::kho::Region { range: phys(region), mapping }, record, kho))
 }
 
 fn raw(at: String, what: &str) -> Piece {

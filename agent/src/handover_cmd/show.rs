@@ -88,7 +88,7 @@ fn word(bytes: &[u8], at: u64) -> Option<u64> {
     Some(u64::from_le_bytes(bytes.get(at..at.checked_add(8)?)?.try_into().ok()?))
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+pub(super) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut next = error.source();
     while let Some(source) = next {
@@ -152,7 +152,7 @@ fn carried(bytes: &[u8]) -> Value {
     }
 }
 
-fn plain(value: &impl Serialize) -> Value {
+pub(super) fn plain(value: &impl Serialize) -> Value {
     serde_json::to_value(value).unwrap_or_else(|error| error.to_string().into())
 }
 

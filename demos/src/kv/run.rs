@@ -60,7 +60,8 @@ pub fn under_agent(options: &Options) -> Result<(), Error> {
     let (mut agent, mut arena) = Client::connect(&options.socket, hello)?;
     if let Err(error) = recognise(&arena) {
         // Said before anybody relies on this service: an update is refused in its trial then.
-        let _ = agent.failed(&error.to_string());
+        let source = std::error::Error::source(&error).map(|source| format!(": {source}")).unwrap_or_default();
+        let _ = agent.failed(&format!("{error}{source}"));
         return Err(error.into());
     }
     server.watch(agent.as_raw_fd())?;

@@ -13,7 +13,7 @@ use state_schemas::Payload;
 use state_schemas::handover_record::{Arena, HandoverRecord};
 use state_schemas::header::{Frame, HEADER_LEN};
 
-fn compare(file: &str, bytes: &[u8]) {
+pub fn compare(file: &str, bytes: &[u8]) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(file);
     if !path.exists() && std::env::var_os("BATON_GOLDEN").is_some_and(|value| value == "write") {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
