@@ -49,11 +49,6 @@ pub struct CheckArgs {
     kernel: PathBuf,
 }
 
-/// Whether this Baton writes the KHO format that a kernel names.
-fn speaks_kho(name: &str) -> bool {
-    handover::kho::Abi::from_compatible(name).is_some()
-}
-
 /// Does what the arguments say.
 pub fn run(verb: Verb, socket: &Path, json: bool) -> Result<ExitCode, Failure> {
     match verb {

@@ -118,7 +118,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
         let nic = findings.check("network", network(kernel));
         findings.check("services", services(kernel));
-        let record_version = findings.check("agent", crate::handover_cmd::check::agent());
+        let record_version = findings.check("agent", agent(kernel, kho));
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
@@ -363,6 +363,26 @@ fn services(kernel: &Kernel) -> Result<((), String)> {
         }
     }
     Ok(((), format!("{} serving", services.len())))
+}
+
+/// The agent that will run on the successor, and whether it can be told all that there is to tell.
+fn agent(kernel: &Kernel, kho: Option<Abi>) -> Result<(u32, String)> {
+    let (version, found) = crate::handover_cmd::check::agent()?;
+    let carried = kernel.birth.as_ref().map_or(0, |birth| birth.record.carried.len());
+    // What version 1 has no words for: `state_schemas::convert` would refuse it, when the successor has its memory already.
+    let unsayable = [
+        (kho.is_some(), "where a kernel with KHO finds its memory"),
+        (!kernel.files.ranges().is_empty(), "which memory files cross"),
+        (carried > 0, "what a newer Baton left to be carried on"),
+    ];
+    match unsayable.iter().find(|(there, _)| *there && version < 2) {
+        None => Ok((version, found)),
+        Some((_, what)) => Err(Failure::precondition(
+            format!("the successor's agent reads handover record version {version}, which cannot say {what}"),
+            "install baton, batond and baton-init of this batond's release, or a newer one",
+        )
+        .into()),
+    }
 }
 
 fn memory(

@@ -20,7 +20,7 @@ pub fn findings(image: &Path, socket: &Path) -> Vec<Finding> {
     let mut findings = Findings::default();
     let facts = findings.check("image", facts(image));
     if let Some((release, facts)) = facts {
-        findings.check("kho", kho(&release, &facts));
+        findings.check("kexec handover", crate::kho::spoken(facts.kho.as_deref(), &release));
     }
     findings.check("agent", agent());
     findings.check("services", services(socket));
@@ -44,19 +44,6 @@ fn facts(path: &Path) -> Result<((String, KernelFacts), String)> {
     let release = parsed.release().to_owned();
     let found = format!("kernel {release}");
     Ok(((release, facts), found))
-}
-
-/// The kernel's own format of a handover.
-fn kho(release: &str, facts: &KernelFacts) -> Result<((), String)> {
-    match &facts.kho {
-        None => Ok(((), "none in this kernel: memory crosses as reserved RAM with struct pages".to_owned())),
-        Some(expected) if super::speaks_kho(expected) => Ok(((), format!("{expected}, which this Baton writes"))),
-        Some(expected) => Err(Failure::precondition(
-            format!("kernel {release} reads {expected}, which this Baton does not write"),
-            "choose another kernel, or install a Baton that knows this one",
-        )
-        .into()),
-    }
 }
 
 /// The agent that would be put into the initrd.
