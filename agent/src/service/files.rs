@@ -7,7 +7,7 @@
 //! let keeper = Keeper::new("counter");
 //! let kept = keeper.files()?; // what this service kept before, here or on the kernel before
 //! if !kept.iter().any(|file| file.name == "table") {
-//!     let memfd = std::fs::File::from(nix::sys::memfd::memfd_create("table", Default::default())
+//!     let memfd = std::fs::File::from(nix::sys::memfd::memfd_create("table", nix::sys::memfd::MFdFlags::empty())
 //!         .map_err(std::io::Error::from)?);
 //!     memfd.set_len(1 << 20)?;
 //!     keeper.keep("table", &memfd)?; // from now on its pages are pages that cross
