@@ -210,6 +210,14 @@ fn lies_in_the_tree() {
         full.put(leaf + 8 * i, u64::MAX);
     }
     full.checked("tree_leaf_full");
+    // One page of 2 MiB more, over memory that is kept in larger ones.
+    let mut twice = lie();
+    let key = (1u64 << 43) | (0x1_0060_0000 >> 21);
+    let leaf_of_order_9 =
+        (1..6).rev().fold(root, |node, level| twice.get(node + 8 * (key >> (15 + 9 * (level - 1)) & 511)));
+    let word = leaf_of_order_9 + key % (1 << 15) / 64 * 8;
+    let bits = twice.get(word) | 1 << (key % 64);
+    assert!(matches!(twice.put(word, bits).checked("tree_page_kept_twice"), IncomingError::Overlap { .. }));
     let mut half = lie();
     for i in 0..512 {
         half.put(leaf + 8 * i, 0x5555_5555_5555_5555);
