@@ -93,7 +93,7 @@ impl Kernel {
         let (services, updating) = (Services::default(), Mutex::new(()));
         let files = Store::default();
         if !successor {
-            files.serve(std::time::Duration::ZERO)?;
+            files.begin();
         }
         Ok(Kernel { config, config_path, netlink, services, files, birth, updating, device, release, state })
     }

@@ -2,7 +2,7 @@
 /*
  * What the files of baton.ko know of each other. The contract with user space is uapi/baton.h.
  *
- * Lock order: baton_lock -> cpu_hotplug_lock. pci_rescan_remove_lock stands alone.
+ * Lock order: baton_lock -> cpu_hotplug_lock, or -> i_rwsem of a memfd -> folio lock. pci_rescan_remove_lock is alone.
  * BATON_IOC_DOORBELL_RING takes none: it lies on the path that is measured.
  */
 #ifndef _BATON_H

@@ -63,7 +63,8 @@ fn kept_memory_crosses_there_and_back() -> Result<()> {
         assert!(!found.found && found.seals == SEAL_SHRINK, "{name}: {found:?}");
         before.push(found);
     }
-    let impossible = stage.guest().check(&["baton-memo", "--impossible"])?;
+    let impossible =
+        stage.guest().command(&["baton-memo", "--impossible"]).timeout(Duration::from_secs(240)).check()?;
     refused(&impossible);
 
     for series in [NEW, OLD] {

@@ -24,8 +24,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
 use kexec_core::device::{Content, Device, DeviceError, SELF, TakeMemory};
-use kexec_core::layout::PAGE;
-use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
+use kexec_core::layout::{LOW_MEMORY_END, PAGE};
+use kexec_core::memory_map::{Range, RangeSet};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
@@ -47,6 +47,8 @@ const GRAIN: u64 = 2 << 20;
 /// A change of a file less than this before it was looked at may carry the same time as the look: file times go by the
 /// timer's tick, of which the slowest kernel has 100 a second.
 const TICK: Duration = Duration::from_millis(20);
+/// How long a successor's agent may take to make the files that its predecessor tells of.
+const INHERITANCE_PATIENCE: Duration = Duration::from_secs(60);
 /// `F_SEAL_EXEC`, which nix does not name (include/uapi/linux/fcntl.h).
 const F_SEAL_EXEC: i32 = 0x20;
 
@@ -90,6 +92,8 @@ struct Inner {
     /// Pages of forgotten files that somebody still has open.
     leaving: Vec<Range>,
     programs: std::collections::BTreeMap<String, Program>,
+    /// What a predecessor left is here: until then nobody may conclude that there is nothing.
+    complete: bool,
     /// Programs run; else they stand by or are frozen.
     running: bool,
     /// A record tells of these files: no other can cross with it.
@@ -111,12 +115,32 @@ impl Store {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// A kernel that firmware booted: nothing comes from anywhere, and programs may run.
+    pub fn begin(&self) {
+        let mut inner = self.lock();
+        (inner.complete, inner.running) = (true, true);
+    }
+
+    /// The lists, once they are complete.
+    fn complete(&self) -> Result<MutexGuard<'_, Inner>> {
+        let until = Instant::now() + INHERITANCE_PATIENCE;
+        let mut inner = self.lock();
+        while !inner.complete {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("this kernel has not received its predecessor's files in {INHERITANCE_PATIENCE:?}");
+            }
+            inner = self.changed.wait_timeout(inner, left).map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
+        }
+        Ok(inner)
+    }
+
     /// Keeps a memfd: its content moves into pages that cross. The same file twice is one.
     pub fn keep(&self, device: &Device, service: &str, name: &str, file: OwnedFd) -> Result<()> {
         check_name(name)?;
         let file = File::from(file);
         let len = memfd_len(&file)?;
-        let mut inner = self.lock();
+        let mut inner = self.complete()?;
         let id = identity(&file)?;
         for kept in &inner.kept {
             if identity(&kept.file)? == id {
@@ -165,7 +189,7 @@ impl Store {
 
     /// Copies of a service's descriptors, in the order in which they were kept.
     pub fn of(&self, service: &str) -> Result<Vec<(String, OwnedFd)>> {
-        let inner = self.lock();
+        let inner = self.complete()?;
         let own = inner.kept.iter().filter(|kept| kept.service == service);
         own.map(|kept| Ok((kept.name.clone(), kept.file.as_fd().try_clone_to_owned()?))).collect()
     }
@@ -320,6 +344,8 @@ impl Store {
                 .with_context(|| format!("file {:?} of {}", file.name, file.service))?;
             self.lock().kept.push(kept);
         }
+        self.lock().complete = true;
+        self.changed.notify_all();
         Ok(())
     }
 }
@@ -449,14 +475,15 @@ fn place(device: &Device, kept: &mut Kept, content: Content) -> Result<()> {
 /// Takes contiguous memory, lowest first: it stays where it is for ever, so it belongs below every region. What is small
 /// goes beside what there is, because every separate piece is one reservation in every later kernel.
 fn take(device: &Device, len: u64, avoid: &RangeSet) -> Result<Range> {
-    let ram = managed_memory()?;
+    let low = RangeSet::from(Range::new(0, LOW_MEMORY_END));
+    let free = managed_memory()?.subtract(&low).subtract(avoid).shrink_to(PAGE);
     let beside = avoid.iter().filter_map(|range| Range::with_len(range.end(), len)).filter(|_| len < GRAIN);
-    let free = ram.subtract(avoid);
-    let mut places: Vec<Range> =
-        candidates(&ram, avoid, &Wish { size: len.next_multiple_of(GRAIN), grain: GRAIN, below: None })?.collect();
-    places.reverse();
-    let places = places.into_iter().map(|place| Range::new(place.start(), place.start() + len));
-    for place in beside.filter(|place| free.contains(*place)).chain(places) {
+    let beside = beside.filter(|place| free.contains(*place));
+    let aligned = free.iter().flat_map(|room| {
+        let starts = (room.start().next_multiple_of(GRAIN)..room.end()).step_by(GRAIN as usize);
+        starts.filter_map(move |start| Range::with_len(start, len)).filter(move |place| room.contains(*place))
+    });
+    for place in beside.chain(aligned) {
         match device.take_memory(SELF, place, TakeMemory::Alloc) {
             Ok(()) => return Ok(place),
             Err(
