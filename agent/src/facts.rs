@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use kexec_core::memory_map::RangeSet;
 use kexec_core::memory_map::iomem::{firmware_ram, parse_firmware_memmap, parse_iomem, system_ram};
 
@@ -80,4 +80,11 @@ fn firmware_memory() -> Result<RangeSet> {
 pub fn managed_memory() -> Result<RangeSet> {
     let text = fs::read_to_string("/proc/iomem").context("cannot read /proc/iomem")?;
     Ok(system_ram(&parse_iomem(&text)?))
+}
+
+/// What Linux says could be had without swapping.
+pub fn available_memory() -> Result<u64> {
+    let mut system = sysinfo::System::new().map_err(|e| anyhow!("cannot read this system's memory: {e}"))?;
+    system.refresh_memory();
+    Ok(system.available_memory())
 }

@@ -35,7 +35,7 @@ use crate::birth::phys;
 use crate::config::Cidr;
 use crate::facts::managed_memory;
 use crate::files::{CrossingFile, Numbered};
-use crate::kernel::{Kernel, Order};
+use crate::kernel::Kernel;
 use crate::kho;
 use crate::line::{Incumbent, Line, Unanswered};
 use crate::net::{ArpRules, Held, Link, Mac};
@@ -255,7 +255,7 @@ impl<'k> Hands<'k> {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
         }
-        self.kernel.take_contiguous(instance, len, grain, &avoid, Order::HighestFirst)
+        self.kernel.take_contiguous(instance, len, grain, &avoid)
     }
 
     /// Which memory reaches the successor by which road; takes the cap if one is needed.
@@ -288,7 +288,7 @@ impl<'k> Hands<'k> {
 
     fn arenas(&self) -> impl Iterator<Item = Range> + use<> {
         let files: Vec<Range> = self.kernel.files.ranges().iter().collect();
-        self.kernel.services.crossings().into_iter().map(|crossing| crossing.range).chain(files)
+        self.kernel.services.crossings().into_iter().flat_map(|crossing| crossing.ranges).chain(files)
     }
 
     fn free_slot(&self) -> Result<LowSlot> {
@@ -499,8 +499,8 @@ impl<'k> Hands<'k> {
                 .map(|(crossing, id)| record::Arena {
                     id,
                     name: crossing.name.clone(),
-                    ranges: vec![phys(crossing.range)],
-                    len: crossing.range.len(),
+                    ranges: crossing.ranges.iter().copied().map(phys).collect(),
+                    len: crossing.ranges.iter().map(|range| range.len()).sum(),
                 })
                 .chain(files.arenas())
                 .collect(),

@@ -5,11 +5,13 @@
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::time::Instant;
 
 use anyhow::{Context, Result};
-use kexec_core::device::{self, Device, DeviceError, FileFlags, TakeMemory};
+use kexec_core::device::{Device, DeviceError, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
 
+use crate::arenas::{self, Arena};
 use crate::birth::Birth;
 use crate::config::Config;
 use crate::control::{Status, UpdateStatus};
@@ -18,20 +20,7 @@ use crate::files::Store;
 use crate::net::Netlink;
 use crate::outcome::Failure;
 use crate::recover;
-use crate::services::{Arena, Services};
-
-/// Arenas start and end here, so that the successor can map them by large pages.
-const ARENA_GRAIN: u64 = 2 << 20;
-
-/// Which places are tried first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    /// For arenas: they stay where they are for ever, in the block that low memory breaks anyway, and below every region
-    /// (what is reserved above a region costs a cap: see `kexec_core::memory_map::division`).
-    LowestFirst,
-    /// For regions.
-    HighestFirst,
-}
+use crate::services::Services;
 
 /// What changes.
 #[derive(Debug)]
@@ -168,33 +157,24 @@ impl Kernel {
             let state = self.state();
             (!state.successor).then_some(state.facts.epoch)
         };
-        self.services.admit(stream, epoch, |len| self.allocate_arena(len))
+        self.services.admit(stream, epoch, |len, arenas| self.allocate_arena(len, arenas))
     }
 
-    fn allocate_arena(&self, len: u64) -> Result<Arena> {
-        let len = len.max(kexec_core::layout::REGION_MIN).next_multiple_of(ARENA_GRAIN);
-        let range = self.take_contiguous(device::SELF, len, ARENA_GRAIN, &RangeSet::new(), Order::LowestFirst)?;
-        let file = self.device()?.memory_file(range, FileFlags::PAGES)?;
-        Ok(Arena { range, file, fresh: true })
+    fn allocate_arena(&self, len: u64, arenas: &RangeSet) -> Result<Arena> {
+        let started = Instant::now();
+        let pieces = arenas::take(self.device()?, arenas, &self.files.ranges(), len)?;
+        let arena = Arena { pieces, fresh: true };
+        let (mib, pieces, took) = (arena.len() >> 20, arena.ranges().len(), started.elapsed());
+        tracing::info!("an arena of {mib} MiB in {pieces} pieces, had in {took:.1?}");
+        Ok(arena)
     }
 
     /// Takes `len` contiguous bytes out of this kernel's allocator, wherever they can be had.
-    pub fn take_contiguous(
-        &self,
-        instance: u32,
-        len: u64,
-        grain: u64,
-        avoid: &RangeSet,
-        order: Order,
-    ) -> Result<Range> {
+    pub fn take_contiguous(&self, instance: u32, len: u64, grain: u64, avoid: &RangeSet) -> Result<Range> {
         let device = self.device()?;
         let wish = Wish { size: len, grain, below: None };
         let mut tried = 0;
-        let mut places: Vec<Range> = candidates(&managed_memory()?, avoid, &wish)?.collect();
-        if order == Order::LowestFirst {
-            places.reverse();
-        }
-        for range in places {
+        for range in candidates(&managed_memory()?, avoid, &wish)? {
             tried += 1;
             match device.take_memory(instance, range, TakeMemory::Alloc) {
                 Ok(()) => return Ok(range),

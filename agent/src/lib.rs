@@ -1,5 +1,6 @@
 #![doc = include_str!("../README.md")]
 
+pub mod arenas;
 pub mod birth;
 pub mod check;
 pub mod cli;

@@ -11,11 +11,12 @@ use handover::kho::Abi;
 use kexec_core::cpus::{CpuFacts, Move, choose_spare, order_of_moves, parse_cpu_list};
 use kexec_core::device::{Device, DeviceError, InfoFlags};
 use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
+use kexec_core::memory_map::{RangeSet, struct_page_bytes};
 use kexec_core::placement::smallest_region;
 
 use crate::config::Nic;
 use crate::control::{Finding, Upgrade};
-use crate::facts::{Facts, managed_memory};
+use crate::facts::{Facts, available_memory, managed_memory};
 use crate::kernel::{Kernel, unusable};
 use crate::kernels;
 use crate::kho;
@@ -118,12 +119,14 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
         let nic = findings.check("network", network(kernel));
         findings.check("services", services(kernel));
+        let arenas: RangeSet = kernel.services.crossings().into_iter().flat_map(|crossing| crossing.ranges).collect();
+        findings.check("arenas", reservations(&arenas));
         let record_version = findings.check("agent", agent(kernel, kho));
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
         let region_len =
-            findings.check("memory", memory(kernel, &parsed, initrd.len() as u64, asked, block_size, kho))?;
+            findings.check("memory", memory(&parsed, initrd.len() as u64, &arenas, asked, block_size, kho))?;
         let spare = spare?;
         Some(Plan {
             cmdline: cmdline(kernel, wish, kho),
@@ -385,10 +388,17 @@ fn agent(kernel: &Kernel, kho: Option<Abi>) -> Result<(u32, String)> {
     }
 }
 
+fn reservations(arenas: &RangeSet) -> Result<((), String)> {
+    crate::arenas::reservations(arenas.count())?;
+    Ok(((), format!("{} MiB in {} pieces", arenas.total() >> 20, arenas.count())))
+}
+
+/// How large the region will be: as asked, or larger where the arenas are so large that the successor's own record of their
+/// pages needs it.
 fn memory(
-    kernel: &Kernel,
     image: &BzImage<'_>,
     initrd: u64,
+    arenas: &RangeSet,
     asked: u64,
     block_size: u64,
     kho: Option<Abi>,
@@ -398,9 +408,8 @@ fn memory(
     let mut room = RUNNING_ROOM + initrd;
     if kho.is_some() {
         // Its arenas, and around each of them and at each end of memory at most a block that is not whole.
-        let arenas: Vec<_> =
-            kernel.services.crossings().iter().map(|crossing| crossing.range.len() + 2 * block_size).collect();
-        room = room.max(kho::room_to_run(image, region + arenas.iter().sum::<u64>() + 4 * block_size));
+        let around = (2 * arenas.count() as u64 + 4) * block_size;
+        room = room.max(kho::room_to_run(image, region + arenas.total() + around));
     }
     let needed = smallest_region(image, initrd, room, block_size);
     if region < needed {
@@ -415,6 +424,8 @@ fn memory(
         )
         .into());
     }
+    let described = struct_page_bytes(arenas.total());
+    let region = region.max(smallest_region(image, initrd, RUNNING_ROOM + initrd + described, block_size));
     let managed = managed_memory()?.total();
     let available = available_memory()?;
     if available < region {
@@ -430,12 +441,6 @@ fn memory(
         .into());
     }
     Ok((region, format!("{} MiB region of {} MiB available", region >> 20, available >> 20)))
-}
-
-fn available_memory() -> Result<u64> {
-    let mut system = sysinfo::System::new().map_err(|e| anyhow!("cannot read this system's memory: {e}"))?;
-    system.refresh_memory();
-    Ok(system.available_memory())
 }
 
 fn cmdline(kernel: &Kernel, wish: &Upgrade, kho: Option<Abi>) -> String {

@@ -4,31 +4,21 @@
 //! services first and their answers gathered after, so that they work at the same time.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use kexec_core::memory_map::Range;
+use kexec_core::memory_map::{Range, RangeSet};
 
+use crate::arenas::Arena;
 use crate::control::ServiceStatus;
 use crate::service::agent_end::AgentEnd;
 use crate::service::protocol::{Hello, Standing, ToAgent, ToService};
 
 /// How long a service may take to answer where nobody waits for it.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// The memory of one service.
-#[derive(Debug)]
-pub struct Arena {
-    /// Which part of physical memory.
-    pub range: Range,
-    /// The memory file that is given to the service.
-    pub file: OwnedFd,
-    /// Nothing was ever written to it.
-    pub fresh: bool,
-}
 
 /// One service.
 #[derive(Debug, Default)]
@@ -58,8 +48,8 @@ pub struct Crossing {
     pub schema_kind: u32,
     /// Version of its state.
     pub schema_version: u32,
-    /// Where its arena lies.
-    pub range: Range,
+    /// Where its arena lies: these pieces in this order.
+    pub ranges: Vec<Range>,
 }
 
 /// All services of this kernel.
@@ -106,7 +96,7 @@ impl Services {
         &self,
         socket: UnixStream,
         epoch: Option<u64>,
-        allocate: impl FnOnce(u64) -> Result<Arena>,
+        allocate: impl FnOnce(u64, &RangeSet) -> Result<Arena>,
     ) -> Result<String> {
         let end = AgentEnd::accept(socket, PATIENCE)?;
         let name = end.hello().name.clone();
@@ -131,22 +121,24 @@ impl Services {
         &self,
         mut end: AgentEnd,
         epoch: Option<u64>,
-        allocate: impl FnOnce(u64) -> Result<Arena>,
+        allocate: impl FnOnce(u64, &RangeSet) -> Result<Arena>,
     ) -> Result<AgentEnd> {
         let hello = end.hello().clone();
         self.understands(&hello)?;
         let name = hello.name;
         {
             let mut slots = self.lock();
+            let arenas: RangeSet = all_ranges(&slots).collect();
             let slot = slots.entry(name.clone()).or_default();
             if slot.end.as_ref().is_some_and(|end| end.standing() != Standing::Over) {
                 bail!("service {name} is connected already");
             }
             let arena = match &mut slot.arena {
                 Some(arena) => arena,
-                none => none.insert(allocate(hello.wanted_arena_len)?),
+                none => none.insert(allocate(hello.wanted_arena_len, &arenas)?),
             };
-            end.give_arena(arena.file.as_fd(), arena.range.len(), arena.fresh)?;
+            let pieces: Vec<_> = arena.pieces.iter().map(|piece| (piece.file.as_fd(), piece.range.len())).collect();
+            end.give_arena(&pieces, arena.fresh)?;
             arena.fresh = false;
         }
         expect_report(&mut end, "to get ready", PATIENCE, |report| matches!(report, ToAgent::Ready).then_some(()))?;
@@ -272,7 +264,7 @@ impl Services {
                     name: name.clone(),
                     schema_kind: hello.schema_kind,
                     schema_version: hello.schema_version,
-                    range: arena.range,
+                    ranges: arena.ranges(),
                 })
             })
             .collect()
@@ -292,12 +284,17 @@ impl Services {
                     Some(_) => "starting",
                 }
                 .to_owned(),
-                arena_bytes: slot.arena.as_ref().map_or(0, |arena| arena.range.len()),
+                arena_bytes: slot.arena.as_ref().map_or(0, |arena| arena.len()),
                 schema_kind: slot.hello.as_ref().map_or(0, |hello| hello.schema_kind),
                 schema_version: slot.hello.as_ref().map_or(0, |hello| hello.schema_version),
             })
             .collect()
     }
+}
+
+/// Where the arenas lie.
+fn all_ranges(slots: &BTreeMap<String, Slot>) -> impl Iterator<Item = Range> {
+    slots.values().flat_map(|slot| &slot.arena).flat_map(|arena| arena.pieces.iter().map(|piece| piece.range))
 }
 
 fn activated(report: ToAgent) -> Option<Seal> {

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use handover::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
-use kexec_core::device::{Device, FileFlags, PciFunction, SELF, TakeMemory};
+use kexec_core::device::{Device, PciFunction, SELF, TakeMemory};
 use kexec_core::memory_map::division::keep_movable;
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::sys::time::TimeSpec;
@@ -26,11 +26,11 @@ use state_schemas::control_block::{MAILBOX, words};
 use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
+use crate::arenas::Arena;
 use crate::birth::{Birth, range};
 use crate::kernel::Kernel;
 use crate::line::{Line, Successor};
 use crate::net::{Announcer, Link};
-use crate::services::Arena;
 use crate::sysfs;
 use crate::timeline::{Timeline, tsc};
 
@@ -348,13 +348,8 @@ fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> 
             .iter()
             .find(|arena| arena.id == id)
             .with_context(|| format!("service {} has no arena", service.name))?;
-        let [piece] = arena.ranges[..] else {
-            bail!("arena {} has {} pieces, this agent maps one", arena.name, arena.ranges.len());
-        };
-        let range = range(piece);
-        device.take_memory(SELF, range, TakeMemory::Reserved)?;
-        let file = device.memory_file(range, FileFlags::PAGES)?;
-        kernel.services.expect(&service.name, Arena { range, file, fresh: false });
+        let inherited = Arena::inherit(device, arena.ranges.iter().map(|piece| range(*piece)));
+        kernel.services.expect(&service.name, inherited.with_context(|| format!("arena of {}", service.name))?);
     }
     Ok(())
 }

@@ -3,11 +3,13 @@
 //! - [`Range`] and [`RangeSet`]: half-open, sorted, merged; union, subtract, intersect, align.
 //! - [`iomem`]: what `/proc/iomem` and `/sys/firmware/memmap` say, from text.
 //! - [`candidates`]: where a region could be taken from, best first.
+//! - [`pieces`]: where an arena could be.
 //! - [`division`]: which part of the machine's RAM reaches the successor by which road.
 
 mod candidates;
 pub mod division;
 pub mod iomem;
+pub mod pieces;
 mod range;
 
 pub use candidates::{Wish, WishError, candidates};

@@ -50,12 +50,20 @@ impl AgentEnd {
         self.standing
     }
 
-    /// Gives it its arena.
+    /// Gives it its arena: the memory files, with their lengths, that it maps one behind the other.
     ///
     /// # Errors
     /// The socket's, or out of order.
-    pub fn give_arena(&mut self, file: BorrowedFd<'_>, len: u64, fresh: bool) -> Result<(), Error> {
-        self.send(&ToService::Arena { len, fresh }, Some(file))
+    pub fn give_arena(&mut self, pieces: &[(BorrowedFd<'_>, u64)], fresh: bool) -> Result<(), Error> {
+        let len = pieces.iter().map(|(_, len)| len).sum();
+        for (n, &(file, piece)) in pieces.iter().enumerate() {
+            let order = match n {
+                0 => ToService::Arena { len, fresh, first: piece },
+                _ => ToService::Piece { len: piece },
+            };
+            self.send(&order, Some(file))?;
+        }
+        Ok(())
     }
 
     /// Sends any other order.

@@ -86,10 +86,16 @@ impl Client {
         client.report(&ToAgent::Hello(hello))?;
         let order = client.await_message(Some(ARENA_PATIENCE))?;
         client.standing = client.standing.ordered(&order)?;
-        let ToService::Arena { len, fresh } = order else {
+        let ToService::Arena { len, fresh, first } = order else {
             return Err(Error::Closed); // told to stop before it began
         };
-        let arena = Arena::map(client.inbox.descriptor()?, len, fresh)?;
+        let mut arena = Arena::map(client.inbox.descriptor()?, if first == 0 { len } else { first }, fresh)?;
+        while (arena.len() as u64) < len {
+            let order = client.await_message(Some(ARENA_PATIENCE))?;
+            client.standing = client.standing.ordered(&order)?;
+            let ToService::Piece { len } = order else { return Err(Error::Closed) };
+            arena.append(client.inbox.descriptor()?, len)?;
+        }
         client.fresh = fresh;
         Ok((client, arena))
     }
@@ -155,8 +161,8 @@ impl Client {
             ToService::Freeze { epoch } => Order::Freeze { epoch },
             ToService::Stop => Order::Stop,
             // The table of legal steps lets it through only inside `over`.
-            arena @ ToService::Arena { .. } => {
-                return Err(Error::OutOfOrder { message: format!("{arena:?}"), standing: before });
+            memory @ (ToService::Arena { .. } | ToService::Piece { .. }) => {
+                return Err(Error::OutOfOrder { message: format!("{memory:?}"), standing: before });
             }
         };
         Ok(Some(order))

@@ -7,7 +7,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 use nix::sys::stat::{SFlag, fstat};
 
 use super::Error;
@@ -15,41 +15,57 @@ use super::client::Held;
 
 /// No arena is larger: a length beyond it is a misread message.
 pub const MAX_ARENA: u64 = 1 << 40;
+/// Address space that is set aside for an arena: one 128th of a process's.
+const ROOM: NonZeroUsize = NonZeroUsize::new(MAX_ARENA as usize).unwrap();
 const PAGE: u64 = 4096;
 
-/// An arena, mapped shared from offset 0 of its memory file and present in the page tables from the start (no page
-/// fault inside the blackout). Reachable only while its service holds an epoch.
+/// An arena, mapped shared and present in the page tables from the start (no page fault inside the blackout). Reachable only
+/// while its service holds an epoch.
+///
+/// Its pieces lie one behind the other at the start of a reservation of address space, which costs nothing and leaves room for
+/// it to grow: what is mapped never moves.
 #[derive(Debug)]
 pub struct Arena {
     start: NonNull<u8>,
     len: usize,
+    reserved: NonZeroUsize,
     fresh: bool,
 }
 
 impl Arena {
-    /// Maps the whole arena.
+    /// Maps the first piece of an arena, `len` bytes from offset 0 of a memory file.
     ///
     /// # Errors
     /// A length that is no multiple of 4096, zero, above [`MAX_ARENA`] or beyond the file's end; or mmap's own.
     pub fn map(file: impl AsFd, len: u64, fresh: bool) -> Result<Self, Error> {
-        let stat = fstat(&file).map_err(io::Error::from)?;
-        let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
-        // The module's memory file (an anonymous inode: no kind, no size) knows its own end and refuses a longer mapping;
-        // behind the end of a regular file there would be SIGBUS instead.
-        let held = if kind == SFlag::S_IFREG { u64::try_from(stat.st_size).unwrap_or(0) } else { len };
-        let bad = Error::ArenaLength { held, announced: len };
-        if len > held || len > MAX_ARENA || !len.is_multiple_of(PAGE) {
-            return Err(bad);
-        }
-        let Some(size) = usize::try_from(len).ok().and_then(NonZeroUsize::new) else {
-            return Err(bad);
-        };
+        let len = check(&file, len, MAX_ARENA)?;
+        // A process whose address space is limited gets its arena all the same; it just cannot grow.
+        let (start, reserved) =
+            reserve(ROOM).map(|start| (start, ROOM)).or_else(|_| Ok::<_, Error>((reserve(len)?, len)))?;
+        let mut arena = Self { start, len: 0, reserved, fresh };
+        arena.map_behind(file, len)?;
+        Ok(arena)
+    }
+
+    /// Maps another piece behind what there is.
+    ///
+    /// # Errors
+    /// As [`Arena::map`], and a piece for which no address space was reserved; the arena is then as it was.
+    pub fn append(&mut self, file: impl AsFd, len: u64) -> Result<(), Error> {
+        let room = self.reserved.get() - self.len;
+        let len = check(&file, len, room as u64)?;
+        self.map_behind(file, len)
+    }
+
+    fn map_behind(&mut self, file: impl AsFd, len: NonZeroUsize) -> Result<(), Error> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-        // SAFETY: (1) no address is asked for, so no existing mapping is replaced; (2) the result is used only through
-        // this Arena, which unmaps it when it is dropped.
-        let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE, file, 0) }
-            .map_err(io::Error::from)?;
-        Ok(Self { start: start.cast(), len: size.get(), fresh })
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED | MapFlags::MAP_POPULATE;
+        let at = self.start.addr().get() + self.len;
+        // SAFETY: (1) `at..at + len` lies in the reservation, of which `check` left that much: so what is replaced is our own
+        // PROT_NONE mapping, in which nothing is; (2) it is used only through this Arena, which unmaps it when it is dropped.
+        unsafe { mmap(NonZeroUsize::new(at), len, access, flags, file, 0) }.map_err(io::Error::from)?;
+        self.len += len.get();
+        Ok(())
     }
 
     /// Whether nothing is in it yet.
@@ -87,7 +103,7 @@ impl Arena {
     /// The memory, for as long as the epoch is held. Whatever borrows it must be gone before [`Held`] can be given up
     /// (`Client::frozen` consumes it), so a frozen service cannot reach the arena any more.
     pub fn memory<'a>(&'a mut self, _held: &'a Held) -> &'a mut [u8] {
-        // SAFETY: (1) `start` is `len` bytes mapped readable and writable by `map`, unmapped only in drop, which the
+        // SAFETY: (1) `start` is `len` bytes mapped readable and writable by `map_behind`, unmapped only in drop, which the
         // borrow of self rules out; any bit pattern is a u8. (2) No second reference in this process: self is borrowed
         // mutably. (3) No other writer: a Held exists only between the agent's order to serve and the report that the
         // service is frozen, and the agents of both kernels give an epoch to one service at a time. (4) The file is not
@@ -98,13 +114,34 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: exactly what `map` mapped, once; nothing borrows it any more. An error would leave it mapped: harmless.
-        let _ = unsafe { munmap(self.start.cast(), self.len) };
+        // SAFETY: exactly what `reserve` gave this Arena, once; nothing borrows it any more. An error would leave it mapped:
+        // harmless.
+        let _ = unsafe { munmap(self.start.cast(), self.reserved.get()) };
     }
 }
 
 // SAFETY: (1) the mapping belongs to the process, not to a thread; (2) access needs &mut, so threads take turns.
 unsafe impl Send for Arena {}
+
+/// Whether `len` bytes of the file can be mapped where there is room for `room`.
+fn check(file: &impl AsFd, len: u64, room: u64) -> Result<NonZeroUsize, Error> {
+    let stat = fstat(file).map_err(io::Error::from)?;
+    let kind = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+    // The module's memory file (an anonymous inode: no kind, no size) knows its own end and refuses a longer mapping;
+    // behind the end of a regular file there would be SIGBUS instead.
+    let held = if kind == SFlag::S_IFREG { u64::try_from(stat.st_size).unwrap_or(0) } else { len };
+    let fits = len <= held.min(room) && len.is_multiple_of(PAGE);
+    let size = usize::try_from(len).ok().and_then(NonZeroUsize::new);
+    size.filter(|_| fits).ok_or(Error::ArenaLength { held, announced: len, room })
+}
+
+/// Sets address space aside, without memory.
+fn reserve(len: NonZeroUsize) -> Result<NonNull<u8>, Error> {
+    // SAFETY: no address is asked for, so no existing mapping is replaced; the result is the caller's to unmap.
+    let start =
+        unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE | MapFlags::MAP_NORESERVE) };
+    Ok(start.map_err(io::Error::from)?.cast())
+}
 
 /// Gives a descriptor that recvmsg has just made its owner.
 pub(crate) fn received_descriptor(raw: RawFd) -> OwnedFd {

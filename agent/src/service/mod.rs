@@ -118,8 +118,12 @@ pub enum Error {
     #[error("{0} descriptors came with a message that takes {1}")]
     Descriptors(usize, usize),
     /// The memory file cannot be the arena.
-    #[error("the arena's memory file holds {held:#x} bytes, announced were {announced:#x} (a multiple of 4096, at most {limit:#x})", limit = mapping::MAX_ARENA)]
+    #[error(
+        "the arena's memory file holds {held:#x} bytes, announced were {announced:#x} (a multiple of 4096, at most {room:#x})"
+    )]
     ArenaLength {
+        /// Address space there is for it.
+        room: u64,
         /// Its size.
         held: u64,
         /// What the message says.

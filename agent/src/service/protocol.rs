@@ -118,12 +118,21 @@ pub enum ToAgent {
 /// What an agent says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToService {
-    /// The memory, as a descriptor beside this frame: map `len` bytes shared, from offset 0.
+    /// The memory, as a descriptor beside this frame: map `first` bytes shared, from offset 0, and what follows behind it.
     Arena {
         /// Its size, a multiple of 4096.
         len: u64,
         /// Nothing is in it yet: create. Otherwise attach.
         fresh: bool,
+        /// How much of it this frame's descriptor holds; as many [`ToService::Piece`]s follow as the rest needs. 0, as in
+        /// frames of a batond that knew one piece only: all of it.
+        #[serde(default)]
+        first: u64,
+    },
+    /// The next part of the arena, as a descriptor beside this frame: map all of it, behind what is mapped already.
+    Piece {
+        /// Its size, a multiple of 4096.
+        len: u64,
     },
     /// Wait, silent: another kernel serves. The arena's content is that kernel's.
     StandBy,
@@ -155,7 +164,7 @@ impl ToService {
     /// How many descriptors come beside this message.
     #[must_use]
     pub fn descriptors(&self) -> usize {
-        usize::from(matches!(self, Self::Arena { .. }))
+        usize::from(matches!(self, Self::Arena { .. } | Self::Piece { .. }))
     }
 }
 
@@ -202,6 +211,7 @@ impl Standing {
         use {Standing as S, ToService as O};
         match (self, *order) {
             (S::Greeted, O::Arena { .. }) => Ok(S::Preparing),
+            (S::Preparing, O::Piece { .. }) => Ok(S::Preparing),
             (S::Ready, O::StandBy) => Ok(S::StandingBy),
             (S::Ready, O::Serve { epoch }) if epoch > 0 => Ok(S::Activating(epoch)),
             (S::StandingBy, O::Activate { epoch }) if epoch > 0 => Ok(S::Activating(epoch)),

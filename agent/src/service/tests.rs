@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
@@ -74,13 +75,13 @@ fn state_goes_on_in_the_successor_on_the_same_memory() {
     let file = memory_file(LEN);
     let (mut old, old_service) = start();
     assert_eq!(old.hello(), &hello());
-    old.give_arena(file.as_fd(), LEN, true).expect("arena");
+    old.give_arena(&[(file.as_fd(), LEN)], true).expect("arena");
     assert_eq!(old.report(PATIENCE).expect("ready"), ToAgent::Ready);
     old.order(&ToService::Serve { epoch: 1 }).expect("serve");
     assert_eq!(old.report(PATIENCE).expect("serves"), ToAgent::Activated { epoch: 1, items: 1, seal: 7 });
 
     let (mut new, new_service) = start();
-    new.give_arena(file.as_fd(), LEN, false).expect("arena");
+    new.give_arena(&[(file.as_fd(), LEN)], false).expect("arena");
     assert_eq!(new.report(PATIENCE).expect("ready"), ToAgent::Ready);
     new.order(&ToService::StandBy).expect("stand by");
 
@@ -110,7 +111,7 @@ fn orders_that_come_together_keep_their_descriptor() {
     let mut greeting = [0; 512];
     let _ = nix::unistd::read(&ours, &mut greeting).expect("greeting");
     let file = memory_file(LEN);
-    let mut bytes = encode(&ToService::Arena { len: LEN, fresh: true }).expect("fits");
+    let mut bytes = encode(&ToService::Arena { len: LEN, fresh: true, first: LEN }).expect("fits");
     bytes.extend(encode(&ToService::Stop).expect("fits"));
     send_with_fd(ours.as_fd(), &bytes, Some(file.as_fd())).expect("sent");
     assert!(service.join().expect("no panic").expect("no error").is_empty());
@@ -141,15 +142,41 @@ fn an_old_epoch_is_never_obeyed() {
 fn an_arena_that_is_not_what_was_announced_is_refused() {
     for (held, announced) in [(LEN, LEN + 4096), (LEN, 0), (LEN, 100), (0, 4096), (LEN, !4095)] {
         let (mut agent, service) = start();
-        agent.give_arena(memory_file(held).as_fd(), announced, true).expect("sent");
+        agent.give_arena(&[(memory_file(held).as_fd(), announced)], true).expect("sent");
         let error = service.join().expect("no panic").expect_err("refused");
         assert!(matches!(error, Error::ArenaLength { .. }), "{error}");
     }
     // No descriptor at all.
     let (ours, theirs) = UnixStream::pair().expect("pair");
     let service = thread::spawn(move || counter(theirs));
-    (&ours).write_all(&encode(&ToService::Arena { len: LEN, fresh: true }).expect("fits")).expect("sent");
+    (&ours).write_all(&encode(&ToService::Arena { len: LEN, fresh: true, first: LEN }).expect("fits")).expect("sent");
     assert!(matches!(service.join().expect("no panic"), Err(Error::Descriptors(0, 1))));
+}
+
+#[test]
+fn an_arena_of_several_pieces_is_one_memory() {
+    let (first, second) = (memory_file(LEN), memory_file(4096));
+    let (ours, theirs) = UnixStream::pair().expect("pair");
+    let agent = thread::spawn(move || {
+        let mut agent = AgentEnd::accept(ours, PATIENCE).expect("greeting");
+        agent.give_arena(&[(first.as_fd(), LEN), (second.as_fd(), 4096)], true).expect("arena");
+        assert_eq!(agent.report(PATIENCE).expect("ready"), ToAgent::Ready);
+        agent.order(&ToService::Serve { epoch: 1 }).expect("serve");
+        agent.report(PATIENCE).expect("serves");
+        [first, second].map(|file| {
+            let mut byte = [0];
+            File::from(file).read_exact_at(&mut byte, 0).expect("read");
+            byte[0]
+        })
+    });
+    let (mut client, mut arena) = Client::over(theirs, hello()).expect("arena");
+    client.ready().expect("sent");
+    let Some(Order::Serve(held)) = client.wait(Some(PATIENCE)).expect("order") else { panic!("another order") };
+    let memory = arena.memory(&held);
+    assert_eq!(memory.len() as u64, LEN + 4096);
+    (memory[0], memory[LEN as usize]) = (1, 2);
+    client.activated(&held, 0, 0).expect("sent");
+    assert_eq!(agent.join().expect("no panic"), [1, 2]);
 }
 
 #[test]
@@ -158,7 +185,7 @@ fn a_service_that_serves_outlives_its_agent_and_a_silent_one_does_not() {
     let (ours, theirs) = UnixStream::pair().expect("pair");
     let agent = thread::spawn(move || {
         let mut agent = AgentEnd::accept(ours, PATIENCE).expect("greeting");
-        agent.give_arena(file.as_fd(), LEN, true).expect("arena");
+        agent.give_arena(&[(file.as_fd(), LEN)], true).expect("arena");
         agent.report(PATIENCE).expect("ready");
         agent.order(&ToService::Serve { epoch: 1 }).expect("serve");
         agent.report(PATIENCE).expect("serves");
@@ -173,7 +200,7 @@ fn a_service_that_serves_outlives_its_agent_and_a_silent_one_does_not() {
     arena.memory(&held)[0] = 1;
 
     let (mut agent, service) = start();
-    agent.give_arena(memory_file(LEN).as_fd(), LEN, false).expect("arena");
+    agent.give_arena(&[(memory_file(LEN).as_fd(), LEN)], false).expect("arena");
     agent.report(PATIENCE).expect("ready");
     drop(agent);
     assert!(matches!(service.join().expect("no panic"), Err(Error::Closed)));
@@ -205,7 +232,7 @@ fn a_failure_names_the_service_and_its_cause_always_fits() {
         client.failed(&"\u{1}".repeat(100_000))
     });
     let mut agent = AgentEnd::accept(ours, PATIENCE).expect("greeting");
-    agent.give_arena(memory_file(LEN).as_fd(), LEN, true).expect("arena");
+    agent.give_arena(&[(memory_file(LEN).as_fd(), LEN)], true).expect("arena");
     let error = agent.report(PATIENCE).expect_err("failed").to_string();
     assert!(error.starts_with("the service counter failed: "), "{error}");
     service.join().expect("no panic").expect("sent");

@@ -2,6 +2,7 @@
 
 mod compare;
 mod lab;
+mod scale;
 mod shell;
 mod upgrade;
 
@@ -26,6 +27,8 @@ enum Story {
     Upgrade(upgrade::UpgradeArguments),
     /// Measures the silence of a live update beside that of kexec and of a reboot.
     Compare(compare::CompareArguments),
+    /// Measures how an update's times depend on the amount of memory that crosses.
+    Scale(scale::ScaleArguments),
     /// Sets up what the other commands need (or, with --clean, removes it).
     Lab(lab::LabArguments),
     /// Starts a machine and attaches a shell to it (or, with --attach, enters one that runs).
@@ -37,6 +40,7 @@ pub fn main() -> ExitCode {
     let end = match arguments.story {
         Some(Story::Upgrade(arguments)) => upgrade::run(&arguments),
         Some(Story::Compare(arguments)) => compare::run(&arguments),
+        Some(Story::Scale(arguments)) => scale::run(&arguments),
         Some(Story::Lab(arguments)) => lab::run(&arguments).map(|()| ExitCode::SUCCESS),
         Some(Story::Shell(arguments)) => shell::run(&arguments).map(|()| ExitCode::SUCCESS),
         None => upgrade::run(&arguments.upgrade),

@@ -282,7 +282,7 @@ impl Kernel {
         let service = thread::spawn(move || under_agent(&options));
         let mut agent = AgentEnd::accept(listener.accept().expect("connected").0, PATIENCE).expect("greeting");
         assert_eq!(agent.hello().name, "baton-kv");
-        agent.give_arena(arena.as_fd(), arena.metadata().expect("there").len(), fresh).expect("arena");
+        agent.give_arena(&[(arena.as_fd(), arena.metadata().expect("there").len())], fresh).expect("arena");
         assert_eq!(agent.report(PATIENCE).expect("ready"), ToAgent::Ready);
         Self { agent, service, address }
     }

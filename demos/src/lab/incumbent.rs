@@ -51,10 +51,16 @@ pub fn configuration() -> Config {
 /// The demo service, for such a machine's configuration.
 #[must_use]
 pub fn demo_service() -> config::Service {
+    demo_service_with(&[])
+}
+
+/// The same with more arguments, such as `--arena-mib`.
+#[must_use]
+pub fn demo_service_with(more: &[&str]) -> config::Service {
     let listen = format!("{}:{KV_PORT}", net::SERVICE);
     config::Service {
         name: crate::kv::run::NAME.into(),
-        exec: ["/usr/sbin/baton-kv", "--listen", &listen].map(str::to_owned).to_vec(),
+        exec: ["/usr/sbin/baton-kv", "--listen", &listen].iter().chain(more).map(|word| (*word).to_owned()).collect(),
         fd_store: false,
     }
 }

@@ -1,6 +1,7 @@
 //! What the stories say, as plain data: JSON for programs ([`SCHEMA_VERSION`]), text for people. No I/O.
 
 mod comparison;
+mod scale;
 
 use std::fmt::Write;
 
@@ -15,6 +16,7 @@ use crate::load::LoadReport;
 use crate::measure::{Distribution, Latencies, Silence};
 
 pub use comparison::{Comparison, FailedRun, Method, Methods, Run, comparison_for_people};
+pub use scale::scale_for_people;
 
 /// Of both JSON objects. Raised when a field changes its meaning or goes; new ones may come at any time.
 pub const SCHEMA_VERSION: u32 = 1;

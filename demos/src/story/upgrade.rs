@@ -62,6 +62,15 @@ pub fn kernels(lab: &Lab) -> Result<[Kernel; 2]> {
 /// Tells it. An update that does not succeed is in the report, and so is a machine whose service never answers; an error means that there
 /// was no machine.
 pub fn run(lab: &Lab, options: &Options) -> Result<Report> {
+    run_prepared(lab, options, &mut |_, _| Ok(()))
+}
+
+/// The same, with something to be done in the machine before the first update; it is told of on the task.
+pub fn run_prepared(
+    lab: &Lab,
+    options: &Options,
+    prepare: &mut dyn FnMut(&Stage, &Task) -> Result<()>,
+) -> Result<Report> {
     let kernels = kernels(lab)?;
     let accelerator = accel::choose(lab.tree(), lab.progress())?;
     let task = lab.progress().task("machine");
@@ -76,6 +85,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<Report> {
         report.failure = Some(format!("{why:#}"));
         return Ok(report);
     }
+    prepare(&stage, &task)?;
     task.done(&format!("{} serves; logs: {}", kernels[0].release, stage.machine.folder().display()));
 
     let mut updated = Vec::new();

@@ -1,0 +1,172 @@
+//! The memory of services: how it is had, and how it is given back.
+//!
+//! An arena is one piece of physical memory where that can be had, else several, mapped one behind the other
+//! ([`kexec_core::memory_map::pieces`]). It stays where it is from kernel to kernel; each kernel counts it as its own
+//! (`BATON_SELF`), as memory that is in use.
+
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use kexec_core::boot_params::MAX_RESERVATIONS;
+use kexec_core::device::{Device, DeviceError, FileFlags, SELF, TakeMemory};
+use kexec_core::layout::PAGE;
+use kexec_core::memory_map::{Range, RangeSet, pieces};
+
+use crate::facts::{available_memory, managed_memory};
+use crate::outcome::Failure;
+
+/// How long a single piece is looked for before several will do.
+const ONE_PIECE_PATIENCE: Duration = Duration::from_secs(5);
+/// Memory that no arena takes from the rest of the system.
+const LEFT_FREE: u64 = 64 << 20;
+/// Reservations of a successor that are not for arenas: what is left of the machine's RAM between whole memory blocks.
+const OTHER_RESERVATIONS: usize = 24;
+
+/// A part of an arena: one memory object of the module.
+#[derive(Debug)]
+pub struct Piece {
+    /// Which part of physical memory.
+    pub range: Range,
+    /// Its memory file, which is given to the service.
+    pub file: OwnedFd,
+}
+
+/// The memory of one service.
+#[derive(Debug)]
+pub struct Arena {
+    /// Where it lies, in this order.
+    pub pieces: Vec<Piece>,
+    /// Nothing was ever written to it.
+    pub fresh: bool,
+}
+
+impl Arena {
+    /// Bytes in all.
+    pub fn len(&self) -> u64 {
+        self.pieces.iter().map(|piece| piece.range.len()).sum()
+    }
+
+    /// Where it lies; pieces that touch are one.
+    pub fn ranges(&self) -> Vec<Range> {
+        pieces::joined(self.pieces.iter().map(|piece| piece.range))
+    }
+
+    /// An arena that a predecessor left here: its pages, reserved until now, become memory that is in use.
+    pub fn inherit(device: &Device, ranges: impl IntoIterator<Item = Range>) -> Result<Arena> {
+        let pieces = ranges
+            .into_iter()
+            .map(|range| {
+                device.take_memory(SELF, range, TakeMemory::Reserved)?;
+                Ok(Piece { range, file: device.memory_file(range, FileFlags::PAGES)? })
+            })
+            .collect::<Result<_>>()?;
+        Ok(Arena { pieces, fresh: false })
+    }
+
+    /// Gives its memory to this kernel's allocator. Whoever has it mapped must have let go; says what did not work.
+    pub fn give_back(self, device: &Device) -> Result<()> {
+        let mut first_error = Ok(());
+        for Piece { range, file } in self.pieces {
+            drop(file); // the module counts open files as users
+            let given = device.give_back_memory(SELF, range).with_context(|| format!("arena memory {range}"));
+            first_error = first_error.and(given);
+        }
+        first_error
+    }
+}
+
+/// Takes `len` bytes (rounded up to whole pages) out of this kernel's allocator, beside the arenas there are.
+pub fn take(device: &Device, arenas: &RangeSet, avoid: &RangeSet, len: u64) -> Result<Vec<Piece>> {
+    let len = len.checked_next_multiple_of(PAGE).context("the arena's length passes the end of memory")?;
+    let ram = managed_memory()?;
+    let available = available_memory()?;
+    if available < len.saturating_add(LEFT_FREE) {
+        return Err(Failure::precondition(
+            format!("an arena of {} MiB is asked for, and {} MiB of memory are available", len >> 20, available >> 20),
+            "free memory (stop a program), or ask for a smaller arena",
+        )
+        .into());
+    }
+    let avoid = avoid.union(arenas);
+    let wanted = |range| match device.take_memory(SELF, range, TakeMemory::Alloc) {
+        Ok(()) => Ok(true),
+        // In use and not to be moved, or not of this kernel's allocator: another place.
+        Err(
+            DeviceError::Busy { .. }
+            | DeviceError::Exists { .. }
+            | DeviceError::NoMemory { .. }
+            | DeviceError::Refused { .. },
+        ) => Ok(false),
+        Err(error) => Err(error),
+    };
+    let until = Instant::now() + ONE_PIECE_PATIENCE;
+    for place in pieces::whole(&ram, &avoid, arenas, len) {
+        if wanted(place)? {
+            return files(device, vec![place]);
+        }
+        if Instant::now() > until {
+            break;
+        }
+    }
+    let (taken, end) = pieces::gather(&ram, &avoid, len, wanted);
+    let refused = end.map_err(anyhow::Error::from).and_then(|()| enough(&taken, arenas, len)).err();
+    match refused {
+        None => files(device, taken),
+        Some(why) => {
+            for range in taken {
+                device.give_back_memory(SELF, range)?;
+            }
+            Err(why)
+        }
+    }
+}
+
+fn files(device: &Device, ranges: Vec<Range>) -> Result<Vec<Piece>> {
+    let file = |range| Ok(Piece { range, file: device.memory_file(range, FileFlags::PAGES)? });
+    ranges.into_iter().map(file).collect()
+}
+
+fn enough(taken: &[Range], arenas: &RangeSet, len: u64) -> Result<()> {
+    let had: u64 = taken.iter().map(|piece| piece.len()).sum();
+    if had < len {
+        return Err(Failure::precondition(
+            format!(
+                "no {} MiB of memory for an arena: {} MiB could be had, in {} pieces; in the rest something cannot be moved",
+                len >> 20,
+                had >> 20,
+                pieces::joined(taken.iter().copied()).len()
+            ),
+            "free memory (stop a program, drop caches), or ask for a smaller arena",
+        )
+        .into());
+    }
+    let separate = arenas.union(&taken.iter().copied().collect()).count();
+    reservations(separate).map_err(anyhow::Error::from)
+}
+
+/// Whether a successor's kernel can remember so many separate pieces of memory.
+pub fn reservations(separate: usize) -> Result<(), Failure> {
+    let most = MAX_RESERVATIONS - OTHER_RESERVATIONS;
+    if separate > most {
+        return Err(Failure::precondition(
+            format!(
+                "the arenas would lie in {separate} separate pieces of memory, and a successor surely remembers {most}"
+            ),
+            "free memory (stop a program, drop caches), or use fewer arenas",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_pieces_than_a_successor_remembers_are_refused_with_numbers() {
+        assert!(reservations(72).is_ok());
+        let failure = reservations(73).unwrap_err();
+        assert!(failure.cause.contains("73 separate pieces") && failure.cause.contains("72"), "{failure:?}");
+    }
+}
