@@ -64,15 +64,23 @@ impl Arena {
         Ok(Arena { pieces, fresh: false })
     }
 
-    /// Gives its memory to this kernel's allocator. Whoever has it mapped must have let go; says what did not work.
-    pub fn give_back(self, device: &Device) -> Result<()> {
-        let mut first_error = Ok(());
+    /// Gives its memory to this kernel's allocator. While somebody has it mapped, nothing is done, and it is handed back.
+    pub fn give_back(self, device: &Device) -> std::result::Result<(), (Arena, anyhow::Error)> {
+        let mut kept = Arena { pieces: Vec::new(), fresh: self.fresh };
+        let mut first_error = None;
         for Piece { range, file } in self.pieces {
             drop(file); // the module counts open files as users
-            let given = device.give_back_memory(SELF, range).with_context(|| format!("arena memory {range}"));
-            first_error = first_error.and(given);
+            let error = match device.give_back_memory(SELF, range) {
+                Ok(()) => continue,
+                Err(error) => anyhow::Error::from(error).context(format!("arena memory {range}")),
+            };
+            // A service has all pieces mapped, or none: the first one that cannot be had is the first one.
+            if let Ok(file) = device.memory_file(range, FileFlags::PAGES) {
+                kept.pieces.push(Piece { range, file });
+            }
+            first_error = first_error.or(Some(error));
         }
-        first_error
+        first_error.map_or(Ok(()), |error| Err((kept, error)))
     }
 }
 

@@ -35,6 +35,11 @@ enum Verb {
     Check(UpgradeArgs),
     /// Say how things stand: role, services, the last or running update.
     Status,
+    /// Give the memory of a service that has left for good back to the kernel; what is in it is lost.
+    Release {
+        /// The service's name, as `baton status` shows it.
+        service: String,
+    },
     /// List the kernels of this machine: those that run (instances) and the images that could.
     Kernels,
     /// Become a program that keeps memfds as under systemd (FDSTORE=1, LISTEN_FDS), once it may run on this kernel.
@@ -126,6 +131,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Upgrade(args) => upgrade(cli.json, ask(&Request::Upgrade(absolute(args.into())))?),
         Verb::Check(args) => check(cli.json, ask(&Request::Check(absolute(args.into())))?),
         Verb::Status => status(cli.json, ask(&Request::Status)?),
+        Verb::Release { service } => released(cli.json, ask(&Request::Release { service })?),
         Verb::Kernels => list_kernels(cli.json),
         Verb::Mkinitrd(args) => make_initrd(&args),
         Verb::Handover(verb) => handover_cmd::run(verb, &cli.socket, cli.json),
@@ -198,6 +204,18 @@ fn status(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
         print_json(&status);
     } else {
         print_status(&status);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn released(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
+    let Reply::Released { bytes } = reply else {
+        return Err(unexpected(&reply));
+    };
+    if json {
+        print_json(&serde_json::json!({ "schema_version": 1, "outcome": "released", "bytes": bytes }));
+    } else {
+        println!("released {} KiB", bytes >> 10);
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -39,6 +39,11 @@ pub enum Request {
     Upgrade(Upgrade),
     /// Whether an upgrade would be started, and why not; touches nothing.
     Check(Upgrade),
+    /// The arena of a service that has left for good goes back to the kernel.
+    Release {
+        /// Its name.
+        service: String,
+    },
 }
 
 /// What `batond` answers.
@@ -58,6 +63,11 @@ pub enum Reply {
     Checked {
         /// In the order of the checks.
         findings: Vec<Finding>,
+    },
+    /// An arena's memory is the kernel's again.
+    Released {
+        /// How much it was.
+        bytes: u64,
     },
     /// The update is past the point of no return; the successor finishes it.
     Committed {

@@ -65,6 +65,7 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
     }
     crate::files::server::start(kernel.clone())?;
     crate::files::notify::start(kernel.clone())?;
+    crate::room::start(kernel.clone())?;
     tell_init();
     info!(release = kernel.release(), role = kernel.role(), "batond is ready");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -138,6 +139,10 @@ async fn answer(kernel: Arc<Kernel>, stream: UnixStream) -> Result<()> {
         let last = match request {
             Request::Status => Reply::Status(Box::new(kernel.status())),
             Request::Check(wish) => Reply::Checked { findings: check::findings(&kernel, &wish) },
+            Request::Release { service } => match kernel.release_arena(&service) {
+                Ok(bytes) => Reply::Released { bytes },
+                Err(error) => Reply::Failed(Failure::from_error(&error)),
+            },
             Request::Upgrade(wish) => upgrade::run(&kernel, &wish, &replies),
         };
         // The asker may have left; what was done stays done.

@@ -2,12 +2,13 @@
 //!
 //! Shared by all threads. What changes is behind one lock ([`State`]); nothing waits while it holds it.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use kexec_core::device::{Device, DeviceError, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
 
@@ -167,6 +168,47 @@ impl Kernel {
         let (mib, pieces, took) = (arena.len() >> 20, arena.ranges().len(), started.elapsed());
         tracing::info!("an arena of {mib} MiB in {pieces} pieces, had in {took:.1?}");
         Ok(arena)
+    }
+
+    /// Makes a service's arena longer; gives the files of what is new, in order.
+    pub fn grow_arena(&self, service: &str, more: u64) -> Result<Vec<(OwnedFd, u64)>> {
+        let _held = self.between_updates()?;
+        let device = self.device()?;
+        let pieces = arenas::take(device, &self.services.ranges(), &self.files.ranges(), more)?;
+        let copies = pieces.iter().map(|piece| Ok((piece.file.try_clone()?, piece.range.len()))).collect::<Result<_>>();
+        match self.services.extend(service, pieces) {
+            Ok(()) => copies,
+            Err(pieces) => {
+                drop(copies);
+                Arena { pieces, fresh: true }.give_back(device).map_err(|(_, error)| error)?;
+                bail!("there is no service {service} with an arena");
+            }
+        }
+    }
+
+    /// Gives the arena of a service that has left to the allocator; says how much it was.
+    pub fn release_arena(&self, service: &str) -> Result<u64> {
+        let _held = self.between_updates()?;
+        let arena = self.services.remove(service)?;
+        let len = arena.len();
+        match arena.give_back(self.device()?) {
+            Ok(()) => Ok(len),
+            Err((kept, error)) => {
+                self.services.expect(service, kept);
+                Err(error).with_context(|| format!("somebody still has the arena of {service}"))
+            }
+        }
+    }
+
+    /// Keeps updates from beginning: what lies where must not change while one runs.
+    fn between_updates(&self) -> Result<MutexGuard<'_, ()>> {
+        let busy = "an update runs: ask again when it is over";
+        match self.updating.try_lock() {
+            _ if self.is_successor() => bail!(busy),
+            Ok(held) => Ok(held),
+            Err(TryLockError::Poisoned(held)) => Ok(held.into_inner()),
+            Err(TryLockError::WouldBlock) => bail!(busy),
+        }
     }
 
     /// Takes `len` contiguous bytes out of this kernel's allocator, wherever they can be had.

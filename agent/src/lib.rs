@@ -25,6 +25,7 @@ pub mod plan;
 pub mod reach;
 pub mod recover;
 pub mod report;
+pub mod room;
 pub mod service;
 pub mod services;
 pub mod successor;

@@ -119,7 +119,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
         let nic = findings.check("network", network(kernel));
         findings.check("services", services(kernel));
-        let arenas: RangeSet = kernel.services.crossings().into_iter().flat_map(|crossing| crossing.ranges).collect();
+        let arenas = kernel.services.ranges().union(&kernel.files.ranges());
         findings.check("arenas", reservations(&arenas));
         let record_version = findings.check("agent", agent(kernel, kho));
         let initrd = initrd?;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use kexec_core::memory_map::{Range, RangeSet};
 
-use crate::arenas::Arena;
+use crate::arenas::{Arena, Piece};
 use crate::control::ServiceStatus;
 use crate::service::agent_end::AgentEnd;
 use crate::service::protocol::{Hello, Standing, ToAgent, ToService};
@@ -28,6 +28,12 @@ struct Slot {
     arena: Option<Arena>,
     /// Why it was not admitted when it last tried.
     refusal: Option<String>,
+}
+
+impl Slot {
+    fn is_connected(&self) -> bool {
+        self.end.as_ref().is_some_and(|end| end.standing() != Standing::Over && !end.is_gone())
+    }
 }
 
 /// What a service reported when it was sealed or activated.
@@ -130,7 +136,7 @@ impl Services {
             let mut slots = self.lock();
             let arenas: RangeSet = all_ranges(&slots).collect();
             let slot = slots.entry(name.clone()).or_default();
-            if slot.end.as_ref().is_some_and(|end| end.standing() != Standing::Over) {
+            if slot.is_connected() {
                 bail!("service {name} is connected already");
             }
             let arena = match &mut slot.arena {
@@ -152,12 +158,31 @@ impl Services {
         Ok(end)
     }
 
-    /// A service's connection ended or failed; its arena stays, so that the program may come back to it.
-    pub fn lose(&self, name: &str) {
-        if let Some(slot) = self.lock().get_mut(name) {
-            slot.end = None;
+    /// Where all arenas lie.
+    pub fn ranges(&self) -> RangeSet {
+        all_ranges(&self.lock()).collect()
+    }
+
+    /// An arena has become longer.
+    pub fn extend(&self, name: &str, more: Vec<Piece>) -> Result<(), Vec<Piece>> {
+        match self.lock().get_mut(name).and_then(|slot| slot.arena.as_mut()) {
+            Some(arena) => {
+                arena.pieces.extend(more);
+                Ok(())
+            }
+            None => Err(more),
         }
-        self.changed.notify_all();
+    }
+
+    /// Takes the arena of a service that has left; nothing is known of the service afterwards.
+    pub fn remove(&self, name: &str) -> Result<Arena> {
+        let mut slots = self.lock();
+        let slot = slots.get(name).with_context(|| format!("there is no service {name}"))?;
+        if slot.is_connected() {
+            bail!("service {name} is connected: it has to leave first");
+        }
+        let arena = slots.remove(name).and_then(|slot| slot.arena);
+        arena.with_context(|| format!("service {name} has no arena"))
     }
 
     /// Waits until every service with an arena stands by.
@@ -276,7 +301,7 @@ impl Services {
             .iter()
             .map(|(name, slot)| ServiceStatus {
                 name: name.clone(),
-                state: match slot.end.as_ref().map(AgentEnd::standing) {
+                state: match slot.end.as_ref().filter(|_| slot.is_connected()).map(AgentEnd::standing) {
                     None | Some(Standing::Over) => "absent",
                     Some(Standing::Serving(_)) => "serving",
                     Some(Standing::StandingBy) => "standby",

@@ -55,7 +55,7 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
         Err(TryLockError::WouldBlock) => {
             return Reply::Failed(Failure::new(
                 Class::Busy,
-                "another update runs",
+                "another update runs, or an arena is made longer",
                 "wait for it; `baton status` shows how far it is",
             ));
         }

@@ -25,7 +25,7 @@ fn small_machine(lab: &Lab, kernel: &Kernel) -> MachineSpec {
     incumbent::skeleton(&mut initrd);
     incumbent::busybox(&mut initrd, lab.tree()).unwrap();
     let module = kmod::module_for(lab.tree(), kernel, lab.progress()).unwrap();
-    incumbent::modules(&mut initrd, lab.tree(), kernel, &module).unwrap();
+    incumbent::modules(&mut initrd, lab.tree(), kernel, &module, &incumbent::DRIVERS).unwrap();
     let programs = guest_programs::build(&["labd"], lab.progress()).unwrap_or_else(|e| panic!("{e}"));
     initrd.copy_from(&programs.join("labd"), "/usr/sbin/labd").unwrap();
     initrd.file("/init", 0o755, INIT);

@@ -323,6 +323,35 @@ fn the_epoch_decides_who_may_write() {
 }
 
 #[test]
+fn a_store_that_is_given_more_memory_uses_it_when_it_takes_it() {
+    let mut memory = vec![0; 1 << 17];
+    let half = 1 << 16;
+    let value = vec![7; 40_000];
+    let mut store = Store::create(&mut memory[..half], "kv", 1, 0).unwrap();
+    store.set(b"first", &value).unwrap();
+    assert!(store.set(b"second", &value).is_err(), "no room for two");
+
+    // The memory is longer; the store goes on as it is, also in a successor, until it takes the rest.
+    let mut store = Store::attach(&mut memory).unwrap();
+    assert_eq!(store.usage().length, half as u64);
+    assert!(store.set(b"second", &value).is_err());
+    assert!(store.take_all(2).is_err(), "another epoch's");
+    store.seal(1).unwrap();
+    assert!(store.take_all(1).is_err(), "sealed");
+    store.unseal(2).unwrap();
+    assert_eq!(store.take_all(2).unwrap().length, 2 * half as u64);
+    store.set(b"second", &value).unwrap();
+    assert_eq!(store.verify().unwrap().keys, 2);
+
+    let store = Store::attach(&mut memory).unwrap();
+    assert_eq!(store.get(b"second").unwrap(), Some(&value[..]));
+    assert!(matches!(
+        Store::attach(&mut memory[..half]),
+        Err(StoreError::Arena(ArenaError::Header(ArenaHeaderError::Length { .. })))
+    ));
+}
+
+#[test]
 fn a_broken_seal_a_torn_change_and_a_stranger_are_told_apart() {
     let mut memory = vec![0; 1 << 16];
     let attach = |memory: &mut [u8]| match Store::attach(memory) {

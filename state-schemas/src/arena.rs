@@ -84,6 +84,8 @@ pub mod at {
     use super::ArenaHeader;
     use core::mem::offset_of;
 
+    /// [`ArenaHeader::length`].
+    pub const LENGTH: u64 = offset_of!(ArenaHeader, length) as u64;
     /// [`ArenaHeader::epoch`].
     pub const EPOCH: u64 = offset_of!(ArenaHeader, epoch) as u64;
     /// [`ArenaHeader::state`], with the seal in the upper half of the same word.
@@ -101,7 +103,12 @@ pub mod at {
     /// [`ArenaHeader::tables`].
     pub const TABLES: u64 = offset_of!(ArenaHeader, tables) as u64;
     const _: () = assert!(offset_of!(ArenaHeader, seal) == offset_of!(ArenaHeader, state) + 4);
-    const _: () = assert!(STATE_AND_SEAL.is_multiple_of(8) && TABLES.is_multiple_of(8) && TOP.is_multiple_of(8));
+    const _: () = assert!(
+        LENGTH.is_multiple_of(8)
+            && STATE_AND_SEAL.is_multiple_of(8)
+            && TABLES.is_multiple_of(8)
+            && TOP.is_multiple_of(8)
+    );
 }
 
 /// Why a page is not the header of an arena.
@@ -126,7 +133,7 @@ pub enum ArenaHeaderError {
         /// The version found.
         found: u32,
     },
-    /// The memory is not the size that the arena was made for.
+    /// The memory is smaller than the arena. (It may be larger: more of it was given, and the owner has not taken it yet.)
     #[error("the arena says it has {header:#x} bytes, the memory has {memory:#x}")]
     Length {
         /// What the header says.
@@ -220,7 +227,8 @@ impl ArenaHeader {
         }
         within("header_len", self.header_len.get().into(), HEADER_LEN, HEADER_LEN)?;
         let length = self.length.get();
-        if length != memory {
+        // It may have been given more memory than it has taken.
+        if length > memory || length < HEADER_LEN {
             return Err(ArenaHeaderError::Length { header: length, memory });
         }
         let end = self.name.iter().position(|&b| b == 0).unwrap_or(NAME_LEN);

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Error;
 use super::protocol::{Hello, Inbox, Standing, ToAgent, ToService, encode, recv_with_fd, send_all, wait};
@@ -48,6 +48,15 @@ impl AgentEnd {
     #[must_use]
     pub fn standing(&self) -> Standing {
         self.standing
+    }
+
+    /// Whether it has closed the connection.
+    #[must_use]
+    pub fn is_gone(&self) -> bool {
+        // What is asked for does not matter: a peer that has gone is told of in any case (poll(2)).
+        let mut polled = [PollFd::new(self.socket.as_fd(), PollFlags::empty())];
+        let gone = PollFlags::POLLHUP | PollFlags::POLLERR;
+        poll(&mut polled, PollTimeout::ZERO).is_ok() && polled[0].revents().is_some_and(|found| found.intersects(gone))
     }
 
     /// Gives it its arena: the memory files, with their lengths, that it maps one behind the other.

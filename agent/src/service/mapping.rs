@@ -57,6 +57,14 @@ impl Arena {
         self.map_behind(file, len)
     }
 
+    /// Maps what the agent gave, behind what there is.
+    ///
+    /// # Errors
+    /// As [`Arena::append`]; what came before the piece that failed stays.
+    pub fn extend(&mut self, more: super::room::More) -> Result<(), Error> {
+        more.pieces.into_iter().try_for_each(|(file, len)| self.append(file, len))
+    }
+
     fn map_behind(&mut self, file: impl AsFd, len: NonZeroUsize) -> Result<(), Error> {
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
         let flags = MapFlags::MAP_SHARED | MapFlags::MAP_FIXED | MapFlags::MAP_POPULATE;

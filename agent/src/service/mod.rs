@@ -60,6 +60,7 @@ pub mod client;
 pub mod files;
 pub mod mapping;
 pub mod protocol;
+pub mod room;
 #[cfg(test)]
 mod tests;
 

@@ -389,7 +389,7 @@ pub fn recv_with_fd(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(us
 }
 
 /// Sends a whole frame on a socket that may be non-blocking, waiting for room when there is none.
-pub(super) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+pub(crate) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
     while !bytes.is_empty() {
         match send_with_fd(socket, bytes, fd) {
             Ok(sent) => {

@@ -10,8 +10,8 @@ use super::error::{Doing, LabError, Result, last_lines};
 use super::host;
 use super::progress::Progress;
 
-/// The agent's programs, the demo services, and the lab's hand.
-pub const PROGRAMS: [&str; 6] = ["baton", "batond", "baton-init", "baton-kv", "baton-memo", "labd"];
+/// The agent's programs, the demo services, the one that tries out its arena, and the lab's hand.
+pub const PROGRAMS: [&str; 7] = ["baton", "batond", "baton-init", "baton-kv", "baton-memo", "arena-probe", "labd"];
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const PROFILE: &str = "guest";
 /// What the surrounding cargo or the user's shell may have set for other builds than this one.

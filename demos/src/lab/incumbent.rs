@@ -86,7 +86,8 @@ pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &Config) -> Result<()> {
     for kernel in lab.tree().kernels() {
         copy(initrd, &lab.tree().vmlinuz(kernel), &format!("/boot/vmlinuz-{}", kernel.release))?;
         let module = kmod::module_for(lab.tree(), kernel, lab.progress())?;
-        modules(initrd, lab.tree(), kernel, &module)?;
+        let wanted: Vec<&str> = config.initrd.modules.iter().map(String::as_str).collect();
+        modules(initrd, lab.tree(), kernel, &module, &wanted)?;
     }
     program_of_tree(initrd, lab.tree(), "/usr/sbin/kexec")
 }
@@ -123,11 +124,11 @@ pub fn busybox(initrd: &mut Initrd, tree: &Tree) -> Result<()> {
 }
 
 /// A kernel's drivers and `baton.ko`, with depmod's index of them and the list that `baton-init` loads.
-pub fn modules(initrd: &mut Initrd, tree: &Tree, kernel: &Kernel, own: &Path) -> Result<()> {
+pub fn modules(initrd: &mut Initrd, tree: &Tree, kernel: &Kernel, own: &Path, names: &[&str]) -> Result<()> {
     let folder = format!("/lib/modules/{}", kernel.release);
     let mut load = String::new();
     let mut index = String::new();
-    for line in with_dependencies(tree, kernel, &DRIVERS)? {
+    for line in with_dependencies(tree, kernel, names)? {
         let module = line.split(':').next().unwrap_or_default();
         if !initrd.has(&format!("{folder}/{module}")) {
             copy(initrd, &tree.modules(kernel).join(module), &format!("{folder}/{module}"))?;

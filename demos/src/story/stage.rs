@@ -32,6 +32,8 @@ pub struct Shape {
     pub update: Update,
     /// What runs on it.
     pub services: Vec<Service>,
+    /// Modules that its kernels load beside those that every machine of the lab needs.
+    pub modules: Vec<String>,
     /// More words for the incumbent's command line.
     pub cmdline: String,
     /// More words for each successor's. Of a word that is given twice the kernel takes the last.
@@ -47,6 +49,7 @@ impl Default for Shape {
             services: vec![incumbent::demo_service()],
             cmdline: String::new(),
             successor_cmdline: String::new(),
+            modules: Vec::new(),
         }
     }
 }
@@ -55,6 +58,7 @@ impl Default for Shape {
 pub fn config(shape: &Shape) -> Config {
     let mut config = incumbent::configuration();
     config.service = shape.services.clone();
+    config.initrd.modules.extend(shape.modules.clone());
     config.update = shape.update.clone();
     config
 }

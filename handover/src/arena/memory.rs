@@ -51,6 +51,8 @@ pub struct Usage {
 #[derive(Debug)]
 pub struct Arena<'m> {
     memory: &'m mut [u8],
+    /// Bytes of it that are the arena's, as its header says; behind them may lie memory that it has not taken yet.
+    length: u64,
 }
 
 impl<'m> Arena<'m> {
@@ -84,7 +86,7 @@ impl<'m> Arena<'m> {
             tables: [0; _],
         };
         memory[..HEADER_LEN as usize].copy_from_slice(header.as_bytes());
-        Ok(Arena { memory })
+        Ok(Arena { memory, length })
     }
 
     /// Attaches to an arena that somebody else filled: O(1), the header page is checked and nothing else is read.
@@ -97,7 +99,22 @@ impl<'m> Arena<'m> {
         if found_kind != schema_kind || found_version > schema_version {
             return Err(ArenaError::Content { found_kind, found_version, kind: schema_kind, version: schema_version });
         }
-        Ok(Arena { memory })
+        Ok(Arena { memory, length: header.length.get() })
+    }
+
+    /// Makes all of the memory the arena's: it was given more since it was made. One store, in constant time.
+    ///
+    /// # Errors
+    /// If `epoch` does not own the arena, or it is sealed.
+    pub fn take_all(&mut self, epoch: u64) -> Result<Usage, ArenaError> {
+        let owner = self.epoch();
+        if owner != epoch {
+            return Err(ArenaError::NotOwner { given: epoch, owner });
+        }
+        self.writable()?;
+        self.length = self.memory.len() as u64;
+        self.put(at::LENGTH, self.length);
+        Ok(self.usage())
     }
 
     /// The header page, checked again.
@@ -159,7 +176,7 @@ impl<'m> Arena<'m> {
 
     /// How full it is.
     pub fn usage(&self) -> Usage {
-        let length = self.memory.len() as u64;
+        let length = self.length;
         let used = self.get(at::USED);
         Usage { length, used, free: (length - HEADER_LEN).saturating_sub(used), top: self.get(at::TOP) }
     }
@@ -235,7 +252,7 @@ impl<'m> Arena<'m> {
 
     fn range(&self, at: u64, len: u64) -> Result<std::ops::Range<usize>, ArenaError> {
         match at.checked_add(len) {
-            Some(end) if at >= HEADER_LEN && end <= self.memory.len() as u64 => Ok(at as usize..end as usize),
+            Some(end) if at >= HEADER_LEN && end <= self.length => Ok(at as usize..end as usize),
             _ => corrupt("points outside the arena", at),
         }
     }
@@ -254,7 +271,7 @@ impl<'m> Arena<'m> {
 
     /// Bytes in all.
     pub(super) fn length(&self) -> u64 {
-        self.memory.len() as u64
+        self.length
     }
 }
 

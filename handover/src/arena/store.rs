@@ -137,6 +137,14 @@ impl<'m> Store<'m> {
         Ok(self.arena.unseal(epoch)?)
     }
 
+    /// Makes all of the memory the store's, when it was given more since it was made; constant time.
+    ///
+    /// # Errors
+    /// If `epoch` does not own the arena, or it is sealed.
+    pub fn take_all(&mut self, epoch: u64) -> Result<Usage> {
+        Ok(self.arena.take_all(epoch)?)
+    }
+
     /// Nobody may write.
     pub fn is_sealed(&self) -> bool {
         self.arena.is_sealed()

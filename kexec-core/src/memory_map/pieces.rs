@@ -32,11 +32,10 @@ fn on_boundary(room: Range) -> Range {
 pub fn whole(ram: &RangeSet, avoid: &RangeSet, arenas: &RangeSet, len: u64) -> Vec<Range> {
     let free = free(ram, avoid);
     let mut places = Vec::new();
-    if len < GRAIN {
-        // Beside another arena it costs no reservation of its own.
-        places.extend(arenas.iter().filter_map(|arena| Range::with_len(arena.end(), len)));
-        places.retain(|place| free.contains(*place));
-    }
+    // Beside another arena it costs no reservation of its own.
+    let beside = arenas.iter().filter(|arena| len < GRAIN || arena.end().is_multiple_of(GRAIN));
+    places.extend(beside.filter_map(|arena| Range::with_len(arena.end(), len)));
+    places.retain(|place| free.contains(*place));
     let rooms: Vec<Range> = free.iter().map(on_boundary).filter(|room| room.len() >= len).collect();
     let starts: u64 = rooms.iter().map(|room| (room.len() - len) / GRAIN + 1).sum();
     let step = starts.div_ceil(TRIES).max(1) * GRAIN;
