@@ -84,6 +84,7 @@ impl Kernel {
         let files = Store::default();
         if !successor {
             files.begin();
+            services.all_inherited();
         }
         Ok(Kernel { config, config_path, netlink, services, files, birth, updating, device, release, state })
     }

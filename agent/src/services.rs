@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -65,12 +65,20 @@ pub struct Services {
     /// Kind and version of what each service of the predecessor kept.
     left: Mutex<BTreeMap<String, (u32, u32)>>,
     changed: Condvar,
+    /// Set when every arena that came from a predecessor is here: at once in a kernel that has none.
+    inherited: OnceLock<()>,
 }
 
 impl Services {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Slot>> {
         // A panic while the lock was held has already ended the update; the map itself is always whole.
         self.slots.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// No more arenas come from a predecessor: services are let in.
+    pub fn all_inherited(&self) {
+        // Twice is once.
+        let _ = self.inherited.set(());
     }
 
     /// An arena that came from the predecessor waits for its service here.
@@ -105,6 +113,8 @@ impl Services {
         allocate: impl FnOnce(u64, &RangeSet) -> Result<Arena>,
     ) -> Result<String> {
         let end = AgentEnd::accept(socket, PATIENCE)?;
+        // A service may be quicker than the taking of large arenas; it must not get a new one meanwhile.
+        self.inherited.wait();
         let name = end.hello().name.clone();
         let admitted = self.prepare(end, epoch, allocate);
         let mut slots = self.lock();

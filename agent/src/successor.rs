@@ -88,6 +88,7 @@ impl<'k> Heir<'k> {
         set_clock(birth)?;
         let line = Line::attach(birth.control.clone(), birth.base)?;
         expect_arenas(kernel, device, birth)?;
+        kernel.services.all_inherited();
         kernel.files.inherit(device, &birth.record)?;
         let address = attach_network(kernel, device, birth)?;
         mark(birth, BootMark::Network);

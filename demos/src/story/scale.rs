@@ -5,7 +5,9 @@ use std::hint::black_box;
 use std::io;
 use std::time::{Duration, Instant};
 
+use agent::birth::phys;
 use anyhow::{Context, Result, bail, ensure};
+use handover::kho::{Abi, Outgoing};
 use kexec_core::boot_params::SetupData;
 use kexec_core::memory_map::division::Division;
 use kexec_core::memory_map::{Range, RangeSet};
@@ -94,6 +96,8 @@ pub struct Described {
     pub pieces: u64,
     /// Dividing the machine around it and listing its reservations, µs.
     pub divide_us: Distribution,
+    /// Writing a kexec handover that preserves it, for a successor with KHO, µs.
+    pub kho_us: Distribution,
 }
 
 /// A value of the store; the filling is made of such.
@@ -214,13 +218,37 @@ fn describe(arena_mib: u64) -> Result<Described> {
     let region = arenas.end().next_multiple_of(BLOCK);
     let region = Range::new(region, region + 4 * BLOCK);
     let ram = RangeSet::from(Range::new(MIB, region.end() + 4 * BLOCK));
-    let mut times = Vec::new();
+    let (mut divide, mut kho) = (Vec::new(), Vec::new());
     for _ in 0..RUNS {
         let began = Instant::now();
         let division = Division::new(&ram, region, &arenas, BLOCK)?;
         let reserved: Vec<SetupData> = division.reserved_in_successor().iter().map(SetupData::Reserve).collect();
         black_box(reserved);
-        times.push(began.elapsed().as_secs_f64() * 1e6);
+        divide.push(began.elapsed().as_secs_f64() * 1e6);
+        let began = Instant::now();
+        let mut out = Outgoing::new(Abi::V4, phys(Range::new(region.start() + MIB, region.start() + 32 * MIB)))?;
+        out.scratch(phys(Range::new(region.start() + BLOCK, region.start() + 2 * BLOCK)));
+        arenas.iter().try_for_each(|arena| out.preserve(phys(arena)))?;
+        black_box(out.write()?);
+        kho.push(began.elapsed().as_secs_f64() * 1e6);
     }
-    Ok(Described { arena_mib, pieces, divide_us: distribution(times)? })
+    Ok(Described { arena_mib, pieces, divide_us: distribution(divide)?, kho_us: distribution(kho)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_size_can_be_described() {
+        for mib in Options::default().described_mib {
+            let described = describe(mib).unwrap();
+            eprintln!(
+                "{mib} MiB in {} pieces: setup_data {:.1} us, KHO {:.1} us",
+                described.pieces,
+                described.divide_us.median(),
+                described.kho_us.median()
+            );
+        }
+    }
 }

@@ -38,11 +38,16 @@ pub fn scale_for_people(scale: &Scale) -> String {
         );
         let _ = writeln!(text, "{}", phase_table(&size.phases, &["phase", "at ms", "ms", "steps (ms)"]));
     }
-    let mut rows = table(&["described only, on the host", "pieces", "median µs", "max µs"], &[1, 2, 3]);
+    let mut rows =
+        table(&["described only, on the host", "pieces", "setup_data, median µs", "KHO, median µs"], &[1, 2, 3]);
     for one in &scale.described {
         let us = |value: f64| format!("{value:.1}");
-        let d = &one.divide_us;
-        rows.add_row([format!("{} MiB", one.arena_mib), one.pieces.to_string(), us(d.median()), us(d.max())]);
+        rows.add_row([
+            format!("{} MiB", one.arena_mib),
+            one.pieces.to_string(),
+            us(one.divide_us.median()),
+            us(one.kho_us.median()),
+        ]);
     }
     let _ = writeln!(text, "\n{rows}\n");
     text + &wrapped(
