@@ -39,7 +39,7 @@ fn the_corpus_holds_conversations() {
         ToAgent::Frozen { epoch: 1, items: 6, seal: 10 },
     ];
     let orders = [
-        ToService::Arena { len: 4096, fresh: true },
+        ToService::Arena { len: 4096, fresh: true, first: 4096 },
         ToService::StandBy,
         ToService::Activate { epoch: 2 },
         ToService::Freeze { epoch: 2 },
