@@ -318,11 +318,10 @@ impl<'k> Hands<'k> {
 
     /// Clients that send to the interface that goes are sent to the one that stays.
     fn part_from(&mut self, going: &Link, own: Cidr) -> Result<()> {
-        let Some(cidr) = self.kernel.config.network.service_address.filter(|cidr| cidr.network() == own.network())
-        else {
-            return Ok(());
-        };
-        self.arp_rules = self.kernel.netlink.held(cidr)?.part_from(going)?;
+        let Kernel { netlink, config, .. } = self.kernel;
+        if let Some(cidr) = config.network.service_address.filter(|cidr| cidr.network() == own.network()) {
+            self.arp_rules = netlink.part(&netlink.held(cidr)?, going)?;
+        }
         Ok(())
     }
 

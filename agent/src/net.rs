@@ -60,16 +60,6 @@ pub struct Held {
 }
 
 impl Held {
-    /// Before an interface of the same network goes: it may have answered for this address, and does not any more, and clients are told
-    /// which one does. Gives both interfaces' former rules.
-    pub fn part_from(&self, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
-        let both = [&self.link, going];
-        let before = both.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect::<Result<_>>()?;
-        both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
-        self.announcer.announce()?;
-        Ok(before)
-    }
-
     /// No ARP request that comes in by this interface is answered any more. In the blackout: one write.
     pub fn hush(&self) -> Result<()> {
         self.arp.set(ArpAnswers::NONE)
@@ -254,15 +244,32 @@ impl Netlink {
     }
 
     fn addresses(&self, address: Ipv4Addr) -> Result<Vec<AddressMessage>> {
+        let local = AddressAttribute::Local(address.into());
+        Ok(self.all_addresses()?.into_iter().filter(|message| message.attributes.contains(&local)).collect())
+    }
+
+    fn all_addresses(&self) -> Result<Vec<AddressMessage>> {
         let all: Vec<_> = self
             .runtime
             .block_on(self.handle.address().get().execute().try_collect())
             .context("cannot list addresses")?;
-        Ok(all
-            .into_iter()
-            .filter(|message| message.header.family == AddressFamily::Inet)
-            .filter(|message| message.attributes.contains(&AddressAttribute::Local(address.into())))
-            .collect())
+        Ok(all.into_iter().filter(|message: &AddressMessage| message.header.family == AddressFamily::Inet).collect())
+    }
+
+    /// Before an interface goes that is on the network of `held`: it may have answered for the addresses of the one that stays, and does
+    /// not any more, and whoever sends to them is told which one does. Gives both interfaces' former rules.
+    pub fn part(&self, held: &Held, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
+        let both = [&held.link, going];
+        let before = both.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect::<Result<_>>()?;
+        both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
+        for message in self.all_addresses()?.iter().filter(|message| message.header.index == held.link.index) {
+            for attribute in &message.attributes {
+                if let AddressAttribute::Local(std::net::IpAddr::V4(address)) = attribute {
+                    Announcer::new(&held.link, *address)?.announce()?;
+                }
+            }
+        }
+        Ok(before)
     }
 }
 

@@ -69,7 +69,8 @@ fn ready(stage: &Stage) -> Result<Snapshot> {
     guest.put("/tmp/exits", 0o644, &trap("exit 1")?)?;
     guest.put("/tmp/panics", 0o644, &trap("echo c > /proc/sysrq-trigger")?)?;
     let release = &kernel(OLD).release;
-    ensure!(baton(&guest, &["check", "--kernel", &format!("/boot/vmlinuz-{release}")])?.success());
+    let checked = baton(&guest, &["check", "--kernel", &format!("/boot/vmlinuz-{release}")])?;
+    ensure!(checked.success(), "{} {}", checked.text(), String::from_utf8_lossy(&checked.stderr));
     snapshot::of(stage)
 }
 
