@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use handover::error::{Blame, Cause, Left, Outcome};
 use handover::machine::{Event, JournalLine, Next};
+use handover::phase::Phase;
 use handover::undo::Effect;
 use kexec_core::device::{Device, TakeCpu};
 
@@ -77,9 +78,10 @@ impl Journal {
         Ok(Journal { lines: lines.context("a line does not read")? })
     }
 
-    /// The last line, if nothing says that the update has ended.
+    /// The last line, if the update was under way. One that has passed the commit ends without a word: this kernel left.
     fn unfinished(&self) -> Option<&JournalLine> {
-        self.lines.last().filter(|line| matches!(line.next, Next::Do(_)))
+        let committed = |phase| matches!(phase, Phase::Commit | Phase::Drained);
+        self.lines.last().filter(|line| matches!(line.next, Next::Do(_)) && !committed(line.phase))
     }
 
     /// CPUs that the update took offline, or was about to.
@@ -138,7 +140,6 @@ fn probe_drivers() -> Result<()> {
 #[cfg(test)]
 mod tests {
     use handover::machine::Serves;
-    use handover::phase::Phase;
     use handover::plan::Cpu;
 
     use super::*;
@@ -169,8 +170,10 @@ mod tests {
             Journal::parse(&(begun.clone() + "{\"journal_ver")).unwrap().unfinished().map(|line| line.seq),
             Some(1)
         );
-        let ended = begun + &line(2, Next::End(Outcome::Committed { left: Vec::new() }));
+        let ended = begun.clone() + &line(2, Next::End(Outcome::Committed { left: Vec::new() }));
         assert!(Journal::parse(&ended).unwrap().unfinished().is_none());
+        let left = begun.replace("\"granted\"", "\"commit\"");
+        assert!(left != begun && Journal::parse(&left).unwrap().unfinished().is_none());
         assert!(Journal::parse("no journal\n").is_err());
         assert!(Journal::read(Path::new("/nonexistent")).unwrap().unfinished().is_none());
     }
