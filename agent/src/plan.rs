@@ -347,7 +347,7 @@ fn network(kernel: &Kernel) -> Result<(Option<GrantedNic>, String)> {
 }
 
 fn services(kernel: &Kernel) -> Result<((), String)> {
-    let services = kernel.services.status();
+    let services = [kernel.services.status(), kernel.files.status()].concat();
     let absent: Vec<_> = services.iter().filter(|s| s.state != "serving").collect();
     if let Some(service) = absent.first() {
         return Err(Failure::precondition(
