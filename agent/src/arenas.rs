@@ -43,7 +43,7 @@ pub struct Arena {
 
 impl Arena {
     /// Bytes in all.
-    pub fn len(&self) -> u64 {
+    pub fn bytes(&self) -> u64 {
         self.pieces.iter().map(|piece| piece.range.len()).sum()
     }
 

@@ -166,7 +166,7 @@ impl Kernel {
         let started = Instant::now();
         let pieces = arenas::take(self.device()?, arenas, &self.files.ranges(), len)?;
         let arena = Arena { pieces, fresh: true };
-        let (mib, pieces, took) = (arena.len() >> 20, arena.ranges().len(), started.elapsed());
+        let (mib, pieces, took) = (arena.bytes() >> 20, arena.ranges().len(), started.elapsed());
         tracing::info!("an arena of {mib} MiB in {pieces} pieces, had in {took:.1?}");
         Ok(arena)
     }
@@ -191,7 +191,7 @@ impl Kernel {
     pub fn release_arena(&self, service: &str) -> Result<u64> {
         let _held = self.between_updates()?;
         let arena = self.services.remove(service)?;
-        let len = arena.len();
+        let len = arena.bytes();
         match arena.give_back(self.device()?) {
             Ok(()) => Ok(len),
             Err((kept, error)) => {

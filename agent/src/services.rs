@@ -319,7 +319,7 @@ impl Services {
                     Some(_) => "starting",
                 }
                 .to_owned(),
-                arena_bytes: slot.arena.as_ref().map_or(0, |arena| arena.len()),
+                arena_bytes: slot.arena.as_ref().map_or(0, |arena| arena.bytes()),
                 schema_kind: slot.hello.as_ref().map_or(0, |hello| hello.schema_kind),
                 schema_version: slot.hello.as_ref().map_or(0, |hello| hello.schema_version),
             })
