@@ -15,6 +15,10 @@ use demos::story::stage::{Shape, Upgraded};
 const RESTART: &str = "batond >/dev/kmsg 2>&1 </dev/null & \
                        for n in $(seq 600); do baton status >/dev/null 2>&1 && exit 0; usleep 50000; done; exit 1";
 
+/// The first has to be gone: both want the same port.
+const ANOTHER_SERVICE: &str = "p=$(pidof baton-kv); kill $p; while kill -0 $p 2>/dev/null; do usleep 20000; done; \
+                               /usr/sbin/baton-kv --listen 10.77.0.10:6379 >/dev/kmsg 2>&1 </dev/null &";
+
 #[test]
 fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_back() -> Result<()> {
     let mut played = open(OLD, &Shape::default())?;
@@ -59,11 +63,7 @@ fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_
     let report = clients.finish()?;
     ensure!(report.is_clean(), "{report:?}");
 
-    guest.check(&[
-        "sh",
-        "-c",
-        "kill $(pidof baton-kv); /usr/sbin/baton-kv --listen 10.77.0.10:6379 >/dev/kmsg 2>&1 </dev/null &",
-    ])?;
+    guest.check(&["sh", "-c", ANOTHER_SERVICE])?;
     stage.await_serving()?;
     match stage.upgrade(&kernel(NEW).release, &[])? {
         Upgraded::Drained(status) => assert_eq!(status.update.context("an update")?.left_undone, [""; 0]),
