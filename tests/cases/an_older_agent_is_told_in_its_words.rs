@@ -1,6 +1,7 @@
 //! The successor's agent may be older than the incumbent's: then the handover record is written in the version that it reads, and the
 //! update works. What makes an older one here is its answer: it does not know the question which versions it speaks.
 
+use agent::initrd::Initrd;
 use agent::outcome::Class;
 use anyhow::{Context, Result, bail, ensure};
 use baton_tests::clients::Clients;
@@ -20,6 +21,10 @@ fn an_older_agent_gets_the_record_of_its_version() -> Result<()> {
     let older =
         format!("#!/bin/sh\n[ \"$1\" = handover ] && exit {}\nexec /tmp/baton \"$@\"\n", Class::Usage.exit_code());
     guest.put("/tmp/baton", 0o755, &program)?;
+    // The test's own questions are answered in the successor, too.
+    let mut beside = Initrd::new();
+    beside.file("/tmp/baton", 0o755, program);
+    guest.put("/tmp/beside", 0o644, &beside.bytes()?)?;
     guest.put("/tmp/older", 0o755, older.as_bytes())?;
     guest.check(&["mv", "/tmp/older", "/usr/sbin/baton"])?;
     let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
@@ -27,7 +32,7 @@ fn an_older_agent_gets_the_record_of_its_version() -> Result<()> {
     ensure!(check.success() && said(&check).contains("reads handover record version 1"), "{}", said(&check));
 
     let clients = Clients::start(stage, 40)?;
-    match stage.upgrade(&kernel(NEW).release, &[])? {
+    match stage.upgrade(&kernel(NEW).release, &["--initrd", "/tmp/beside"])? {
         Upgraded::Drained(_) => {}
         Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
     }
@@ -35,9 +40,8 @@ fn an_older_agent_gets_the_record_of_its_version() -> Result<()> {
     let report = clients.finish()?;
     ensure!(report.is_clean(), "{report:?}");
 
-    let guest = stage.guest();
-    guest.put("/tmp/baton", 0o755, &program)?;
-    let shown: Value = serde_json::from_str(&guest.check(&["/tmp/baton", "handover", "show", "--live", "--json"])?)?;
+    let shown: Value =
+        serde_json::from_str(&stage.guest().check(&["/tmp/baton", "handover", "show", "--live", "--json"])?)?;
     let record = &shown["pieces"][1];
     assert_eq!((record["format"].as_str(), record["value"]["version"].as_u64()), (Some("handover record"), Some(1)));
     // Read by the newest, it means the same.
