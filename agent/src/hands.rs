@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use handover::error::{Blame, Cause, Sort};
-use handover::kho::{Abi, Written};
 use handover::machine::Event;
 use handover::plan::Cpu;
 use handover::undo::Effect;
@@ -36,7 +35,7 @@ use crate::config::Cidr;
 use crate::facts::managed_memory;
 use crate::files::{CrossingFile, Numbered};
 use crate::kernel::Kernel;
-use crate::kho;
+use crate::kho::{self, HandedOver, Spoken};
 use crate::line::{Incumbent, Line, Unanswered};
 use crate::net::{ArpRules, Held, Link, Mac};
 use crate::outcome::Failure;
@@ -396,7 +395,7 @@ impl<'k> Hands<'k> {
         let division = &site.division;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let mut record = self.record(site, info.tsc_khz, self.kernel.files.crossings()?);
-        let handover = self.plan.kho.map(|abi| self.hand_over(abi, site, &image, &mut record)).transpose()?;
+        let handover = self.plan.kho.map(|spoken| self.hand_over(spoken, site, &image, &mut record)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
             image: &image,
             initrd: &self.plan.initrd,
@@ -413,12 +412,12 @@ impl<'k> Hands<'k> {
                 .get_extended_processor_and_feature_identifiers()
                 .is_some_and(|features| features.has_1gib_pages()),
             tsc_khz: info.tsc_khz,
-            kho: handover.as_ref().map(Written::setup_data),
+            kho: handover.as_ref().map(|handed| handed.setup_data.clone()),
         })?;
         let region = self.device.map(site.region, Access::ReadWrite)?;
         let low = site.low.iter().map(|(page, mapping)| Mapped { range: *page, memory: mapping });
         placement.write(&low.chain([Mapped { range: site.region, memory: &region }]).collect::<Vec<_>>())?;
-        for (at, bytes) in handover.iter().flat_map(|written| written.segments.iter()) {
+        for (at, bytes) in handover.iter().flat_map(|handed| handed.segments.iter()) {
             region.write(at - site.region.start(), bytes);
         }
         // Nothing is given back that is still mapped.
@@ -440,18 +439,18 @@ impl<'k> Hands<'k> {
     /// What a kernel with KHO is told of the memory that it must keep, and where the record says that it is.
     fn hand_over(
         &self,
-        abi: Abi,
+        spoken: Spoken,
         site: &Site,
         image: &BzImage<'_>,
         record: &mut record::HandoverRecord,
-    ) -> Result<Written> {
+    ) -> Result<HandedOver> {
         let known = site.region.len() + site.division.reserved_in_successor().total();
         let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
-        let written = kho::write(abi, places, record)?;
+        let handed = kho::write(spoken, places, record)?;
         // An older agent over there finds it by the kernel alone.
-        record.kho = (self.plan.record_version >= 2).then(|| kho::places_of(abi, places, &written));
-        tracing::info!(abi = abi.compatible(), scratch = %places.scratch, "kexec handover for the successor");
-        Ok(written)
+        record.kho = (self.plan.record_version >= 2).then(|| handed.places.clone());
+        tracing::info!(abi = handed.places.abi, scratch = %places.scratch, "kexec handover for the successor");
+        Ok(handed)
     }
 
     /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.

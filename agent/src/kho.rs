@@ -4,6 +4,7 @@
 //! ```text
 //! R            control block
 //! R +  1 MiB   room: FDT, scratch list, blobs, radix tree     RAM of the successor, for these and nothing else while it boots
+//! R + 31 MiB   pages of our own memfd
 //! R + 32 MiB   the image, where it is loaded
 //! ...          scratch: where it goes (KASLR), and all that it takes before it knows what is preserved
 //! ...          ordinary memory: scratch is for movable pages ever after (MIGRATE_CMA), so it cannot be all
@@ -11,11 +12,15 @@
 //! ```
 //! A kernel without KHO is told of the same memory by `SETUP_INDIRECT` nodes ([`kexec_core::boot_params::SetupData::Reserve`]).
 
-use anyhow::Result;
-use handover::kho::abi::SPOKEN;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use handover::kho::abi::{Expected, SPOKEN};
 use handover::kho::v4::SCRATCH_ALIGN;
-use handover::kho::{Abi, Outgoing, Written};
-use kexec_core::image::BzImage;
+use handover::kho::{Abi, Handed, Incoming, Limits, Memory, Outgoing, PAGE, Segments, Written};
+use handover::luo::{File, Memfd, Orchestration, Session, speaks};
+use kexec_core::image::{BzImage, KernelFacts};
 use kexec_core::layout::KERNEL_OFFSET;
 use kexec_core::memory_map::{Range, RangeSet, struct_page_bytes};
 use kexec_core::placement::place_images;
@@ -26,27 +31,52 @@ use state_schemas::latest::handover_record::{HandoverRecord, Kho, PhysRange};
 use crate::birth::{phys, range};
 use crate::outcome::Failure;
 
-/// The blob with our own record: what the control block has, but for KHO's places, which whoever reads this has found.
-pub const BLOB: &str = "baton";
+/// The blob with our own record: what the control block has, but for KHO's places, which whoever reads this has found. And the session
+/// in which a program of the successor gets the same as a memfd.
+pub const NAME: &str = "baton";
+/// The memfd's token in that session.
+pub const RECORD_TOKEN: u64 = 1;
+/// Where copies of what was handed over last are left for people, one file for each blob.
+pub const COPIES: &str = "/run/baton/kho";
+/// The memfd's page addresses, beside those copies: a list of numbers, JSON.
+pub const MEMFD_PAGES: &str = "memfd-pages.json";
+/// Room for the memfd's pages.
+const FILES: u64 = 1 << 20;
 /// What a kernel takes before its page allocator runs, beside itself and its struct pages: page tables, per-CPU areas, hash tables.
 const EARLY: u64 = 64 << 20;
 /// What must be left for pages that cannot be moved, beside the initrd's and the image's places.
 const UNMOVABLE: u64 = 32 << 20;
 
-/// The version to write for a kernel that expects this one; none for a kernel without KHO.
-pub fn spoken(expected: Option<&str>, release: &str) -> Result<(Option<Abi>, String)> {
-    let Some(expected) = expected else {
+/// What a kernel with KHO is spoken to in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Spoken {
+    /// The version.
+    pub abi: Abi,
+    /// It has the Live Update Orchestrator too, in versions that we speak.
+    pub luo: bool,
+}
+
+/// How to speak to a kernel; nothing for one without KHO.
+pub fn spoken(facts: &KernelFacts, release: &str) -> Result<(Option<Spoken>, String)> {
+    let Some(expected) = &facts.kho else {
         return Ok((None, "not built in: memory is kept by setup_data".to_owned()));
     };
-    let ours = SPOKEN.iter().map(|abi| abi.compatible()).collect::<Vec<_>>().join(", ");
-    match Abi::from_compatible(expected) {
-        Some(abi) => Ok((Some(abi), format!("{expected}, which we speak"))),
-        None => Err(Failure::precondition(
+    let Some(abi) = Abi::from_compatible(expected) else {
+        let ours = SPOKEN.iter().map(|abi| abi.compatible()).collect::<Vec<_>>().join(", ");
+        return Err(Failure::precondition(
             format!("kernel {release} expects kexec handover in version {expected}; this baton speaks {ours}"),
             "update baton first, or choose a kernel of another version, or one without CONFIG_KEXEC_HANDOVER",
         )
-        .into()),
-    }
+        .into());
+    };
+    let set = |name: &Option<String>| name.iter().cloned().collect();
+    let luo = speaks(&Expected { kho: set(&facts.kho), luo: set(&facts.luo), memfd: set(&facts.memfd) });
+    let with = match (&facts.luo, luo) {
+        (Some(name), true) => format!(" with {name}"),
+        (Some(name), false) => format!("; its {name} is not spoken here, so no session is handed over"),
+        (None, _) => String::new(),
+    };
+    Ok((Some(Spoken { abi, luo }), format!("{expected}{with}")))
 }
 
 /// The command line with what a kernel must be told to use KHO, unless the operator decided that.
@@ -106,22 +136,78 @@ pub fn free_fragments(record: &HandoverRecord) -> RangeSet {
     all(&record.grant.fragments).subtract(&arenas)
 }
 
+/// A handover, ready to be put in place.
+pub struct HandedOver {
+    /// For [`kexec_core::placement::PlacementRequest::kho`].
+    pub setup_data: Vec<u8>,
+    /// What to write where; all of it in the room.
+    pub segments: Segments,
+    /// Where it is, for the record.
+    pub places: Kho,
+    memfd: Vec<u64>,
+    handed: Handed,
+}
+
 /// Writes the handover. What the record names is preserved piece by piece: a range that is taken as a whole there
 /// (`kho_restore_pages`) must have been preserved as a whole here, not as a part of something larger.
-pub fn write(abi: Abi, places: Places, record: &HandoverRecord) -> Result<Written> {
-    let mut out = Outgoing::new(abi, phys(places.room))?;
+pub fn write(spoken: Spoken, places: Places, record: &HandoverRecord) -> Result<HandedOver> {
+    let files = Range::new(places.room.end() - FILES, places.room.end());
+    let mut out = Outgoing::new(spoken.abi, phys(Range::new(places.room.start(), files.start())))?;
     out.scratch(phys(places.scratch));
     for arena in &record.arenas {
         arena.ranges.iter().try_for_each(|piece| out.preserve(*piece))?;
     }
     free_fragments(record).iter().try_for_each(|free| out.preserve(phys(free)))?;
     out.metadata(&record.incumbent.release, record.hop)?;
-    out.subtree(BLOB, &record.to_frame(HandoverRecord::VERSION)?)?;
-    Ok(out.write()?)
+    let mut frame = record.to_frame(HandoverRecord::VERSION)?;
+    out.subtree(NAME, &frame)?;
+    let mut memfd = Vec::new();
+    if spoken.luo {
+        let len = frame.len() as u64;
+        if len > files.len() {
+            bail!("the handover record has {len} bytes, the memfd for it {}", files.len());
+        }
+        frame.resize(frame.len().next_multiple_of(PAGE as usize), 0);
+        let pages = PhysRange { start: files.start(), len: frame.len() as u64 };
+        let data = Memfd::over(pages, len, 0).write(&mut out)?;
+        let session = Session { name: NAME.to_owned(), files: vec![File::memfd(RECORD_TOKEN, data)] };
+        Orchestration { update: record.hop.into(), sessions: vec![session], flbs: Vec::new() }.write(&mut out)?;
+        memfd = (pages.start..pages.start + pages.len).step_by(PAGE as usize).collect();
+    }
+    let written = out.write()?;
+    let (setup_data, handed) = (written.setup_data(), written.handed);
+    let places = places_of(spoken.abi, places, &written);
+    let mut segments = written.segments;
+    if spoken.luo {
+        segments.insert(files.start(), frame);
+    }
+    let over = HandedOver { setup_data, segments, places, memfd, handed };
+    over.leave_copies(Path::new(COPIES))?;
+    Ok(over)
 }
 
-/// What the record says of it.
-pub fn places_of(abi: Abi, places: Places, written: &Written) -> Kho {
+impl HandedOver {
+    /// Reads it as the other kernel will, and leaves a file for each blob that it finds.
+    fn leave_copies(&self, folder: &Path) -> Result<()> {
+        let incoming = Incoming::read(&self.segments, self.handed, &Limits::default())
+            .context("what was written for the successor cannot be read")?;
+        // An earlier one's blobs are not this one's.
+        let _ = fs::remove_dir_all(folder);
+        let save = |name: &str, bytes: &[u8]| {
+            let path = folder.join(name);
+            fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))
+        };
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        for subtree in &incoming.alleged().subtrees {
+            let mut bytes = vec![0; usize::try_from(subtree.blob.len)?];
+            self.segments.read(subtree.blob.start, &mut bytes)?;
+            save(&subtree.name, &bytes)?;
+        }
+        save(MEMFD_PAGES, &serde_json::to_vec(&self.memfd)?)
+    }
+}
+
+fn places_of(abi: Abi, places: Places, written: &Written) -> Kho {
     Kho {
         abi: abi.compatible().to_owned(),
         fdt: written.handed.fdt,
@@ -135,12 +221,20 @@ mod tests {
     use super::*;
     use crate::outcome::Class;
 
+    fn facts(kho: &str, luo: &str) -> KernelFacts {
+        let name = |name: &str| (!name.is_empty()).then(|| name.to_owned());
+        let memfd = name(luo).map(|_| "memfd-v2".to_owned());
+        KernelFacts { mailbox_reset_vector: true, kho: name(kho), luo: name(luo), memfd }
+    }
+
     #[test]
     fn a_version_that_we_do_not_speak_is_refused_by_name() {
-        let (abi, _) = spoken(Some("kho-v4"), "7.3.4").unwrap();
-        assert_eq!(abi, Some(Abi::V4));
-        assert_eq!(spoken(None, "6.12").unwrap().0, None);
-        let failure = Failure::from_error(&spoken(Some("kho-v5"), "8.0.1").unwrap_err());
+        let of = |kho, luo| spoken(&facts(kho, luo), "8.0.1");
+        assert_eq!(of("kho-v4", "luo-v5").unwrap().0, Some(Spoken { abi: Abi::V4, luo: true }));
+        assert_eq!(of("kho-v4", "luo-v6").unwrap().0, Some(Spoken { abi: Abi::V4, luo: false }));
+        assert_eq!(of("kho-v4", "").unwrap().0, Some(Spoken { abi: Abi::V4, luo: false }));
+        assert_eq!(of("", "").unwrap().0, None);
+        let failure = Failure::from_error(&of("kho-v5", "luo-v5").unwrap_err());
         assert_eq!(failure.class, Class::Precondition);
         for part in ["8.0.1", "kho-v5", "kho-v4"] {
             assert!(failure.cause.contains(part), "{}", failure.cause);

@@ -7,7 +7,6 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
-use handover::kho::Abi;
 use kexec_core::cpus::{CpuFacts, Move, choose_spare, order_of_moves, parse_cpu_list};
 use kexec_core::device::{Device, DeviceError, InfoFlags};
 use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
@@ -19,7 +18,7 @@ use crate::control::{Finding, Upgrade};
 use crate::facts::{Facts, available_memory, managed_memory};
 use crate::kernel::{Kernel, unusable};
 use crate::kernels;
-use crate::kho;
+use crate::kho::{self, Spoken};
 use crate::mkinitrd;
 use crate::net::{Mac, parse_mac};
 use crate::outcome::{Class, Failure};
@@ -41,7 +40,7 @@ pub struct Plan {
     /// The operator's command line.
     pub cmdline: String,
     /// The version of KHO that the image expects, if it was built with it.
-    pub kho: Option<Abi>,
+    pub kho: Option<Spoken>,
     /// The CPU on which the successor boots.
     pub spare: CpuFacts,
     /// The others, in the order in which they follow.
@@ -113,7 +112,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let parsed = BzImage::parse(&image).ok()?;
         let release = parsed.release().to_owned();
         let looked = findings.check("wakeup", wakeup(&parsed))?;
-        let kho = findings.check("kexec handover", kho::spoken(looked.kho.as_deref(), &release))?;
+        let kho = findings.check("kexec handover", kho::spoken(&looked, &release))?;
         let initrd = findings.check("initrd", make_initrd(kernel, wish, &release));
         let cpus = findings.check("cpus", cpus(kernel, device))?;
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
@@ -401,7 +400,7 @@ fn memory(
     arenas: &RangeSet,
     asked: u64,
     block_size: u64,
-    kho: Option<Abi>,
+    kho: Option<Spoken>,
 ) -> Result<(u64, String)> {
     let region = asked.next_multiple_of(block_size);
     // The initrd is unpacked into RAM while it is still there.
@@ -443,7 +442,7 @@ fn memory(
     Ok((region, format!("{} MiB region of {} MiB available", region >> 20, available >> 20)))
 }
 
-fn cmdline(kernel: &Kernel, wish: &Upgrade, kho: Option<Abi>) -> String {
+fn cmdline(kernel: &Kernel, wish: &Upgrade, kho: Option<Spoken>) -> String {
     let asked = wish.cmdline.as_deref().unwrap_or_default();
     let given = format!("{} {asked}", kernel.config.update.cmdline).trim().to_owned();
     if kho.is_some() { kho::cmdline(given) } else { given }

@@ -68,3 +68,117 @@ impl PacketSocket {
         Ok(())
     }
 }
+
+/// Calls of the Live Update Orchestrator: `include/uapi/linux/liveupdate.h` of Linux 7.0 and newer. Each takes a structure whose first word is
+/// its size.
+pub mod liveupdate {
+    use super::{AsRawFd, FromRawFd, OwnedFd, io};
+    use std::os::fd::{AsFd, BorrowedFd};
+
+    const fn io(number: u64) -> u64 {
+        // _IO(LIVEUPDATE_IOCTL_TYPE, number)
+        0xba << 8 | number
+    }
+
+    #[repr(C)]
+    struct Session {
+        size: u32,
+        fd: i32,
+        name: [u8; 64],
+    }
+
+    #[repr(C)]
+    struct File {
+        size: u32,
+        fd: i32,
+        token: u64,
+    }
+
+    #[repr(C)]
+    struct Finish {
+        size: u32,
+        reserved: u32,
+    }
+
+    const _: () = assert!(size_of::<Session>() == 72 && size_of::<File>() == 16 && size_of::<Finish>() == 8);
+
+    fn call<T>(fd: BorrowedFd<'_>, number: u64, argument: &mut T) -> io::Result<()> {
+        // SAFETY: 1. Every T of this module is plain numbers in the kernel's layout, and its first word is its size, which the kernel
+        // neither reads nor writes beyond. 2. The reference is exclusive and lives across the call; the kernel keeps no pointer.
+        let result = unsafe { libc::ioctl(fd.as_raw_fd(), io(number) as _, std::ptr::from_mut(argument)) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn descriptor(raw: i32) -> io::Result<OwnedFd> {
+        if raw < 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("the kernel gave descriptor {raw}")));
+        }
+        // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(raw) })
+    }
+
+    /// `LIVEUPDATE_IOCTL_RETRIEVE_SESSION`
+    pub fn retrieve_session(device: impl AsFd, name: &str) -> io::Result<OwnedFd> {
+        let mut argument = Session { size: size_of::<Session>() as u32, fd: -1, name: [0; 64] };
+        let place = argument.name.get_mut(..name.len()).filter(|place| place.len() < 64);
+        place.ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(name.as_bytes());
+        call(device.as_fd(), 0x01, &mut argument)?;
+        descriptor(argument.fd)
+    }
+
+    /// `LIVEUPDATE_SESSION_RETRIEVE_FD`
+    pub fn retrieve_file(session: impl AsFd, token: u64) -> io::Result<OwnedFd> {
+        let mut argument = File { size: size_of::<File>() as u32, fd: -1, token };
+        call(session.as_fd(), 0x41, &mut argument)?;
+        descriptor(argument.fd)
+    }
+
+    /// `LIVEUPDATE_SESSION_FINISH`
+    pub fn finish(session: impl AsFd) -> io::Result<()> {
+        call(session.as_fd(), 0x42, &mut Finish { size: size_of::<Finish>() as u32, reserved: 0 })
+    }
+}
+
+/// A file in memory, mapped for reading.
+pub struct Seen {
+    start: std::ptr::NonNull<u8>,
+    len: usize,
+}
+
+impl Seen {
+    /// Maps all of it.
+    pub fn map(file: &std::fs::File) -> io::Result<Seen> {
+        let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        // SAFETY: 1. No address is asked for, so no other mapping is replaced. 2. A read-only shared mapping of a file; its length is
+        // not 0, or mmap(2) refuses.
+        let at = unsafe {
+            let (protection, flags) = (libc::PROT_READ, libc::MAP_SHARED | libc::MAP_POPULATE);
+            libc::mmap(std::ptr::null_mut(), len, protection, flags, file.as_raw_fd(), 0)
+        };
+        if at == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = std::ptr::NonNull::new(at.cast()).ok_or(io::ErrorKind::AddrNotAvailable)?;
+        Ok(Seen { start, len })
+    }
+
+    /// Where it is mapped.
+    pub fn address(&self) -> usize {
+        self.start.as_ptr().addr()
+    }
+
+    /// A copy of the content: others may write the file meanwhile, so no reference is given out.
+    pub fn bytes(&self) -> Vec<u8> {
+        // SAFETY: 1. `start` and every byte up to `len` are mapped as long as `self` is; u8 has no alignment. 2. Volatile reads, each of one
+        // byte, say nothing about what another process does to the page.
+        (0..self.len).map(|at| unsafe { self.start.as_ptr().add(at).read_volatile() }).collect()
+    }
+}
+
+impl Drop for Seen {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `map` with this length, and no reference into it was given out.
+        let unmapped = unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+        debug_assert_eq!(unmapped, 0, "it was mapped by us");
+    }
+}

@@ -4,6 +4,7 @@
 //!
 //! Nothing here is needed to update a machine: this crate depends on the others, none of them on it.
 
+pub mod keeper;
 pub mod kv;
 pub mod lab;
 pub mod load;

@@ -12,6 +12,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use agent::liveupdate;
+use demos::keeper::{self, Retrieved};
 use demos::lab::wire::{self, Exit, Kind, Request};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -30,6 +32,28 @@ const PIECE: usize = 64 << 10;
 const DRAIN_READS: usize = 16;
 
 fn main() -> io::Result<()> {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => listen(),
+        ["keep", mib] => keeper::keep(mib.parse().map_err(io::Error::other)?),
+        ["kept"] => Ok(println!("{}", serde_json::to_string(&keeper::ask()?)?)),
+        ["luo", session, token] => luo(session, token.parse().map_err(io::Error::other)?),
+        _ => Err(io::Error::new(
+            ErrorKind::InvalidInput,
+            "usage: labd | labd keep MIB | labd kept | labd luo SESSION TOKEN",
+        )),
+    }
+}
+
+/// Retrieves a memfd that was handed over, and tells what is in it and where its pages are.
+fn luo(session: &str, token: u64) -> io::Result<()> {
+    let session = liveupdate::Session::retrieve(session)?;
+    let (bytes, pages) = liveupdate::look(&session.file(token)?)?;
+    session.finish()?;
+    Ok(println!("{}", serde_json::to_string(&Retrieved { bytes, pages })?))
+}
+
+fn listen() -> io::Result<()> {
     // Every address, also those that this kernel gets only later.
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, wire::PORT))?;
     println!("labd: listening on port {}", wire::PORT);

@@ -191,24 +191,37 @@ pub struct KernelFacts {
     pub mailbox_reset_vector: bool,
     /// The KHO format it reads ("kho-v4"), if it was built with `CONFIG_KEXEC_HANDOVER`.
     pub kho: Option<String>,
+    /// The format of the Live Update Orchestrator's state ("luo-v5"), if it was built with `CONFIG_LIVEUPDATE`.
+    pub luo: Option<String>,
+    /// The format of memfds in it ("memfd-v2"), if it was built with `CONFIG_LIVEUPDATE_MEMFD`.
+    pub memfd: Option<String>,
 }
 
 impl KernelFacts {
     /// Looks into the image.
     pub fn of(image: &BzImage<'_>) -> Result<KernelFacts, PayloadError> {
-        const KHO_DIGITS: usize = 4;
+        const DIGITS: usize = 4;
+        let format = |text| Question { text, tail: DIGITS, accept: is_number_and_nul, depth: Depth::Constants };
         let questions = [
             // acpi_parse_mp_wake(): printed when the version 1 structure cannot be set up.
             Question::contains(b"Failed to setup MADT reset vector"),
-            Question { text: b"kho-v", tail: KHO_DIGITS, accept: is_number_and_nul, depth: Depth::Constants },
+            format(b"kho-v"),
+            format(b"luo-v"),
+            format(b"memfd-v"),
         ];
-        let [reset_vector, kho] = <[_; 2]>::try_from(search(image, &questions)?).expect("one answer for each question");
-        Ok(KernelFacts {
-            mailbox_reset_vector: reset_vector.is_some(),
-            kho: kho.map(|text| {
+        let found = <[_; 4]>::try_from(search(image, &questions)?).expect("one answer for each question");
+        let [reset_vector, kho, luo, memfd] = found;
+        let text = |answer: Option<Vec<u8>>| {
+            answer.map(|text| {
                 let text: Vec<u8> = text.into_iter().take_while(|&b| b != 0).collect();
                 String::from_utf8_lossy(&text).into_owned()
-            }),
+            })
+        };
+        Ok(KernelFacts {
+            mailbox_reset_vector: reset_vector.is_some(),
+            kho: text(kho),
+            luo: text(luo),
+            memfd: text(memfd),
         })
     }
 }
