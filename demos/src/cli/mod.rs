@@ -1,6 +1,7 @@
 //! The command line of `cargo demo`: which stories there are, and how their ends become exit codes.
 
 mod compare;
+mod kho;
 mod lab;
 mod scale;
 mod shell;
@@ -27,6 +28,8 @@ enum Story {
     Upgrade(upgrade::UpgradeArguments),
     /// Measures the silence of a live update beside that of kexec and of a reboot.
     Compare(compare::CompareArguments),
+    /// Updates to kernels with kexec handover (KHO), and asks them what they were given (builds such a kernel when there is none).
+    Kho(kho::KhoArguments),
     /// Measures how an update's times depend on the amount of memory that crosses.
     Scale(scale::ScaleArguments),
     /// Sets up what the other commands need (or, with --clean, removes it).
@@ -40,6 +43,7 @@ pub fn main() -> ExitCode {
     let end = match arguments.story {
         Some(Story::Upgrade(arguments)) => upgrade::run(&arguments),
         Some(Story::Compare(arguments)) => compare::run(&arguments),
+        Some(Story::Kho(arguments)) => kho::run(&arguments),
         Some(Story::Scale(arguments)) => scale::run(&arguments),
         Some(Story::Lab(arguments)) => lab::run(&arguments).map(|()| ExitCode::SUCCESS),
         Some(Story::Shell(arguments)) => shell::run(&arguments).map(|()| ExitCode::SUCCESS),

@@ -6,11 +6,14 @@
 //! | `clients.rs` | who looks on from outside: the prober and the load, for the length of one change of kernel |
 //! | `upgrade.rs` | the main story: live updates under load |
 //! | `compare.rs` | the same change three ways: Baton, kexec, reboot |
+//! | `kho.rs` | updates to kernels with kexec handover and from them, and what those kernels say of it |
+//! | `report.rs` | what both say: plain data, as JSON and for people |
 //! | `scale.rs` | live updates with small and with large arenas |
 //! | `report.rs` | what they say: plain data, as JSON and for people |
 
 pub mod clients;
 pub mod compare;
+pub mod kho;
 pub mod report;
 pub mod scale;
 pub mod stage;
