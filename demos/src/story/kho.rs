@@ -15,7 +15,7 @@ use agent::kho;
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-use super::stage::{News, Shape, Stage, Upgraded};
+use super::stage::{Shape, Stage, Upgraded};
 use crate::keeper::{self, Found, Retrieved};
 use crate::lab::progress::Task;
 use crate::lab::{Guest, Kernel, Lab, incumbent};
@@ -84,6 +84,7 @@ pub fn run(lab: &mut Lab, hops: usize) -> Result<Report> {
     let keep = Service {
         name: keeper::NAME.into(),
         exec: ["/usr/sbin/labd", "keep", &KEPT_MIB.to_string()].map(str::to_owned).to_vec(),
+        fd_store: false,
     };
     let shape = Shape { services: vec![incumbent::demo_service(), keep], ..Shape::default() };
     let task = lab.progress().task("machine");
@@ -107,13 +108,11 @@ fn hop(stage: &mut Stage, to: &Kernel, has_kho: bool, task: &Task) -> Result<Hop
     let incumbent_release = stage.status()?.kernel_release;
     let mut handed = None;
     let image = format!("/boot/vmlinuz-{}", to.release);
-    let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |news| {
-        if let News::Said(line) = news {
-            task.detail(line);
-            // Everything is in place, and the incumbent still here.
-            if has_kho && handed.is_none() && line.starts_with("trial") {
-                handed = Some(handed_over(&incumbent));
-            }
+    let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |line| {
+        task.detail(line);
+        // Everything is in place, and the incumbent still here.
+        if has_kho && handed.is_none() && line.starts_with("trial") {
+            handed = Some(handed_over(&incumbent));
         }
     })?;
     if let Upgraded::Refused(ran) = upgraded {
