@@ -368,7 +368,7 @@ fn services(kernel: &Kernel) -> Result<((), String)> {
 }
 
 /// The agent that will run on the successor, and whether it can be told all that there is to tell.
-fn agent(kernel: &Kernel, kho: Option<Abi>) -> Result<(u32, String)> {
+fn agent(kernel: &Kernel, kho: Option<Spoken>) -> Result<(u32, String)> {
     let (version, found) = crate::handover_cmd::check::agent()?;
     let carried = kernel.birth.as_ref().map_or(0, |birth| birth.record.carried.len());
     // What version 1 has no words for: `state_schemas::convert` would refuse it, when the successor has its memory already.

@@ -20,7 +20,7 @@ pub fn findings(image: &Path, socket: &Path) -> Vec<Finding> {
     let mut findings = Findings::default();
     let facts = findings.check("image", facts(image));
     if let Some((release, facts)) = facts {
-        findings.check("kexec handover", crate::kho::spoken(facts.kho.as_deref(), &release));
+        findings.check("kexec handover", crate::kho::spoken(&facts, &release));
     }
     findings.check("agent", agent());
     findings.check("services", services(socket));
