@@ -7,7 +7,6 @@
 //! | `upgrade.rs` | the main story: live updates under load |
 //! | `compare.rs` | the same change three ways: Baton, kexec, reboot |
 //! | `kho.rs` | updates to kernels with kexec handover and from them, and what those kernels say of it |
-//! | `report.rs` | what both say: plain data, as JSON and for people |
 //! | `scale.rs` | live updates with small and with large arenas |
 //! | `report.rs` | what they say: plain data, as JSON and for people |
 
