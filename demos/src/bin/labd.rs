@@ -36,7 +36,10 @@ fn main() -> io::Result<()> {
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => listen(),
         ["keep", mib] => keeper::keep(mib.parse().map_err(io::Error::other)?),
-        ["kept"] => Ok(println!("{}", serde_json::to_string(&keeper::ask()?)?)),
+        ["kept"] => {
+            println!("{}", serde_json::to_string(&keeper::ask()?)?);
+            Ok(())
+        }
         ["luo", session, token] => luo(session, token.parse().map_err(io::Error::other)?),
         _ => Err(io::Error::new(
             ErrorKind::InvalidInput,
@@ -50,7 +53,8 @@ fn luo(session: &str, token: u64) -> io::Result<()> {
     let session = liveupdate::Session::retrieve(session)?;
     let (bytes, pages) = liveupdate::look(&session.file(token)?)?;
     session.finish()?;
-    Ok(println!("{}", serde_json::to_string(&Retrieved { bytes, pages })?))
+    println!("{}", serde_json::to_string(&Retrieved { bytes, pages })?);
+    Ok(())
 }
 
 fn listen() -> io::Result<()> {

@@ -298,16 +298,17 @@ mod tests {
             objections(&hops, 3 << 20, "kho").join("\n")
         };
         assert_eq!(found(&|_| {}), "");
-        let changes: [(&dyn Fn(&mut Hop), &str); 6] = [
-            (&|hop| hop.found_by_kernel = false, "its log"),
-            (&|hop| hop.blobs_identical = None, "other blobs"),
-            (&|hop| hop.memfd_same_pages = Some(false), "memfd"),
-            (&|hop| hop.pages_bad = 1, "1 of"),
-            (&|hop| hop.pages_checked = 0, "0 of 0"),
-            (&|hop| hop.mem_total_kib -= 1 << 20, "not for its use"),
+        type Change = fn(&mut Hop);
+        let changes: [(Change, &str); 6] = [
+            (|hop| hop.found_by_kernel = false, "its log"),
+            (|hop| hop.blobs_identical = None, "other blobs"),
+            (|hop| hop.memfd_same_pages = Some(false), "memfd"),
+            (|hop| hop.pages_bad = 1, "1 of"),
+            (|hop| hop.pages_checked = 0, "0 of 0"),
+            (|hop| hop.mem_total_kib -= 1 << 20, "not for its use"),
         ];
         for (change, words) in changes {
-            assert!(found(change).contains(words), "{words}: {}", found(change));
+            assert!(found(&change).contains(words), "{words}: {}", found(&change));
         }
         assert!(found(&|hop| hop.mem_total_kib -= 16 << 10).contains("when this kernel first came"));
     }
