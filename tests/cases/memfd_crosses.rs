@@ -1,6 +1,6 @@
 //! A program that keeps a memfd has it in the next kernel: the same pages, everything it wrote, its seals; there and back,
 //! while it goes on writing. One such program knows systemd's fd store and nothing of Baton, the other uses the library.
-//! What cannot be kept is refused with a reason, and an update that fails leaves the programs as they were.
+//! What cannot be kept is refused with a reason.
 
 use std::time::{Duration, Instant};
 

@@ -21,7 +21,7 @@ use super::{Error, mapping};
 /// Where `batond` listens for services.
 pub const DEFAULT_SOCKET: &str = "/run/baton/services.sock";
 /// Grows with every change that an older peer would misread.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// A frame's payload at most. The longest message is a failure's cause.
 pub const MAX_FRAME: usize = 4096;
 /// A service's name at most.

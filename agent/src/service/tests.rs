@@ -213,7 +213,7 @@ fn a_greeting_is_checked_before_anything_is_done_with_it() {
         change(&mut hello);
         hello.check().expect_err("refused").to_string()
     };
-    assert!(refused(|h| h.protocol = 9).contains("speaks protocol version 9, this agent 1"));
+    assert!(refused(|h| h.protocol = 9).contains("speaks protocol version 9, this agent 2"));
     for name in ["", "../etc", "A", "a b", ".", &"x".repeat(65)] {
         let hello = Hello::new(name, KIND, 1, 1);
         assert!(matches!(hello.check(), Err(Error::BadGreeting { field: "name", .. })), "{name:?}");
