@@ -187,6 +187,7 @@ export PATH=/usr/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs run /run
 mount -t securityfs none /sys/kernel/security
 for m in $(cat /etc/baton/modules.$(uname -r)); do case $m in *baton.ko) ;; *) insmod $m;; esac; done
+until [ -e /sys/class/net/eth0 -a -e /sys/class/net/eth1 ]; do sleep 0.1; done
 for n in /sys/class/net/eth*; do
   case $(cat $n/address) in *:0b) ip addr add 10.77.0.11/24 dev ${n##*/}; ip link set ${n##*/} up;; esac
 done
