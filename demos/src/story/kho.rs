@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use agent::config::Service;
 use agent::kho;
 use anyhow::{Context, Result, bail};
+use handover::luo;
 use serde::Serialize;
 
 use super::stage::{Shape, Stage, Upgraded};
@@ -164,16 +165,18 @@ fn abi(guest: &Guest) -> Result<String> {
     Ok(tree[at..].iter().take_while(|byte| byte.is_ascii_graphic()).map(|byte| char::from(*byte)).collect())
 }
 
-/// Whether each blob that was handed over is what the kernel shows, and there are some.
+/// Whether each blob that was handed over is what the kernel shows, and there are some. Not that of the Live Update Orchestrator: it reads
+/// its blob early in the boot and frees it (`luo_early_startup`), so that debugfs shows a page that is somebody else's by now. What it made
+/// of it is asked by [`retrieve`].
 fn are_shown(guest: &Guest, handed: &BTreeMap<String, Vec<u8>>) -> Result<bool> {
-    let mut blobs = 0;
-    for (name, bytes) in handed.iter().filter(|(name, _)| *name != kho::MEMFD_PAGES) {
-        if guest.get(&format!("{SHOWN}/sub_fdts/{name}"))? != *bytes {
+    let shown = |name: &&String| ![kho::MEMFD_PAGES, luo::v5::BLOB].contains(&name.as_str());
+    let names: Vec<_> = handed.keys().filter(shown).collect();
+    for name in &names {
+        if guest.get(&format!("{SHOWN}/sub_fdts/{name}"))? != handed[*name] {
             return Ok(false);
         }
-        blobs += 1;
     }
-    Ok(blobs >= 2)
+    Ok(names.len() >= 2)
 }
 
 /// How many sessions the kernel gives back, and whether the memfd in it is the one that was handed over.
@@ -198,12 +201,13 @@ fn meminfo(guest: &Guest, field: &str) -> Result<u64> {
     value.with_context(|| format!("/proc/meminfo has no {field}"))
 }
 
-/// Fills a tmpfs with all memory that is free, but for [`LEFT_MIB`], and gives it back; how much that was, in MiB.
+/// Fills a tmpfs with zeros (no page of the keeper's is zero) in all memory that is free, but for [`LEFT_MIB`], and gives it back; how much that
+/// was, in MiB.
 fn write_all_other_memory(guest: &Guest) -> Result<u64> {
     let mib = (meminfo(guest, "MemAvailable")? >> 10).saturating_sub(LEFT_MIB);
     let fill = format!(
         "mkdir -p /run/fill && mount -t tmpfs -o size=100% fill /run/fill && \
-         yes handover | dd of=/run/fill/all bs=1M count={mib} iflag=fullblock; r=$?; umount /run/fill; exit $r"
+         dd if=/dev/zero of=/run/fill/all bs=1M count={mib}; r=$?; umount /run/fill; exit $r"
     );
     guest.command(&["sh", "-c", &fill]).timeout(std::time::Duration::from_secs(180)).check()?;
     Ok(mib)

@@ -207,10 +207,14 @@ impl KernelFacts {
             Question::contains(b"Failed to setup MADT reset vector"),
             format(b"kho-v"),
             format(b"luo-v"),
-            format(b"memfd-v"),
         ];
-        let found = <[_; 4]>::try_from(search(image, &questions)?).expect("one answer for each question");
-        let [reset_vector, kho, luo, memfd] = found;
+        let found = <[_; 3]>::try_from(search(image, &questions)?).expect("one answer for each question");
+        let [reset_vector, kho, luo] = found;
+        // It lies in a handler's structure, so in writable data (mm/memfd_luo.c), behind all that a kernel without LUO is searched for.
+        let memfd = match &luo {
+            Some(_) => search(image, &[Question { depth: Depth::Everything, ..format(b"memfd-v") }])?.pop().flatten(),
+            None => None,
+        };
         let text = |answer: Option<Vec<u8>>| {
             answer.map(|text| {
                 let text: Vec<u8> = text.into_iter().take_while(|&b| b != 0).collect();
