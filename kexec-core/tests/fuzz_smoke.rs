@@ -33,5 +33,8 @@ fn texts() {
 fn the_corpus_holds_a_kernel_that_answers() {
     let file = include_bytes!("../fuzz/corpus/image/with_kernel");
     let facts = KernelFacts::of(&BzImage::parse(file).unwrap()).unwrap();
-    assert_eq!(facts, KernelFacts { mailbox_reset_vector: true, kho: Some("kho-v4".into()), luo: None, memfd: None });
+    assert_eq!(
+        facts,
+        KernelFacts { mailbox_reset_vector: true, kho: Some("kho-v4".into()), luo: Some("luo-v5".into()), memfd: None }
+    );
 }

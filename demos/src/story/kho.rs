@@ -254,7 +254,7 @@ pub fn for_people(report: &Report) -> String {
         let yes = |answer: Option<bool>| answer.map_or("-", |yes| if yes { "yes" } else { "NO" });
         text += &format!(
             "  found by the kernel: {}; blobs identical: {}; sessions retrieved: {}; memfd on the same pages: {}\n",
-            yes(Some(hop.found_by_kernel)),
+            yes((hop.kho_abi.is_some() || hop.found_by_kernel).then_some(hop.found_by_kernel)),
             yes(hop.blobs_identical),
             hop.luo_sessions_retrieved,
             yes(hop.memfd_same_pages)
