@@ -28,7 +28,9 @@ fn stock_kernels_are_what_they_are() {
         let facts = KernelFacts::of(&image).unwrap();
         println!("{}: {facts:?}, signed: {}, {:?}", image.release(), image.is_signed(), started.elapsed());
         assert!(facts.mailbox_reset_vector, "{}", image.release());
-        assert_eq!(facts.kho, None, "Debian leaves KEXEC_HANDOVER out");
+        // The lab's tree may have a kernel of its own making, too.
+        let ours = image.release().contains("-kho-");
+        assert_eq!(facts.kho.is_some(), ours, "Debian leaves KEXEC_HANDOVER out: {}", image.release());
         let banner = format!("Linux version {} ", image.release());
         assert!(payload::contains(&image, banner.as_bytes()).unwrap());
     }

@@ -273,6 +273,13 @@ pub(crate) struct Kernel {
 
 impl Kernel {
     pub(crate) fn boot(folder: &Path, number: u8, arena: &File, fresh: bool) -> Self {
+        let mut kernel = Self::begin(folder, number, arena, fresh);
+        assert_eq!(kernel.agent.report(PATIENCE).expect("ready"), ToAgent::Ready);
+        kernel
+    }
+
+    /// Not yet ready.
+    fn begin(folder: &Path, number: u8, arena: &File, fresh: bool) -> Self {
         let socket = folder.join(format!("{number}.sock"));
         let listener = UnixListener::bind(&socket).expect("bound");
         // 127.0.0.0/8 is all ours: an address nobody else in this machine's tests has.
@@ -283,7 +290,6 @@ impl Kernel {
         let mut agent = AgentEnd::accept(listener.accept().expect("connected").0, PATIENCE).expect("greeting");
         assert_eq!(agent.hello().name, "baton-kv");
         agent.give_arena(&[(arena.as_fd(), arena.metadata().expect("there").len())], fresh).expect("arena");
-        assert_eq!(agent.report(PATIENCE).expect("ready"), ToAgent::Ready);
         Self { agent, service, address }
     }
 
@@ -370,10 +376,8 @@ fn an_arena_of_another_owner_is_refused_with_a_cause() {
     let folder = tempfile::tempdir().expect("a folder");
     let arena = File::from(memfd_create(c"arena", MFdFlags::MFD_CLOEXEC).expect("memfd"));
     (&arena).write_all(&[7; 1 << 20]).expect("written");
-    let mut kernel = Kernel::boot(folder.path(), 3, &arena, false);
-    kernel.agent.order(&ToService::StandBy).expect("in order");
-    kernel.agent.order(&ToService::Activate { epoch: 2 }).expect("in order");
+    let mut kernel = Kernel::begin(folder.path(), 3, &arena, false);
     let error = kernel.agent.report(PATIENCE).expect_err("refused").to_string();
-    assert!(error.starts_with("the service baton-kv failed: the arena: "), "{error}");
+    assert!(error.starts_with("the service baton-kv failed: arena header refused: "), "{error}");
     assert!(kernel.service.join().expect("no panic").is_err());
 }

@@ -121,8 +121,8 @@ fn no_acknowledged_write_is_lost_by_ten_moves_under_load() {
     let arena = File::from(memfd_create(c"arena", MFdFlags::MFD_CLOEXEC).expect("memfd"));
     arena.set_len(8 << 20).expect("room");
     let mut old = Kernel::boot(folder.path(), 4, &arena, true);
-    let mut new = Kernel::boot(folder.path(), 5, &arena, false);
     old.order(ToService::Serve { epoch: 1 });
+    let mut new = Kernel::boot(folder.path(), 5, &arena, false);
     new.agent.order(&ToService::StandBy).expect("in order");
     let mut proxy = Proxy::start(old.address);
     let load = Load::start(LoadOptions {
