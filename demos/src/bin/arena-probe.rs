@@ -19,7 +19,7 @@ use agent::service::mapping::Arena;
 use agent::service::protocol::{DEFAULT_SOCKET, Hello};
 use agent::service::room::Room;
 use clap::Parser;
-use nix::fcntl::{SpliceFFlags, vmsplice};
+use nix::fcntl::{Flock, FlockArg, SpliceFFlags, vmsplice};
 use nix::sys::socket::{MsgFlags, send, setsockopt};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::{setsockopt_impl, sockopt_impl};
@@ -138,9 +138,11 @@ fn grow(arguments: &Arguments, arena: &mut Arena) -> Result<(), Error> {
     arena.extend(Room::new(&arguments.name).grow(arguments.grow_kib << 10)?)
 }
 
-/// From the arena to a disk and back, without the page cache.
+/// From the arena to a disk and back, without the page cache. The disk is one for all probes: whoever uses it has it locked,
+/// as is the custom for block devices (<https://systemd.io/BLOCK_DEVICE_LOCKING/>).
 fn direct_io(scratch: &mut [u8]) -> io::Result<()> {
     let disk = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(DISK)?;
+    let disk = Flock::lock(disk, FlockArg::LockExclusive).map_err(|(_, error)| error)?;
     let before = scratch.to_vec();
     disk.write_all_at(scratch, 0)?;
     scratch.fill(0xa5);
