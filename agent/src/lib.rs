@@ -18,6 +18,7 @@ pub mod kernels;
 pub mod kho;
 pub mod launch;
 pub mod line;
+pub mod listen;
 pub mod liveupdate;
 pub mod mkinitrd;
 pub mod net;

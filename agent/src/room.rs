@@ -1,26 +1,26 @@
 //! The agent's side of [`crate::service::room`]: arenas that grow, and arenas that go.
 
-use std::fs;
 use std::os::fd::AsFd;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::Result;
 use tracing::{info, warn};
 
 use crate::kernel::Kernel;
-use crate::service::protocol::{Inbox, bounded_cause, encode, send_all};
-use crate::service::room::{Ask, DEFAULT_SOCKET, Told, VERSION, What, receive};
+use crate::listen::listen;
+use crate::service::ask;
+use crate::service::protocol::{Inbox, bounded_cause, receive};
+use crate::service::room::{Ask, DEFAULT_SOCKET, Told, What};
+
+/// How long a question may take to arrive; the next one waits for it.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Listens, in a thread of its own; one question at a time, because each takes memory.
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
-    let path = Path::new(DEFAULT_SOCKET);
-    // The control socket, bound before, is what tells two daemons from each other.
-    let _ = fs::remove_file(path);
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    let listener = listen(Path::new(DEFAULT_SOCKET), 0o600)?;
     std::thread::Builder::new().name("room".into()).spawn(move || {
         for stream in listener.incoming() {
             let answered = stream.map_err(anyhow::Error::from).and_then(|stream| answer(&kernel, &stream));
@@ -34,27 +34,23 @@ pub fn start(kernel: Arc<Kernel>) -> Result<()> {
 
 fn answer(kernel: &Kernel, stream: &UnixStream) -> Result<()> {
     stream.set_nonblocking(true)?;
-    let told = match receive(stream.as_fd(), &mut Inbox::default())
-        .map_err(Into::into)
-        .and_then(|ask| obey(kernel, stream, &ask))
-    {
+    let asked = receive(stream.as_fd(), &mut Inbox::default(), Some(PATIENCE));
+    let told = match asked.map_err(Into::into).and_then(|ask| obey(kernel, stream, &ask)) {
         Ok(()) => Told::Done,
         Err(error) => Told::Failed { cause: bounded_cause(&format!("{error:#}")) },
     };
-    Ok(send_all(stream.as_fd(), &encode(&told)?, None)?)
+    Ok(ask::answer(stream.as_fd(), &told, None)?)
 }
 
 fn obey(kernel: &Kernel, stream: &UnixStream, ask: &Ask) -> Result<()> {
-    if ask.version != VERSION {
-        bail!("the service speaks version {} of this protocol, this agent {VERSION}", ask.version);
-    }
+    ask.check()?;
     match ask.what {
         What::Grow { more } => {
             let pieces = kernel.grow_arena(&ask.service, more)?;
             let len: u64 = pieces.iter().map(|(_, len)| len).sum();
             info!(service = ask.service, "its arena has {} KiB more, in {} pieces", len >> 10, pieces.len());
             for (file, len) in pieces {
-                send_all(stream.as_fd(), &encode(&Told::Piece { len })?, Some(file.as_fd()))?;
+                ask::answer(stream.as_fd(), &Told::Piece { len }, Some(file.as_fd()))?;
             }
         }
         What::Release => {

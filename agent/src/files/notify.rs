@@ -6,18 +6,18 @@
 
 use std::io::{self, IoSliceMut};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::sync::Arc;
-use std::{fs, thread};
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use nix::errno::Errno;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt};
 
 use crate::files::Settled;
 use crate::kernel::Kernel;
+use crate::listen::bind;
 use crate::service::files::UNNAMED;
 use crate::service::mapping::received_descriptor;
 
@@ -49,17 +49,8 @@ fn wish_of(notice: &[u8]) -> Wish {
 
 /// Listens from now on.
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
-    let path = Path::new(SOCKET);
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
-    }
-    let socket = UnixDatagram::bind(path).with_context(|| format!("cannot listen on {SOCKET}"))?;
+    let socket = bind(Path::new(SOCKET), 0o666, |path| UnixDatagram::bind(path))?;
     setsockopt(&socket, sockopt::PassCred, &true)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
     thread::Builder::new().name("notices".into()).spawn(move || {
         loop {
             match receive(&socket) {

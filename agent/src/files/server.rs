@@ -1,14 +1,12 @@
 //! The socket of those who keep files ([`crate::service::files`]): one question a connection, each on a thread of its own,
 //! since a program that stands by may wait for long.
 
-use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
-use std::{fs, thread};
 
 use anyhow::{Context, Result};
 use nix::sys::socket::{getsockopt, sockopt};
@@ -16,15 +14,18 @@ use nix::sys::socket::{getsockopt, sockopt};
 use super::{borrowed, check_owner};
 use crate::files::programs::Program;
 use crate::kernel::Kernel;
-use crate::service::files::{Ask, DEFAULT_SOCKET, Told, What, answer, receive};
-use crate::service::protocol::Inbox;
+use crate::listen::listen;
+use crate::service::ask::answer;
+use crate::service::files::{Ask, DEFAULT_SOCKET, Told, What};
+use crate::service::protocol::{Inbox, receive};
 
 /// How long a question may take to arrive.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Listens from now on.
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
-    let listener = bind(Path::new(DEFAULT_SOCKET))?;
+    // Whoever may ask gets the memory of any service.
+    let listener = listen(Path::new(DEFAULT_SOCKET), 0o600)?;
     thread::Builder::new().name("files".into()).spawn(move || {
         for connection in listener.incoming() {
             let kernel = kernel.clone();
@@ -41,20 +42,6 @@ pub fn start(kernel: Arc<Kernel>) -> Result<()> {
         }
     })?;
     Ok(())
-}
-
-fn bind(path: &Path) -> Result<UnixListener> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
-    }
-    let listener = UnixListener::bind(path).with_context(|| format!("cannot listen on {}", path.display()))?;
-    // Whoever may ask gets the memory of any service.
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 fn serve(kernel: &Kernel, socket: &UnixStream) -> Result<()> {

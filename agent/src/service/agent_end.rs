@@ -8,7 +8,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::Error;
-use super::protocol::{Hello, Inbox, Standing, ToAgent, ToService, encode, recv_with_fd, send_all, wait};
+use super::protocol::{Hello, Inbox, Standing, ToAgent, ToService, encode, receive, send_all};
 
 /// One service, seen from the agent.
 #[derive(Debug)]
@@ -91,23 +91,14 @@ impl AgentEnd {
     /// # Errors
     /// A time-out, a closed socket, a report out of order, or the service's own failure.
     pub fn report(&mut self, patience: Duration) -> Result<ToAgent, Error> {
-        loop {
-            if let Some(report) = self.inbox.take()? {
-                self.standing = self.standing.reported(&report)?;
-                return match report {
-                    ToAgent::Failed { cause } => Err(Error::ServiceFailed { name: self.hello.name.clone(), cause }),
-                    report => Ok(report),
-                };
-            }
-            wait(self.socket.as_fd(), PollFlags::POLLIN, Some(patience))?;
-            let mut buffer = [0; 1024];
-            match recv_with_fd(self.socket.as_fd(), &mut buffer) {
-                Ok((0, _)) => return Err(Error::Closed),
-                Ok((_, Some(_))) => return Err(Error::Descriptors(1, 0)),
-                Ok((len, None)) => self.inbox.push(&buffer[..len], None)?,
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error.into()),
-            }
+        let report = receive(self.socket.as_fd(), &mut self.inbox, Some(patience))?;
+        if self.inbox.descriptor().is_ok() {
+            return Err(Error::Descriptors(1, 0));
+        }
+        self.standing = self.standing.reported(&report)?;
+        match report {
+            ToAgent::Failed { cause } => Err(Error::ServiceFailed { name: self.hello.name.clone(), cause }),
+            report => Ok(report),
         }
     }
 

@@ -3,7 +3,6 @@
 //! A program with an event loop registers the [`Client`]'s descriptor for reading and calls [`Client::poll_order`] until it
 //! gives `None` (that makes edge-triggered loops safe too). The way from an order to its report allocates nothing.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -14,7 +13,7 @@ use nix::poll::PollFlags;
 use super::Error;
 use super::mapping::Arena;
 use super::protocol::{
-    Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, recv_with_fd, send_all, wait,
+    Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, receive, send_all, wait,
 };
 
 /// How long an agent may take to find an arena.
@@ -84,14 +83,14 @@ impl Client {
             agent_gone: false,
         };
         client.report(&ToAgent::Hello(hello))?;
-        let order = client.await_message(Some(ARENA_PATIENCE))?;
+        let order = client.await_message()?;
         client.standing = client.standing.ordered(&order)?;
         let ToService::Arena { len, fresh, first } = order else {
             return Err(Error::Closed); // told to stop before it began
         };
         let mut arena = Arena::map(client.inbox.descriptor()?, if first == 0 { len } else { first }, fresh)?;
         while (arena.len() as u64) < len {
-            let order = client.await_message(Some(ARENA_PATIENCE))?;
+            let order = client.await_message()?;
             client.standing = client.standing.ordered(&order)?;
             let ToService::Piece { len } = order else { return Err(Error::Closed) };
             arena.append(client.inbox.descriptor()?, len)?;
@@ -141,7 +140,7 @@ impl Client {
     /// # Errors
     /// As [`Client::wait`], without the time-out.
     pub fn poll_order(&mut self) -> Result<Option<Order>, Error> {
-        let message = match self.poll_message() {
+        let message = match self.inbox.poll(self.socket.as_fd()) {
             Ok(None) => return Ok(None),
             Ok(Some(message)) => message,
             Err(Error::Closed) if self.serving().is_some() => {
@@ -207,28 +206,8 @@ impl Client {
         Ok(())
     }
 
-    fn await_message(&mut self, timeout: Option<Duration>) -> Result<ToService, Error> {
-        loop {
-            if let Some(message) = self.poll_message()? {
-                return Ok(message);
-            }
-            wait(self.socket.as_fd(), PollFlags::POLLIN, timeout)?;
-        }
-    }
-
-    fn poll_message(&mut self) -> Result<Option<ToService>, Error> {
-        loop {
-            if let Some(message) = self.inbox.take()? {
-                return Ok(Some(message));
-            }
-            let mut buffer = [0; 512];
-            match recv_with_fd(self.socket.as_fd(), &mut buffer) {
-                Ok((0, _)) => return Err(Error::Closed),
-                Ok((len, descriptor)) => self.inbox.push(&buffer[..len], descriptor)?,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
-                Err(error) => return Err(error.into()),
-            }
-        }
+    fn await_message(&mut self) -> Result<ToService, Error> {
+        receive(self.socket.as_fd(), &mut self.inbox, Some(ARENA_PATIENCE))
     }
 }
 

@@ -18,19 +18,16 @@
 //! much as the file is large, an update does not. The epoch's rule is the same as for an arena: a service that stands by or
 //! is frozen does not touch the memory ([`super::mapping::Arena::map`] of a kept file holds it to that).
 //!
-//! A connection is one question: a frame ([`super::protocol`]) with [`Ask`], answered by frames of [`Told`].
+//! A connection is one question ([`super::ask`]): an [`Ask`], answered by frames of [`Told`].
 
-use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use nix::poll::PollFlags;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use super::Error;
-use super::protocol::{Inbox, encode, recv_with_fd, send_all, wait};
+use super::ask::{Asker, PATIENCE, Question, Said};
 
 /// Where `batond` listens for those who keep files. Only root may ask.
 pub const DEFAULT_SOCKET: &str = "/run/baton/files.sock";
@@ -40,19 +37,9 @@ pub const VERSION: u16 = 1;
 pub const MAX_NAME: usize = 255;
 /// The name of a file that was kept without one, as systemd has it.
 pub const UNNAMED: &str = "stored";
-/// How long an answer may take: keeping a file copies it.
-const PATIENCE: Duration = Duration::from_secs(120);
 
 /// What is asked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ask {
-    /// [`VERSION`] of the asker.
-    pub version: u16,
-    /// In the name of which service.
-    pub service: String,
-    /// What.
-    pub what: What,
-}
+pub type Ask = super::ask::Ask<What>;
 
 /// The questions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,25 +78,23 @@ pub enum Told {
     },
 }
 
-impl Ask {
-    /// A question in this release's form.
-    #[must_use]
-    pub fn new(service: &str, what: What) -> Self {
-        Self { version: VERSION, service: service.to_owned(), what }
-    }
-
-    /// Checks every bound, once.
-    ///
-    /// # Errors
-    /// Another version, or a name out of bounds.
-    pub fn check(&self) -> Result<(), Error> {
-        if self.version != VERSION {
-            return Err(Error::Version { theirs: self.version, ours: VERSION });
-        }
-        super::protocol::check_service_name(&self.service)?;
-        match &self.what {
+impl Question for What {
+    const VERSION: u16 = VERSION;
+    type Told = Told;
+    fn check(&self) -> Result<(), Error> {
+        match self {
             What::Keep { name } | What::Forget { name } => check_name(name),
             What::Files | What::Start => Ok(()),
+        }
+    }
+}
+
+impl From<Told> for Said<String> {
+    fn from(told: Told) -> Said<String> {
+        match told {
+            Told::File { name } => Said::Part(name),
+            Told::Done => Said::Done,
+            Told::Failed { cause } => Said::Failed(cause),
         }
     }
 }
@@ -139,10 +124,7 @@ pub struct KeptFile {
 
 /// A service's way to its kept files.
 #[derive(Debug, Clone)]
-pub struct Keeper {
-    socket: PathBuf,
-    service: String,
-}
+pub struct Keeper(Asker);
 
 impl Keeper {
     /// For a service, at [`DEFAULT_SOCKET`].
@@ -154,7 +136,7 @@ impl Keeper {
     /// The same at another socket.
     #[must_use]
     pub fn at(socket: &Path, service: &str) -> Self {
-        Self { socket: socket.to_owned(), service: service.to_owned() }
+        Self(Asker::at(socket, service))
     }
 
     /// Keeps a memfd: it crosses from now on, with whatever is written to it later.
@@ -195,51 +177,14 @@ impl Keeper {
         file: Option<BorrowedFd<'_>>,
         patience: Option<Duration>,
     ) -> Result<Vec<KeptFile>, Error> {
-        let ask = Ask::new(&self.service, what);
-        ask.check()?;
-        let socket = UnixStream::connect(&self.socket)?;
-        socket.set_nonblocking(true)?;
-        send_all(socket.as_fd(), &encode(&ask)?, file)?;
-        let mut inbox = Inbox::default();
-        let mut files = Vec::new();
-        loop {
-            match receive(socket.as_fd(), &mut inbox, patience)? {
-                Told::File { name } => files.push(KeptFile { name, file: inbox.descriptor()? }),
-                Told::Done => return Ok(files),
-                Told::Failed { cause } => return Err(Error::ServiceFailed { name: self.service.clone(), cause }),
-            }
-        }
+        let kept = self.0.ask(what, file, patience)?;
+        Ok(kept.into_iter().map(|(name, file)| KeptFile { name, file }).collect())
     }
-}
-
-/// The next message, waiting for it; its descriptor is then in the inbox.
-pub(crate) fn receive<T: DeserializeOwned>(
-    socket: BorrowedFd<'_>,
-    inbox: &mut Inbox,
-    patience: Option<Duration>,
-) -> Result<T, Error> {
-    loop {
-        if let Some(message) = inbox.take()? {
-            return Ok(message);
-        }
-        wait(socket, PollFlags::POLLIN, patience)?;
-        let mut buffer = [0; 1024];
-        match recv_with_fd(socket, &mut buffer) {
-            Ok((0, _)) => return Err(Error::Closed),
-            Ok((len, descriptor)) => inbox.push(&buffer[..len], descriptor)?,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-}
-
-/// Sends one answer.
-pub(crate) fn answer(socket: BorrowedFd<'_>, told: &Told, file: Option<BorrowedFd<'_>>) -> Result<(), Error> {
-    send_all(socket, &encode(told)?, file)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::protocol::encode;
     use super::*;
 
     #[test]

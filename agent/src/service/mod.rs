@@ -56,6 +56,7 @@
 //! freeze the service). A service that stands by or is frozen stays silent.
 
 pub mod agent_end;
+pub mod ask;
 pub mod client;
 pub mod files;
 pub mod mapping;

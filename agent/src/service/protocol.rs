@@ -333,6 +333,25 @@ impl Inbox {
         Ok(Some(message))
     }
 
+    /// The next whole message, from a non-blocking socket if it is not here yet; none if there is nothing more to read.
+    ///
+    /// # Errors
+    /// As [`Inbox::take`]; the socket's, and a peer that has closed.
+    pub(super) fn poll<T: DeserializeOwned>(&mut self, socket: BorrowedFd<'_>) -> Result<Option<T>, Error> {
+        loop {
+            if let Some(message) = self.take()? {
+                return Ok(Some(message));
+            }
+            let mut buffer = [0; 1024];
+            match recv_with_fd(socket, &mut buffer) {
+                Ok((0, _)) => return Err(Error::Closed),
+                Ok((len, descriptor)) => self.push(&buffer[..len], descriptor)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// The descriptor that came beside the message just read.
     ///
     /// # Errors
@@ -403,6 +422,20 @@ pub(crate) fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<
         }
     }
     Ok(())
+}
+
+/// The next message, waiting for it; its descriptor is then in the inbox. The socket is non-blocking.
+pub(crate) fn receive<T: DeserializeOwned>(
+    socket: BorrowedFd<'_>,
+    inbox: &mut Inbox,
+    patience: Option<std::time::Duration>,
+) -> Result<T, Error> {
+    loop {
+        if let Some(message) = inbox.poll(socket)? {
+            return Ok(message);
+        }
+        wait(socket, nix::poll::PollFlags::POLLIN, patience)?;
+    }
 }
 
 /// A peer whose socket stays full this long is dead: our messages are a few hundred bytes in all.

@@ -15,37 +15,23 @@
 //! room.release()?;                             // the memory is the kernel's again
 //! # Ok(()) }
 //! ```
-//! A connection is one question: a frame ([`super::protocol`]) with [`Ask`], answered by frames of [`Told`].
+//! A connection is one question ([`super::ask`]): an [`Ask`], answered by frames of [`Told`].
 
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::os::fd::OwnedFd;
+use std::path::Path;
 
-use nix::poll::PollFlags;
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use super::Error;
-use super::protocol::{Inbox, encode, recv_with_fd, send_all, wait};
+use super::ask::{Asker, PATIENCE, Question, Said};
 
 /// Where `batond` listens for those who want more memory, or less. Only root may ask.
 pub const DEFAULT_SOCKET: &str = "/run/baton/arenas.sock";
 /// Grows with every change that an older peer would misread.
 pub const VERSION: u16 = 1;
-/// How long an answer may take: memory is moved aside and cleared.
-const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What is asked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ask {
-    /// [`VERSION`] of the asker.
-    pub version: u16,
-    /// Whose arena.
-    pub service: String,
-    /// What shall become of it.
-    pub what: What,
-}
+/// What is asked: whose arena, and what shall become of it.
+pub type Ask = super::ask::Ask<What>;
 
 /// The questions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,6 +62,24 @@ pub enum Told {
     },
 }
 
+impl Question for What {
+    const VERSION: u16 = VERSION;
+    type Told = Told;
+    fn check(&self) -> Result<(), Error> {
+        Ok(()) // how much there is, the kernel says
+    }
+}
+
+impl From<Told> for Said<u64> {
+    fn from(told: Told) -> Said<u64> {
+        match told {
+            Told::Piece { len } => Said::Part(len),
+            Told::Done => Said::Done,
+            Told::Failed { cause } => Said::Failed(cause),
+        }
+    }
+}
+
 /// More memory, to be mapped in this order.
 #[derive(Debug, Default)]
 pub struct More {
@@ -98,10 +102,7 @@ impl More {
 
 /// A service's way to more memory.
 #[derive(Debug, Clone)]
-pub struct Room {
-    socket: PathBuf,
-    service: String,
-}
+pub struct Room(Asker);
 
 impl Room {
     /// For a service, at [`DEFAULT_SOCKET`].
@@ -113,7 +114,7 @@ impl Room {
     /// The same at another socket.
     #[must_use]
     pub fn at(socket: &Path, service: &str) -> Self {
-        Self { socket: socket.to_owned(), service: service.to_owned() }
+        Self(Asker::at(socket, service))
     }
 
     /// Asks for `more` bytes, rounded up to whole pages.
@@ -133,48 +134,21 @@ impl Room {
     }
 
     fn ask(&self, what: What) -> Result<More, Error> {
-        let socket = UnixStream::connect(&self.socket)?;
-        socket.set_nonblocking(true)?;
-        let ask = Ask { version: VERSION, service: self.service.clone(), what };
-        send_all(socket.as_fd(), &encode(&ask)?, None)?;
-        let mut inbox = Inbox::default();
-        let mut more = More::default();
-        loop {
-            match receive(socket.as_fd(), &mut inbox)? {
-                Told::Piece { len } => more.pieces.push((inbox.descriptor()?, len)),
-                Told::Done => return Ok(more),
-                Told::Failed { cause } => return Err(Error::ServiceFailed { name: self.service.clone(), cause }),
-            }
-        }
-    }
-}
-
-/// The next message, waiting for it; its descriptor is then in the inbox.
-pub(crate) fn receive<T: DeserializeOwned>(socket: BorrowedFd<'_>, inbox: &mut Inbox) -> Result<T, Error> {
-    loop {
-        if let Some(message) = inbox.take()? {
-            return Ok(message);
-        }
-        wait(socket, PollFlags::POLLIN, Some(PATIENCE))?;
-        let mut buffer = [0; 1024];
-        match recv_with_fd(socket, &mut buffer) {
-            Ok((0, _)) => return Err(Error::Closed),
-            Ok((len, descriptor)) => inbox.push(&buffer[..len], descriptor)?,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error.into()),
-        }
+        let pieces = self.0.ask(what, None, Some(PATIENCE))?;
+        Ok(More { pieces: pieces.into_iter().map(|(len, piece)| (piece, len)).collect() })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::protocol::encode;
     use super::*;
 
     /// Another release must read what this one writes.
     #[test]
     fn the_frames_are_written_as_ever() {
         let text = |bytes: Vec<u8>| String::from_utf8(bytes[4..].to_vec()).unwrap();
-        let ask = |what| text(encode(&Ask { version: VERSION, service: "kv".into(), what }).unwrap());
+        let ask = |what| text(encode(&Ask::new("kv", what)).unwrap());
         assert_eq!(ask(What::Grow { more: 4096 }), r#"{"version":1,"service":"kv","what":{"Grow":{"more":4096}}}"#);
         assert_eq!(ask(What::Release), r#"{"version":1,"service":"kv","what":"Release"}"#);
         assert_eq!(text(encode(&Told::Piece { len: 4096 }).unwrap()), r#"{"Piece":{"len":4096}}"#);
