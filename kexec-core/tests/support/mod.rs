@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+mod bzimage;
 #[path = "../../../tests/support/lab_tree.rs"]
 mod lab_tree;
 
@@ -50,30 +51,7 @@ pub fn in_lab(program: &str, arguments: &[&str], folder: &Path) -> String {
     text
 }
 
-/// A small image that passes every check: what each field is for is in `bzimage.rs`.
+/// A small image that passes every check; its payload is zeros.
 pub fn synthetic_image() -> Vec<u8> {
-    const SETUP_SECTS: usize = 4;
-    const SETUP: usize = (SETUP_SECTS + 1) * 512;
-    const KERNEL: usize = 0x2000;
-    let mut file = vec![0u8; SETUP + KERNEL];
-    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0x1f1, &[SETUP_SECTS as u8]);
-    put(0x1f4, &(KERNEL as u32 / 16).to_le_bytes());
-    put(0x1fe, &0xaa55u16.to_le_bytes());
-    put(0x200, &[0xeb, 0x6a]);
-    put(0x202, b"HdrS");
-    put(0x206, &0x020fu16.to_le_bytes());
-    put(0x20e, &0x400u16.to_le_bytes());
-    put(0x211, &[1]);
-    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
-    put(0x230, &0x20_0000u32.to_le_bytes());
-    put(0x234, &[1, 21]);
-    put(0x236, &0x7fu16.to_le_bytes());
-    put(0x238, &2047u32.to_le_bytes());
-    put(0x248, &0x300u32.to_le_bytes());
-    put(0x24c, &0x1000u32.to_le_bytes());
-    put(0x258, &0x100_0000u64.to_le_bytes());
-    put(0x260, &0x300_0000u32.to_le_bytes());
-    put(0x600, b"6.99.1-test (builder@host) #1\0");
-    file
+    bzimage::with_payload(&[0; 0x1000], 0x2000)
 }
