@@ -2,57 +2,21 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use handover::channel::{Broken, Channel, ChannelError, MESSAGE_LIMIT, Side};
 use proptest::prelude::*;
 use state_schemas::control_block::{RING_TO_INCUMBENT, RING_TO_SUCCESSOR, SIZE};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
-use state_schemas::shared::SharedMemory;
+use state_schemas::shared::{Local, SharedMemory};
 
-/// A control block of words: what two kernels share, without undefined behaviour in the test.
-struct Memory(Vec<AtomicU64>);
-
-impl Memory {
-    fn new() -> Memory {
-        Memory((0..SIZE / 8).map(|_| AtomicU64::new(0)).collect())
-    }
-}
-
-impl SharedMemory for Memory {
-    fn size(&self) -> u64 {
-        self.0.len() as u64 * 8
-    }
-    fn read(&self, offset: u64, into: &mut [u8]) {
-        for (index, byte) in into.iter_mut().enumerate() {
-            let at = offset as usize + index;
-            *byte = self.0[at / 8].load(Ordering::Relaxed).to_le_bytes()[at % 8];
-        }
-    }
-    fn write(&self, offset: u64, from: &[u8]) {
-        for (index, byte) in from.iter().enumerate() {
-            let at = offset as usize + index;
-            let mut word = self.0[at / 8].load(Ordering::Relaxed).to_le_bytes();
-            word[at % 8] = *byte;
-            self.0[at / 8].store(u64::from_le_bytes(word), Ordering::Relaxed);
-        }
-    }
-    fn load(&self, offset: u64) -> u64 {
-        self.0[offset as usize / 8].load(Ordering::Acquire)
-    }
-    fn store(&self, offset: u64, value: u64) {
-        self.0[offset as usize / 8].store(value, Ordering::Release);
-    }
-}
-
-fn both(memory: &Memory) -> (Channel<&Memory>, Channel<&Memory>) {
+fn both(memory: &Local) -> (Channel<&Local>, Channel<&Local>) {
     Channel::reset(&memory).unwrap();
     (Channel::attach(memory, Side::Incumbent).unwrap(), Channel::attach(memory, Side::Successor).unwrap())
 }
 
 #[test]
 fn messages_arrive_in_order_and_once() {
-    let memory = Memory::new();
+    let memory = Local::new(SIZE);
     let (mut incumbent, mut successor) = both(&memory);
     assert!(!successor.has_message());
     assert!(successor.receive::<ToSuccessor>().unwrap().is_none());
@@ -68,7 +32,7 @@ fn messages_arrive_in_order_and_once() {
 
 #[test]
 fn a_message_for_the_other_side_is_refused_and_the_next_follows() {
-    let memory = Memory::new();
+    let memory = Local::new(SIZE);
     let (mut incumbent, mut successor) = both(&memory);
     incumbent.send(&ToIncumbent::Healthy).unwrap();
     incumbent.send(&ToSuccessor::StandBy).unwrap();
@@ -78,7 +42,7 @@ fn a_message_for_the_other_side_is_refused_and_the_next_follows() {
 
 #[test]
 fn a_side_that_restarts_goes_on_where_it_was() {
-    let memory = Memory::new();
+    let memory = Local::new(SIZE);
     let (mut incumbent, mut successor) = both(&memory);
     for nonce in 0..3 {
         incumbent.send(&ToSuccessor::Ping { nonce }).unwrap();
@@ -94,7 +58,7 @@ fn a_side_that_restarts_goes_on_where_it_was() {
 
 #[test]
 fn too_long_too_full_too_small() {
-    let memory = Memory::new();
+    let memory = Local::new(SIZE);
     let (mut incumbent, mut successor) = both(&memory);
     let long = vec![1; MESSAGE_LIMIT as usize];
     assert!(matches!(incumbent.send_bytes(&vec![0; long.len() + 1]), Err(ChannelError::TooLong { .. })));
@@ -123,7 +87,7 @@ fn too_long_too_full_too_small() {
 fn each_lie_has_its_name_and_ends_the_ring() {
     let head = RING_TO_SUCCESSOR.offset;
     let data = RING_TO_SUCCESSOR.offset + 0x100;
-    type Lie<'a> = (&'a str, &'a dyn Fn(&Memory));
+    type Lie<'a> = (&'a str, &'a dyn Fn(&Local));
     let lies: [Lie<'_>; 6] = [
         ("Counts", &|memory| memory.store(head, u64::MAX)),
         ("Counts", &|memory| memory.store(head, 36)),
@@ -133,7 +97,7 @@ fn each_lie_has_its_name_and_ends_the_ring() {
         ("Crc", &|memory| memory.store(data + 24, 1)),
     ];
     for (name, lie) in lies {
-        let memory = Memory::new();
+        let memory = Local::new(SIZE);
         let (mut incumbent, mut successor) = both(&memory);
         incumbent.send(&ToSuccessor::StandBy).unwrap();
         lie(&memory);
@@ -143,7 +107,7 @@ fn each_lie_has_its_name_and_ends_the_ring() {
         }
     }
     // The writer, too, believes no count.
-    let memory = Memory::new();
+    let memory = Local::new(SIZE);
     let (mut incumbent, _) = both(&memory);
     memory.store(RING_TO_SUCCESSOR.offset + 0x80, 8);
     assert!(matches!(
@@ -155,7 +119,7 @@ fn each_lie_has_its_name_and_ends_the_ring() {
 #[test]
 fn two_threads_a_hundred_thousand_messages() {
     const MESSAGES: u64 = 100_000;
-    let memory = Arc::new(Memory::new());
+    let memory = Arc::new(Local::new(SIZE));
     Channel::reset(&memory).unwrap();
     let message = |n: u64| -> Vec<u8> { (0..n * 7919 % 300).map(|i| (i ^ n) as u8).chain(n.to_le_bytes()).collect() };
     std::thread::scope(|scope| {
@@ -198,7 +162,7 @@ fn step() -> impl Strategy<Value = Step> {
 proptest! {
     #[test]
     fn behaves_like_a_queue(steps in proptest::collection::vec(step(), 1..300)) {
-        let memory = Memory::new();
+        let memory = Local::new(SIZE);
         let (mut incumbent, mut successor) = both(&memory);
         let mut queue = VecDeque::new();
         for step in steps {
@@ -223,7 +187,7 @@ proptest! {
     fn a_lying_kernel_can_only_be_refused(
         steps in proptest::collection::vec((step(), proptest::option::of((any::<u64>(), any::<u64>()))), 1..60),
     ) {
-        let memory = Memory::new();
+        let memory = Local::new(SIZE);
         let (mut incumbent, mut successor) = both(&memory);
         for (step, lie) in steps {
             if let Some((at, value)) = lie {

@@ -330,9 +330,8 @@ impl fmt::Display for CpuFacts {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::RefCell;
-
     use proptest::prelude::*;
+    use state_schemas::shared::Local;
 
     use super::*;
 
@@ -397,29 +396,8 @@ mod tests {
         }
     }
 
-    /// A page of memory, and a CPU that answers after some looks.
-    struct Page(RefCell<Vec<u64>>);
-
-    impl SharedMemory for Page {
-        fn size(&self) -> u64 {
-            4096
-        }
-        fn read(&self, _: u64, _: &mut [u8]) {
-            unreachable!("the mailbox is words")
-        }
-        fn write(&self, _: u64, _: &[u8]) {
-            unreachable!("the mailbox is words")
-        }
-        fn load(&self, offset: u64) -> u64 {
-            self.0.borrow()[(offset / 8) as usize]
-        }
-        fn store(&self, offset: u64, value: u64) {
-            self.0.borrow_mut()[(offset / 8) as usize] = value;
-        }
-    }
-
-    fn page_with(parked: &[u32]) -> Page {
-        let page = Page(RefCell::new(vec![0; 512]));
+    fn page_with(parked: &[u32]) -> Local {
+        let page = Local::new(4096);
         for &id in parked {
             let at = PARKED_AT + u64::from(id / 64) * 8;
             page.store(at, page.load(at) | 1 << (id % 64));

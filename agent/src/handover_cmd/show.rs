@@ -1,8 +1,6 @@
 //! From bytes to what they say: every format that crosses, recognised by its first bytes. What is read here was written by
 //! another kernel, or is any file at all: nothing is believed, and what is wrong with it is part of the answer.
 
-use std::cell::RefCell;
-
 use handover::channel::{Channel, ChannelError, Side};
 use handover::kho::v4::metadata;
 use handover::kho::{Metadata, Outline, Subtree};
@@ -15,7 +13,7 @@ use state_schemas::control_block::{self, HANDOVER, RING_TO_INCUMBENT, RING_TO_SU
 use state_schemas::header::{self, Frame, Kind};
 use state_schemas::latest::handover_record::HandoverRecord;
 use state_schemas::latest::message::{MessageError, ToIncumbent, ToSuccessor};
-use state_schemas::shared::SharedMemory;
+use state_schemas::shared::Local;
 use state_schemas::{Payload, PayloadError};
 
 /// Most that is read of a file: nothing of ours is longer, but an arena, whose first page says all that is shown.
@@ -243,7 +241,7 @@ where
     let mut value = json!({ "written": count(0), "taken": count(0x80) });
     let mut waiting = Vec::new();
     let mut read = || -> Result<(), ChannelError> {
-        let mut channel = Channel::attach(Dump(RefCell::new(bytes.to_vec())), reader)?;
+        let mut channel = Channel::attach(Local::from(bytes), reader)?;
         while let Some(message) = channel.receive::<T>()? {
             waiting.push(plain(&message));
             if waiting.len() == MESSAGES {
@@ -258,29 +256,6 @@ where
         value["problem"] = chain(&error).into();
     }
     value
-}
-
-/// A copy of a control block, to be read like the real one.
-struct Dump(RefCell<Vec<u8>>);
-
-impl SharedMemory for Dump {
-    fn size(&self) -> u64 {
-        self.0.borrow().len() as u64
-    }
-    fn read(&self, offset: u64, into: &mut [u8]) {
-        into.copy_from_slice(&self.0.borrow()[offset as usize..][..into.len()]);
-    }
-    fn write(&self, offset: u64, from: &[u8]) {
-        self.0.borrow_mut()[offset as usize..][..from.len()].copy_from_slice(from);
-    }
-    fn load(&self, offset: u64) -> u64 {
-        let mut word = [0; 8];
-        self.read(offset, &mut word);
-        u64::from_le_bytes(word)
-    }
-    fn store(&self, offset: u64, value: u64) {
-        self.write(offset, &value.to_le_bytes());
-    }
 }
 
 /// KHO's root. What it points at can be shown only where that memory can be read.
@@ -355,9 +330,9 @@ mod tests {
         put(words::VERSION_AT, &u64::from(words::VERSION).to_le_bytes());
         put(words::BOOT_MARK_AT, &2u64.to_le_bytes());
         put(HANDOVER.offset, RECORD);
-        let dump = Dump(RefCell::new(bytes));
+        let dump = Local::from(&bytes[..]);
         Channel::attach(&dump, Side::Successor).unwrap().send(&ToIncumbent::Pong { nonce: 5 }).unwrap();
-        dump.0.into_inner()
+        dump.into_bytes()
     }
 
     #[test]

@@ -1,37 +1,12 @@
 //! What is done with any bytes in memory that two kernels share: the channel's rings, and an arena with a store in it.
 
-use std::cell::RefCell;
-
 use handover::arena::store::{SCHEMA_KIND, SCHEMA_VERSION, Store};
 use handover::channel::{Channel, ChannelError, Side};
 use state_schemas::arena::{ArenaHeader, HEADER_LEN, MAGIC, STATE_LIVE, STATE_SEALED, VERSION, at};
 use state_schemas::control_block::{Piece, RING_TO_INCUMBENT, RING_TO_SUCCESSOR, SIZE};
 use state_schemas::header::{Frame, Kind};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
-use state_schemas::shared::SharedMemory;
-
-/// A control block in this process.
-struct Memory(RefCell<Vec<u8>>);
-
-impl SharedMemory for Memory {
-    fn size(&self) -> u64 {
-        self.0.borrow().len() as u64
-    }
-    fn read(&self, offset: u64, into: &mut [u8]) {
-        into.copy_from_slice(&self.0.borrow()[offset as usize..][..into.len()]);
-    }
-    fn write(&self, offset: u64, from: &[u8]) {
-        self.0.borrow_mut()[offset as usize..][..from.len()].copy_from_slice(from);
-    }
-    fn load(&self, offset: u64) -> u64 {
-        let mut word = [0; 8];
-        self.read(offset, &mut word);
-        u64::from_le_bytes(word)
-    }
-    fn store(&self, offset: u64, value: u64) {
-        self.write(offset, &value.to_le_bytes());
-    }
-}
+use state_schemas::shared::{Local, SharedMemory};
 
 /// The first 16 bytes are the counts of each ring, the rest stands at the beginning of its data. Then, once more, the rest as what a
 /// liar sends who keeps to the ring's form.
@@ -39,7 +14,7 @@ pub fn channel(bytes: &[u8]) {
     let mut words = bytes.chunks(8).map(|word| word.iter().rev().fold(0u64, |sum, byte| sum << 8 | u64::from(*byte)));
     let (head, tail) = (words.next().unwrap_or(0), words.next().unwrap_or(0));
     let rest = bytes.get(16..).unwrap_or_default();
-    let memory = Memory(RefCell::new(vec![0; SIZE as usize]));
+    let memory = Local::new(SIZE);
     let fill = |ring: Piece| {
         memory.store(ring.offset, head);
         memory.store(ring.offset + 0x80, tail);
@@ -62,7 +37,7 @@ pub fn channel(bytes: &[u8]) {
 }
 
 /// Both sides take all that there is, and say something.
-fn drain(memory: &Memory) {
+fn drain(memory: &Local) {
     /// More records than fit: what goes on longer than this does not end.
     const MOST: usize = (64 << 10) / 16 + 1;
     let mut incumbent = Channel::attach(memory, Side::Incumbent).expect("it is large enough");
