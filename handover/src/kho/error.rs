@@ -5,6 +5,33 @@ use thiserror::Error;
 
 use super::memory::OutOfReach;
 
+/// Two things in one place.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error(
+    "{what}: {:#x} bytes at {:#x} overlap {:#x} bytes at {:#x}, which are {other}",
+    range.len, range.start, there.len, there.start
+)]
+pub struct Overlap {
+    /// Of what.
+    pub what: &'static str,
+    /// Where.
+    pub range: PhysRange,
+    /// What else is there.
+    pub other: &'static str,
+    /// Where that is.
+    pub there: PhysRange,
+}
+
+/// Scratch that is not made of blocks of `SCRATCH_ALIGNMENT_BYTES`.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("scratch of {:#x} bytes at {:#x} is not made of blocks of {align:#x}", range.len, range.start)]
+pub struct ScratchAlign {
+    /// Where.
+    pub range: PhysRange,
+    /// Required of start and size.
+    pub align: u64,
+}
+
 /// Ours to mend: what was to be handed over cannot be expressed, or does not fit.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -18,20 +45,8 @@ pub enum OutgoingError {
         range: PhysRange,
     },
     /// Two things want the same memory.
-    #[error(
-        "{what}: {:#x} bytes at {:#x} overlap {:#x} bytes at {:#x}, which are {other}",
-        range.len, range.start, there.len, there.start
-    )]
-    Overlap {
-        /// Of what.
-        what: &'static str,
-        /// Where.
-        range: PhysRange,
-        /// What else is there.
-        other: &'static str,
-        /// Where that is.
-        there: PhysRange,
-    },
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// The room is full.
     #[error("the handover needs at least {needed:#x} bytes, but its room at {at:#x} has {room:#x}")]
     NoRoom {
@@ -85,14 +100,9 @@ pub enum OutgoingError {
         /// Limit.
         limit: usize,
     },
-    /// `SCRATCH_ALIGNMENT_BYTES`
-    #[error("scratch of {:#x} bytes at {:#x} is not made of blocks of {align:#x}", range.len, range.start)]
-    ScratchAlign {
-        /// Where.
-        range: PhysRange,
-        /// Required of start and size.
-        align: u64,
-    },
+    /// Scratch of a wrong shape.
+    #[error(transparent)]
+    ScratchAlign(#[from] ScratchAlign),
     /// Orders that the key cannot hold.
     #[error("a folio of order {order} at {phys:#x}: it must be aligned to its size and of order {limit} at most")]
     Folio {
@@ -232,20 +242,8 @@ pub enum IncomingError {
         range: PhysRange,
     },
     /// Two things in one place.
-    #[error(
-        "{what}: {:#x} bytes at {:#x} overlap {:#x} bytes at {:#x}, which are {other}",
-        range.len, range.start, there.len, there.start
-    )]
-    Overlap {
-        /// Of what.
-        what: &'static str,
-        /// Where.
-        range: PhysRange,
-        /// What else is there.
-        other: &'static str,
-        /// Where that is.
-        there: PhysRange,
-    },
+    #[error(transparent)]
+    Overlap(#[from] Overlap),
     /// Something that is used later, but not kept.
     #[error("{what}: {:#x} bytes at {:#x} are not among the preserved pages", range.len, range.start)]
     NotPreserved {
@@ -254,14 +252,9 @@ pub enum IncomingError {
         /// Where.
         range: PhysRange,
     },
-    /// `SCRATCH_ALIGNMENT_BYTES`
-    #[error("scratch of {:#x} bytes at {:#x} is not made of blocks of {align:#x}", range.len, range.start)]
-    ScratchAlign {
-        /// Where.
-        range: PhysRange,
-        /// Required of start and size.
-        align: u64,
-    },
+    /// Scratch of a wrong shape.
+    #[error(transparent)]
+    ScratchAlign(#[from] ScratchAlign),
     /// The same name twice.
     #[error("two blobs are named {name:?}")]
     NameTwice {

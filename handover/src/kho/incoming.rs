@@ -7,7 +7,7 @@ use state_schemas::handover_record::PhysRange;
 use zerocopy::FromBytes;
 
 use super::abi::Abi;
-use super::error::{IncomingError, ReadError};
+use super::error::{IncomingError, Overlap, ReadError, ScratchAlign};
 use super::extents::Extents;
 use super::memory::{Memory, PAGE};
 use super::v4::{self, KhoData, SCRATCH_ALIGN, SCRATCH_LIMIT, Scratch, metadata, tree};
@@ -215,9 +215,9 @@ impl Check for Incoming {
         for &range in &self.scratch {
             in_ram("scratch", range)?;
             if range.len == 0 || [range.start, range.len].iter().any(|number| !number.is_multiple_of(SCRATCH_ALIGN)) {
-                return Err(IncomingError::ScratchAlign { range, align: SCRATCH_ALIGN });
+                return Err(ScratchAlign { range, align: SCRATCH_ALIGN }.into());
             }
-            let overlap = |there| IncomingError::Overlap { what: "scratch", range, other: "scratch, too", there };
+            let overlap = |there| Overlap { what: "scratch", range, other: "scratch, too", there };
             scratch.insert(range).map_err(overlap)?;
         }
 
@@ -225,9 +225,9 @@ impl Check for Incoming {
         for run in &self.preserved {
             let (what, range) = ("preserved pages", run.range());
             in_ram(what, range)?;
-            let overlap = |other, there| IncomingError::Overlap { what, range, other, there };
+            let overlap = |other, there| Overlap { what, range, other, there };
             if let Some(there) = scratch.overlapping(range) {
-                return Err(overlap("scratch", there));
+                return Err(overlap("scratch", there).into());
             }
             preserved.insert(range).map_err(|there| overlap("preserved in another order", there))?;
         }
@@ -236,7 +236,7 @@ impl Check for Incoming {
             let (what, range) = ("a node of the tree of preserved pages", PhysRange { start, len: PAGE });
             in_ram(what, range)?;
             if let Some(there) = scratch.overlapping(range) {
-                return Err(IncomingError::Overlap { what, range, other: "scratch", there });
+                return Err(Overlap { what, range, other: "scratch", there }.into());
             }
         }
 

@@ -34,7 +34,7 @@ mod room;
 pub mod v4;
 
 pub use abi::Abi;
-pub use error::{IncomingError, OutgoingError, ReadError};
+pub use error::{IncomingError, OutgoingError, Overlap, ReadError, ScratchAlign};
 pub use incoming::{Handed, Incoming, Limits, Machine, Run, Subtree};
 pub use memory::{Memory, OutOfReach, PAGE, Segments};
 pub use outgoing::{Outgoing, Written};

@@ -4,7 +4,7 @@ use state_schemas::handover_record::PhysRange;
 use zerocopy::IntoBytes;
 
 use super::abi::Abi;
-use super::error::OutgoingError;
+use super::error::{OutgoingError, Overlap, ScratchAlign};
 use super::extents::Extents;
 use super::incoming::{Handed, Subtree};
 use super::memory::{PAGE, Segments};
@@ -201,7 +201,7 @@ impl Outgoing {
             || {
                 let at = room.take(0)?;
                 chunks.push(at);
-                Ok(at)
+                Ok::<_, OutgoingError>(at)
             },
             |at, bytes| contents.push((at, bytes.to_vec())),
         )?;
@@ -271,14 +271,14 @@ impl Outgoing {
         for &range in &self.scratch {
             whole_pages("scratch", range)?;
             if [range.start, range.len].iter().any(|number| !number.is_multiple_of(SCRATCH_ALIGN)) {
-                return Err(OutgoingError::ScratchAlign { range, align: SCRATCH_ALIGN });
+                return Err(ScratchAlign { range, align: SCRATCH_ALIGN }.into());
             }
-            let overlap = |other, there| OutgoingError::Overlap { what: "scratch", range, other, there };
+            let overlap = |other, there| Overlap { what: "scratch", range, other, there };
             if touch(range, room) {
-                return Err(overlap("the handover's room", room));
+                return Err(overlap("the handover's room", room).into());
             }
             if let Some(there) = self.preserved.overlapping(range) {
-                return Err(overlap("preserved", there));
+                return Err(overlap("preserved", there).into());
             }
             others.insert(range).map_err(|there| overlap("scratch, too", there))?;
         }
@@ -288,22 +288,17 @@ impl Outgoing {
     /// Memory of somebody else's, to be kept.
     fn foreign(&mut self, what: &'static str, range: PhysRange) -> Result<(), OutgoingError> {
         whole_pages(what, range)?;
-        let overlap = |other, there| OutgoingError::Overlap { what, range, other, there };
+        let overlap = |other, there| Overlap { what, range, other, there };
         if touch(range, self.room.range()) {
-            return Err(overlap("the handover's room", self.room.range()));
+            return Err(overlap("the handover's room", self.room.range()).into());
         }
-        self.preserved.insert(range).map_err(|there| overlap("preserved already", there))
+        Ok(self.preserved.insert(range).map_err(|there| overlap("preserved already", there))?)
     }
 
     /// Memory of the room, to be kept.
     fn keep(&mut self, what: &'static str, phys: u64, order: u32, count: u64) -> Result<(), OutgoingError> {
         let range = PhysRange { start: phys, len: count << order << PAGE.trailing_zeros() };
-        self.preserved.insert(range).map_err(|there| OutgoingError::Overlap {
-            what,
-            range,
-            other: "preserved already",
-            there,
-        })?;
+        self.preserved.insert(range).map_err(|there| Overlap { what, range, other: "preserved already", there })?;
         self.tree.insert(phys, order, count);
         Ok(())
     }
