@@ -118,8 +118,14 @@ impl Image {
         self.place(&script.bytes())
     }
 
-    pub fn sipi_to(&self, entry: u64) -> [u8; PAGE_SIZE] {
+    fn sipi_to(&self, entry: u64) -> [u8; PAGE_SIZE] {
         sipi_page(&SipiArgs { cr3: self.kernel4, entry, arg: RSI_ARG, stack: STACK_ARG })
+    }
+
+    /// A SIPI page that leads there.
+    pub fn place_sipi(&mut self, entry: u64) -> u64 {
+        let page = self.sipi_to(entry);
+        self.place(&page)
     }
 
     /// The beginning of most scripts of the boot CPU: the park page at `park`, and a SIPI page that leads there.
@@ -129,8 +135,7 @@ impl Image {
             cr3_5level: self.firmware5,
             mailbox: MAILBOX,
         }));
-        let sipi = self.sipi_to(park);
-        let sipi = self.place(&sipi);
+        let sipi = self.place_sipi(park);
         script.copy(park, page, PAGE_SIZE as u64).copy(SIPI, sipi, PAGE_SIZE as u64)
     }
 

@@ -303,34 +303,37 @@ fn after_yield(out: &mut &[u8]) -> YieldArgs {
     take(out)
 }
 
-#[test]
-fn a_yielded_cpu_resumes_when_told() {
+/// The boot CPU yields while CPU 1 runs `successor`, and comes back.
+fn yields_to(args: &YieldArgs, successor: &Script) -> YieldArgs {
     let mut image = Image::new();
-    let mut args = YieldArgs::new(PARK);
-    args.arm(1000 * MS, &[1]).unwrap();
-    // Beats for longer than the deadline: it is the silence that counts. A command nobody knows changes nothing.
-    let beat = image.script(
-        &Script::new()
-            .beat(HEARTBEAT, 30, 25 * MS)
-            .store(COMMAND, 99)
-            .beat(HEARTBEAT, 30, 25 * MS)
-            .store(COMMAND, yield_command::RESUME)
-            .halt(),
-    );
-    let sipi = image.sipi_to(probe());
-    let sipi = image.place(&sipi);
+    let successor = image.script(successor);
+    let to_probe = image.place_sipi(probe());
     let boot = image
-        .yields(Script::new(), &args)
-        .copy(SIPI, sipi, 4096)
-        .next(1, beat)
+        .yields(Script::new(), args)
+        .copy(SIPI, to_probe, 4096)
+        .next(1, successor)
         .start(1, SIPI)
         .yields(YIELD, YIELD_ARGS, WORDS)
         .dump(WORDS, 8)
         .dump(YIELD_ARGS, 4096)
         .pass();
-    let out = run(&image.build(&boot), cpus(2));
-    let args = after_yield(&mut &out[..]);
+    let args = after_yield(&mut &run(&image.build(&boot), cpus(2))[..]);
     assert_eq!(args.reason, yield_reason::RESUMED);
+    args
+}
+
+#[test]
+fn a_yielded_cpu_resumes_when_told() {
+    let mut args = YieldArgs::new(PARK);
+    args.arm(1000 * MS, &[1]).unwrap();
+    // Beats for longer than the deadline: it is the silence that counts. A command nobody knows changes nothing.
+    let beat = Script::new()
+        .beat(HEARTBEAT, 30, 25 * MS)
+        .store(COMMAND, 99)
+        .beat(HEARTBEAT, 30, 25 * MS)
+        .store(COMMAND, yield_command::RESUME)
+        .halt();
+    let args = yields_to(&args, &beat);
     assert_eq!(args.command, yield_command::RESUME);
     assert_eq!(&args.epitaph.step, b"back");
     assert!(args.silence_ticks < args.deadline_ticks);
@@ -338,23 +341,8 @@ fn a_yielded_cpu_resumes_when_told() {
 
 #[test]
 fn without_a_deadline_a_yielded_cpu_waits() {
-    let mut image = Image::new();
-    let args = YieldArgs::new(PARK);
-    let resume = image.script(&Script::new().delay(100 * MS).store(COMMAND, yield_command::RESUME).halt());
-    let sipi = image.sipi_to(probe());
-    let sipi = image.place(&sipi);
-    let boot = image
-        .yields(Script::new(), &args)
-        .copy(SIPI, sipi, 4096)
-        .next(1, resume)
-        .start(1, SIPI)
-        .yields(YIELD, YIELD_ARGS, WORDS)
-        .dump(WORDS, 8)
-        .dump(YIELD_ARGS, 4096)
-        .pass();
-    let out = run(&image.build(&boot), cpus(2));
-    let args = after_yield(&mut &out[..]);
-    assert_eq!(args.reason, yield_reason::RESUMED);
+    let resume = Script::new().delay(100 * MS).store(COMMAND, yield_command::RESUME).halt();
+    let args = yields_to(&YieldArgs::new(PARK), &resume);
     assert_eq!(args.silence_ticks, 0);
 }
 
@@ -365,18 +353,12 @@ fn dead_man(machine: Machine, x2apic: bool, fence: &[u32]) -> YieldArgs {
     args.arm(50 * MS, fence).unwrap();
     let crash: Vec<u64> = (1..machine.cpus)
         .map(|cpu| {
-            let script = Script::new();
-            let script = if x2apic { script.x2apic() } else { script };
             let word = WORDS + 0x100 + 8 * u64::from(cpu);
-            image.script(&script.beat(HEARTBEAT, 5, MS).spin(word))
+            image.script(&Script::with_apic(x2apic).beat(HEARTBEAT, 5, MS).spin(word))
         })
         .collect();
-    let to_probe = image.sipi_to(probe());
-    let to_probe = image.place(&to_probe);
-    let script = Script::new();
-    let script = if x2apic { script.x2apic() } else { script };
-    let script = image.yields(script, &args);
-    let mut boot = script.copy(SIPI, to_probe, 4096);
+    let to_probe = image.place_sipi(probe());
+    let mut boot = image.yields(Script::with_apic(x2apic), &args).copy(SIPI, to_probe, 4096);
     for cpu in 1..machine.cpus {
         boot = boot.next(cpu, crash[cpu as usize - 1]).start(cpu, SIPI);
     }
@@ -421,11 +403,9 @@ fn a_yielded_cpu_can_be_parked_for_good_and_woken_by_the_successor() {
         let (kernel4, firmware4) = (image.kernel4, image.firmware4);
         let mut args = YieldArgs::new(PARK);
         args.arm(2000 * MS, &[1]).unwrap();
-        let successor = Script::new();
-        let successor = if x2apic { successor.x2apic() } else { successor };
         let boot_again = image.script(&Script::new().dump_record(0).dump(YIELD_ARGS, 4096).pass());
         let successor = image.script(
-            &successor
+            &Script::with_apic(x2apic)
                 .beat(HEARTBEAT, 10, MS)
                 .next(0, boot_again)
                 .store(COMMAND, yield_command::PARK)
@@ -435,11 +415,8 @@ fn a_yielded_cpu_can_be_parked_for_good_and_woken_by_the_successor() {
                 .wake(0, probe())
                 .halt(),
         );
-        let to_probe = image.sipi_to(probe());
-        let to_probe = image.place(&to_probe);
-        let script = Script::new();
-        let script = if x2apic { script.x2apic() } else { script };
-        let script = image.yields(script, &args);
+        let to_probe = image.place_sipi(probe());
+        let script = image.yields(Script::with_apic(x2apic), &args);
         let boot = image
             .park(script, PARK)
             .copy(SIPI, to_probe, 4096)

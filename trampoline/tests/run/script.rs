@@ -53,6 +53,10 @@ impl Script {
     pub fn new() -> Script {
         Script::default()
     }
+    /// For a CPU that is to be in x2APIC mode, or not.
+    pub fn with_apic(x2apic: bool) -> Script {
+        if x2apic { Script::new().x2apic() } else { Script::new() }
+    }
     pub fn bytes(&self) -> Vec<u8> {
         self.words.iter().flat_map(|w| zerocopy::IntoBytes::as_bytes(w).to_vec()).collect()
     }
