@@ -36,7 +36,8 @@ use crate::sysfs;
 use crate::timeline::Timeline;
 
 /// How long this kernel's network stays up after its last word, so that whoever waits for the word hears it. The service
-/// does not wait: it is with the successor already.
+/// does not wait: it is with the successor already. A time, since no event tells: when the asker has read the word, what it
+/// prints has still to leave the machine through a shell's connection, of which batond knows nothing.
 const FAREWELL: Duration = Duration::from_millis(200);
 
 /// What the successor's CPUs need to know, once it is placed.

@@ -256,6 +256,7 @@ impl<'k> Heir<'k> {
             if Instant::now() > deadline {
                 bail!("the incumbent's last CPU (APIC id {last}) did not arrive in {LAST_CPU_PATIENCE:?}");
             }
+            // A parked CPU writes a word, and no interrupt tells of it.
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut left = Vec::new();
@@ -371,6 +372,7 @@ fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Opt
                 "no interface appeared on PCI function {function} in {LINK_PATIENCE:?}: is its driver in initrd.modules?"
             );
         }
+        // Before anybody waits for this kernel; a netlink subscription would save milliseconds of seconds.
         std::thread::sleep(Duration::from_millis(5));
     };
     kernel.netlink.link_up(&link)?;
