@@ -69,6 +69,9 @@ struct UpgradeArgs {
 
 #[derive(Debug, Args)]
 struct RunArgs {
+    /// The program is written for the Live Update Orchestrator: answer for /dev/liveupdate, so that its sessions cross.
+    #[arg(long)]
+    liveupdate: bool,
     /// The service's name, under which its files are kept.
     name: String,
     /// Program and arguments.
@@ -135,7 +138,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Kernels => list_kernels(cli.json),
         Verb::Mkinitrd(args) => make_initrd(&args),
         Verb::Handover(verb) => handover_cmd::run(verb, &cli.socket, cli.json),
-        Verb::Run(args) => match launch::become_program(&args.name, &args.exec) {
+        Verb::Run(args) => match launch::become_program(&args.name, &args.exec, args.liveupdate) {
             Ok(never) => match never {},
             Err(error) => Err(Failure::from_error(&error)),
         },

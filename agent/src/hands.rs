@@ -27,6 +27,7 @@ use state_schemas::shared::SharedMemory;
 
 use self::memory::Site;
 use crate::config::Cidr;
+use crate::files::sessions::Place;
 use crate::kernel::Kernel;
 use crate::line::{Incumbent, Line, Unanswered};
 use crate::net::{ArpRules, Held, Link, Mac};
@@ -263,7 +264,9 @@ impl<'k> Hands<'k> {
             ToIncumbent::Standing { services } => Some(services),
             _ => None,
         })?;
-        let keeping = self.kernel.files.crossings()?.into_iter().map(|file| file.service);
+        let to_kernel = |name: &str| self.takes_sessions() && Place::of(name).is_some();
+        let files = self.kernel.files.crossings()?.into_iter();
+        let keeping = files.filter(|file| !to_kernel(&file.name)).map(|file| file.service);
         if let Some(missing) = expected.into_iter().chain(keeping).find(|name| !standing.contains(name)) {
             bail!("service {missing} does not stand by in the successor (standing: {})", standing.join(", "));
         }

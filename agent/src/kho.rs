@@ -26,9 +26,10 @@ use kexec_core::memory_map::{Range, RangeSet, struct_page_bytes};
 use kexec_core::placement::place_images;
 use state_schemas::Payload;
 use state_schemas::control_block;
-use state_schemas::latest::handover_record::{HandoverRecord, Kho, PhysRange};
+use state_schemas::latest::handover_record::{Arena, HandoverRecord, Kho, PhysRange};
 
 use crate::birth::{phys, range};
+use crate::files::Numbered;
 use crate::outcome::Failure;
 
 /// The blob with our own record: what the control block has, but for KHO's places, which whoever reads this has found. And the session
@@ -84,6 +85,17 @@ pub fn cmdline(given: String) -> String {
     let decided = |key: &str| given.split_whitespace().any(|word| word.split('=').next() == Some(key));
     let missing: Vec<_> = ["kho", "liveupdate"].into_iter().filter(|key| !decided(key)).collect();
     missing.into_iter().fold(given, |line, key| format!("{line} {key}=on").trim().to_owned())
+}
+
+/// What is spoken when the kernel is told this: an operator may have switched its orchestrator off.
+pub fn as_told(spoken: Spoken, cmdline: &str) -> Spoken {
+    let says = |key: &str, off: &[&str]| {
+        let last = cmdline.split_whitespace().rev().find_map(|word| word.strip_prefix(key)?.strip_prefix('='));
+        last.is_some_and(|value| off.contains(&value))
+    };
+    // kstrtobool()
+    let off = ["off", "of", "0", "n", "N", "no", "f", "F"];
+    Spoken { luo: spoken.luo && !says("liveupdate", &off) && !says("kho", &off), ..spoken }
 }
 
 /// Bytes that a region must have free, beside image and initrd, when its kernel will know `known` bytes of RAM from the start.
@@ -150,11 +162,15 @@ pub struct HandedOver {
 
 /// Writes the handover. What the record names is preserved piece by piece: a range that is taken as a whole there
 /// (`kho_restore_pages`) must have been preserved as a whole here, not as a part of something larger.
-pub fn write(spoken: Spoken, places: Places, record: &HandoverRecord) -> Result<HandedOver> {
+///
+/// Files of `kept` that are a session's become the kernel's, if it has an orchestrator.
+pub fn write(spoken: Spoken, places: Places, record: &HandoverRecord, kept: &Numbered) -> Result<HandedOver> {
     let files = Range::new(places.room.end() - FILES, places.room.end());
     let mut out = Outgoing::new(spoken.abi, phys(Range::new(places.room.start(), files.start())))?;
     out.scratch(phys(places.scratch));
-    for arena in &record.arenas {
+    let to_kernel: Vec<_> = kept.to_kernel().collect();
+    let is_kernels = |arena: &&Arena| to_kernel.iter().any(|(id, ..)| *id == arena.id);
+    for arena in record.arenas.iter().filter(|arena| !is_kernels(arena)) {
         arena.ranges.iter().try_for_each(|piece| out.preserve(*piece))?;
     }
     free_fragments(record).iter().try_for_each(|free| out.preserve(phys(free)))?;
@@ -170,8 +186,12 @@ pub fn write(spoken: Spoken, places: Places, record: &HandoverRecord) -> Result<
         frame.resize(frame.len().next_multiple_of(PAGE as usize), 0);
         let pages = PhysRange { start: files.start(), len: frame.len() as u64 };
         let data = Memfd::over(pages, len, 0).write(&mut out)?;
-        let session = Session { name: NAME.to_owned(), files: vec![File::memfd(RECORD_TOKEN, data)] };
-        Orchestration { update: record.hop.into(), sessions: vec![session], flbs: Vec::new() }.write(&mut out)?;
+        let own = Session { name: NAME.to_owned(), files: vec![File::memfd(RECORD_TOKEN, data)] };
+        let mut sessions = vec![own];
+        for (_, file, place) in &to_kernel {
+            place.add(file, &mut sessions, &mut out)?;
+        }
+        Orchestration { update: record.hop.into(), sessions, flbs: Vec::new() }.write(&mut out)?;
         memfd = (pages.start..pages.start + pages.len).step_by(PAGE as usize).collect();
     }
     let written = out.write()?;
@@ -246,5 +266,8 @@ mod tests {
         assert_eq!(cmdline(String::new()), "kho=on liveupdate=on");
         assert_eq!(cmdline("quiet kho=off".to_owned()), "quiet kho=off liveupdate=on");
         assert_eq!(cmdline("kho=on liveupdate=off".to_owned()), "kho=on liveupdate=off");
+        let has_luo = |cmdline| as_told(Spoken { abi: Abi::V4, luo: true }, cmdline).luo;
+        assert!(has_luo("kho=on liveupdate=on") && has_luo("liveupdate=0 liveupdate=1"));
+        assert!(!has_luo("kho=on liveupdate=off") && !has_luo("kho=0 liveupdate=on"));
     }
 }

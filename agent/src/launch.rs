@@ -10,16 +10,22 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use nix::fcntl::{FcntlArg, fcntl};
 
-use crate::files::notify;
+use crate::files::{notify, orchestrator};
 use crate::service::files::{Keeper, KeptFile};
+use crate::sys::seccomp::divert_ioctls;
 
 /// `SD_LISTEN_FDS_START`.
 const FIRST: i32 = 3;
 
-/// Becomes the program; comes back only with an error.
-pub fn become_program(name: &str, exec: &[String]) -> Result<std::convert::Infallible> {
+/// Becomes the program; comes back only with an error. With `liveupdate`, batond answers its calls of the Live Update Orchestrator.
+pub fn become_program(name: &str, exec: &[String], liveupdate: bool) -> Result<std::convert::Infallible> {
     let (program, arguments) = exec.split_first().context("name a program to run")?;
-    let files = Keeper::new(name).start().context("batond does not let it start")?;
+    let keeper = Keeper::new(name);
+    let files = keeper.start().context("batond does not let it start")?;
+    if liveupdate {
+        let listener = divert_ioctls(orchestrator::IOCTLS).context("cannot divert its calls (seccomp; are you root?)")?;
+        keeper.divert(&listener).context("batond does not answer for /dev/liveupdate")?;
+    }
     let mut command = Command::new(program);
     command.args(arguments).env("NOTIFY_SOCKET", notify::SOCKET);
     for variable in ["LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PID"] {

@@ -6,6 +6,8 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
+use anyhow::{Context, Result};
+
 use crate::sys;
 
 /// The device; one program at a time may have it open (EBUSY).
@@ -14,6 +16,16 @@ pub const DEVICE: &str = "/dev/liveupdate";
 const PRESENT: u64 = 1 << 63;
 const FRAME: u64 = (1 << 55) - 1;
 const PAGE: u64 = 4096;
+
+/// Keeps all others from the kernel's sessions while the file is open; nothing where there is no orchestrator. The kernel reads all that it was
+/// handed over at the first opening (`luo_session_deserialize`), so this is also its word on it.
+pub fn hold() -> Result<Option<File>> {
+    match File::options().read(true).write(true).open(DEVICE) {
+        Ok(file) => Ok(Some(file)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("the kernel's sessions cannot be had: {DEVICE}")),
+    }
+}
 
 /// A session that was handed over, with its files.
 #[derive(Debug)]

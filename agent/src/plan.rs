@@ -127,9 +127,10 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let region_len =
             findings.check("memory", memory(&parsed, initrd.len() as u64, &arenas, asked, block_size, kho))?;
         let spare = spare?;
+        let cmdline = cmdline(kernel, wish, kho);
         Some(Plan {
-            cmdline: cmdline(kernel, wish, kho),
-            kho,
+            kho: kho.map(|spoken| kho::as_told(spoken, &cmdline)),
+            cmdline,
             moves: order_of_moves(&cpus, spare.cpu),
             facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
             nic: nic?,

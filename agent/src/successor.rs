@@ -11,6 +11,7 @@
 //! ```
 //! Which word may come when is `handover`'s to say ([`handover::successor`]); here each is carried out.
 
+use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -30,6 +31,7 @@ use crate::arenas::Arena;
 use crate::birth::{Birth, range};
 use crate::kernel::Kernel;
 use crate::line::{Line, Successor};
+use crate::liveupdate;
 use crate::net::{Announcer, Link};
 use crate::sysfs;
 use crate::timeline::{Timeline, tsc};
@@ -60,6 +62,8 @@ struct Heir<'k> {
     device: &'k Device,
     line: Line<Successor>,
     address: Option<Address>,
+    /// The kernel's sessions, held back from everybody: what is taken out of one and freed would be lost to an incumbent that goes on.
+    sessions: Option<File>,
     /// What could not be done after the service answered; the next order fails with it.
     unsettled: Option<anyhow::Error>,
     timeline: Timeline,
@@ -87,6 +91,7 @@ impl<'k> Heir<'k> {
         mark(birth, BootMark::Agent);
         set_clock(birth)?;
         let line = Line::attach(birth.control.clone(), birth.base)?;
+        let sessions = liveupdate::hold()?;
         expect_arenas(kernel, device, birth)?;
         kernel.services.all_inherited();
         kernel.files.inherit(device, &birth.record)?;
@@ -94,7 +99,7 @@ impl<'k> Heir<'k> {
         mark(birth, BootMark::Network);
         let mut timeline = Timeline::continue_from(birth.record.journal.clone());
         timeline.add("successor: prepare", started, tsc());
-        Ok(Heir { kernel, birth, device, line, address, unsettled: None, timeline })
+        Ok(Heir { kernel, birth, device, line, address, sessions, unsettled: None, timeline })
     }
 
     /// Does what the incumbent says, until its last word: the order to take the rest.
@@ -251,6 +256,7 @@ impl<'k> Heir<'k> {
     /// The incumbent is gone: its last CPU, its memory. What cannot be had is reported, and the rest goes on.
     fn drain(&mut self, last: u32) -> Result<()> {
         let started = tsc();
+        drop(self.sessions.take());
         let deadline = Instant::now() + LAST_CPU_PATIENCE;
         while !ParkedCpus::new(&*self.birth.control, MAILBOX.offset).is_parked(last) {
             if Instant::now() > deadline {

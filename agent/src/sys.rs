@@ -1,5 +1,5 @@
 //! The agent's door to the system calls that no crate wraps safely.
-#![expect(unsafe_code, reason = "packet sockets take a sockaddr_ll, which nix does not build")]
+#![expect(unsafe_code, reason = "packet sockets take a sockaddr_ll, which nix does not build; it has neither LUO nor seccomp")]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -136,6 +136,122 @@ pub mod liveupdate {
     /// `LIVEUPDATE_SESSION_FINISH`
     pub fn finish(session: impl AsFd) -> io::Result<()> {
         call(session.as_fd(), 0x42, &mut Finish { size: size_of::<Finish>() as u32, reserved: 0 })
+    }
+}
+
+/// Calls of other programs that this one answers: seccomp's user notification (Documentation/userspace-api/seccomp_filter.rst).
+pub mod seccomp {
+    use super::{AsRawFd, FromRawFd, OwnedFd, io};
+    use std::os::fd::BorrowedFd;
+
+    /// `AUDIT_ARCH_X86_64` (include/uapi/linux/audit.h)
+    const X86_64: u32 = 0xc000_003e;
+    /// Where `struct seccomp_data` has the call's number, the architecture, and the low half of the second argument.
+    const NUMBER_AT: u32 = std::mem::offset_of!(libc::seccomp_data, nr) as u32;
+    const ARCH_AT: u32 = std::mem::offset_of!(libc::seccomp_data, arch) as u32;
+    const SECOND_AT: u32 = std::mem::offset_of!(libc::seccomp_data, args) as u32 + 8;
+
+    const fn request(direction: u64, number: u64, size: usize) -> u64 {
+        // _IOC(direction, '!', number, size)
+        direction << 30 | (size as u64) << 16 | 0x21 << 8 | number
+    }
+    const RECEIVE: u64 = request(3, 0, size_of::<libc::seccomp_notif>());
+    const SEND: u64 = request(3, 1, size_of::<libc::seccomp_notif_resp>());
+    const IS_VALID: u64 = request(1, 2, size_of::<u64>());
+    const ADD: u64 = request(1, 3, size_of::<libc::seccomp_notif_addfd>());
+
+    // The sizes are part of the numbers: these are the ones of Linux 5.9 and newer.
+    const _: () = assert!(RECEIVE == 0xc050_2100 && SEND == 0xc018_2101 && IS_VALID == 0x4008_2102 && ADD == 0x4018_2103);
+
+    /// A call that waits for an answer.
+    #[derive(Debug, Clone, Copy)]
+    pub struct Notice {
+        /// Its number.
+        pub id: u64,
+        /// The thread that calls.
+        pub thread: u32,
+        /// The call's arguments.
+        pub arguments: [u64; 6],
+    }
+
+    /// What is answered.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Answer {
+        /// The call returns 0.
+        Done,
+        /// It fails with this number.
+        Failed(i32),
+        /// The kernel carries it out, as if nobody had been asked.
+        GoOn,
+    }
+
+    /// From now on each ioctl of this type, of this thread and of what it starts, waits for an answer of whoever has the descriptor.
+    pub fn divert_ioctls(kind: u8) -> io::Result<OwnedFd> {
+        let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+        let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+        let (and, end) = (libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, libc::BPF_RET | libc::BPF_K);
+        let step = |code: u32, k: u32, otherwise: u8| libc::sock_filter { code: code as u16, jt: 0, jf: otherwise, k };
+        let mut filter = [
+            step(load, ARCH_AT, 0),
+            step(equal, X86_64, 6),
+            step(load, NUMBER_AT, 0),
+            step(equal, libc::SYS_ioctl as u32, 4),
+            step(load, SECOND_AT, 0),
+            step(and, 0xffff_ff00, 0),
+            step(equal, u32::from(kind) << 8, 1),
+            step(end, libc::SECCOMP_RET_USER_NOTIF, 0),
+            step(end, libc::SECCOMP_RET_ALLOW, 0),
+        ];
+        let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+        // SAFETY: 1. `program` names `filter` with its length, and both live across the call; the kernel copies the filter and keeps no
+        // pointer. 2. A non-negative result is a new descriptor that nobody else owns.
+        unsafe {
+            let (mode, flags) = (libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_NEW_LISTENER);
+            let raw = libc::syscall(libc::SYS_seccomp, mode, flags, &raw const program);
+            if raw < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            Ok(OwnedFd::from_raw_fd(raw as i32))
+        }
+    }
+
+    fn call<T>(listener: BorrowedFd<'_>, number: u64, argument: &mut T) -> io::Result<i32> {
+        // SAFETY: 1. Every T here is plain numbers in the kernel's layout, and its size is in `number`, so the kernel touches no byte beyond.
+        // 2. The reference is exclusive and lives across the call; the kernel keeps no pointer.
+        let result = unsafe { libc::ioctl(listener.as_raw_fd(), number as _, std::ptr::from_mut(argument)) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+    }
+
+    /// The next call; waits for it. ENOENT if the caller was interrupted meanwhile.
+    pub fn receive(listener: BorrowedFd<'_>) -> io::Result<Notice> {
+        let data = libc::seccomp_data { nr: 0, arch: 0, instruction_pointer: 0, args: [0; 6] };
+        // The kernel wants zeros.
+        let mut notice = libc::seccomp_notif { id: 0, pid: 0, flags: 0, data };
+        call(listener, RECEIVE, &mut notice)?;
+        Ok(Notice { id: notice.id, thread: notice.pid, arguments: notice.data.args })
+    }
+
+    /// Whether the caller still waits: what was read of it before is its, and not another thread's with its number.
+    pub fn is_valid(listener: BorrowedFd<'_>, id: u64) -> bool {
+        let mut id = id;
+        call(listener, IS_VALID, &mut id).is_ok()
+    }
+
+    /// Gives the caller a descriptor, closed by exec; its number over there.
+    pub fn give(listener: BorrowedFd<'_>, id: u64, file: BorrowedFd<'_>) -> io::Result<i32> {
+        let srcfd = file.as_raw_fd().cast_unsigned();
+        let newfd_flags = libc::O_CLOEXEC.cast_unsigned();
+        call(listener, ADD, &mut libc::seccomp_notif_addfd { id, flags: 0, srcfd, newfd: 0, newfd_flags })
+    }
+
+    /// Lets the caller go on.
+    pub fn answer(listener: BorrowedFd<'_>, id: u64, answer: Answer) -> io::Result<()> {
+        let (error, flags) = match answer {
+            Answer::Done => (0, 0),
+            Answer::Failed(number) => (-number, 0),
+            Answer::GoOn => (0, libc::SECCOMP_USER_NOTIF_FLAG_CONTINUE as u32),
+        };
+        call(listener, SEND, &mut libc::seccomp_notif_resp { id, val: 0, error, flags }).map(drop)
     }
 }
 

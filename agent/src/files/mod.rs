@@ -12,8 +12,10 @@
 //! successor was placed) ends the cutover at [`Store::freeze`], which undoes the update, and nothing is lost.
 
 pub mod notify;
+pub mod orchestrator;
 pub mod programs;
 pub mod server;
+pub mod sessions;
 
 use std::fs::File;
 use std::io;
@@ -36,6 +38,7 @@ use crate::outcome::Failure;
 use crate::service::files::check_name;
 use crate::services::Crossing;
 use programs::Program;
+use sessions::Place;
 use state_schemas::latest::handover_record as record;
 
 /// Most files in all: the record holds so many.
@@ -138,6 +141,7 @@ impl Store {
     /// Keeps a memfd: its content moves into pages that cross. The same file twice is one.
     pub fn keep(&self, device: &Device, service: &str, name: &str, file: OwnedFd) -> Result<()> {
         check_name(name)?;
+        sessions::check(name)?;
         let file = File::from(file);
         let len = memfd_len(&file)?;
         let mut inner = self.complete()?;
@@ -149,6 +153,9 @@ impl Store {
                 }
                 bail!("it is kept already, as {:?} of {}", kept.name, kept.service);
             }
+        }
+        if Place::of(name).is_some() && inner.kept.iter().any(|kept| kept.name == name) {
+            bail!("there is a file for this place in a session already");
         }
         if inner.closed {
             return Err(Settled.into());
@@ -192,6 +199,11 @@ impl Store {
         let inner = self.complete()?;
         let own = inner.kept.iter().filter(|kept| kept.service == service);
         own.map(|kept| Ok((kept.name.clone(), kept.file.as_fd().try_clone_to_owned()?))).collect()
+    }
+
+    /// Whether a file of this name is kept by this service.
+    pub fn has(&self, service: &str, name: &str) -> bool {
+        self.lock().kept.iter().any(|kept| kept.service == service && kept.name == name)
     }
 
     /// All pages that are kept, and those that are not free yet.
@@ -531,12 +543,18 @@ pub struct Numbered {
     pub files: Vec<CrossingFile>,
     /// Number of the first one's arena.
     pub first: u32,
+    /// The successor's kernel takes sessions: their files are not told to its agent.
+    pub luo: bool,
 }
 
 impl Numbered {
+    fn all(&self) -> impl Iterator<Item = (u32, &CrossingFile)> {
+        (self.first..).zip(&self.files)
+    }
+
     /// Their arenas.
     pub fn arenas(&self) -> impl Iterator<Item = record::Arena> + use<'_> {
-        (self.first..).zip(&self.files).map(|(id, file)| record::Arena {
+        self.all().map(|(id, file)| record::Arena {
             id,
             name: file.service.clone(),
             ranges: file.pieces.iter().copied().map(crate::birth::phys).collect(),
@@ -544,15 +562,24 @@ impl Numbered {
         })
     }
 
-    /// The files.
+    /// The files that the successor's agent makes.
     pub fn files(&self) -> impl Iterator<Item = record::File> + use<'_> {
-        (self.first..).zip(&self.files).map(|(arena, file)| record::File {
+        self.all().filter(|(_, file)| self.place(file).is_none()).map(|(arena, file)| record::File {
             service: file.service.clone(),
             name: file.name.clone(),
             arena,
             len: file.len,
             seals: file.seals,
         })
+    }
+
+    /// The files that its kernel makes, with their arenas' numbers and their places.
+    pub fn to_kernel(&self) -> impl Iterator<Item = (u32, &CrossingFile, Place<'_>)> {
+        self.all().filter_map(|(arena, file)| Some((arena, file, self.place(file)?)))
+    }
+
+    fn place<'f>(&self, file: &'f CrossingFile) -> Option<Place<'f>> {
+        Place::of(&file.name).filter(|_| self.luo)
     }
 }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::sys::socket::{getsockopt, sockopt};
 
-use super::{borrowed, check_owner};
+use super::{borrowed, check_owner, orchestrator};
 use crate::files::programs::Program;
 use crate::kernel::Kernel;
 use crate::listen::listen;
@@ -44,7 +44,7 @@ pub fn start(kernel: Arc<Kernel>) -> Result<()> {
     Ok(())
 }
 
-fn serve(kernel: &Kernel, socket: &UnixStream) -> Result<()> {
+fn serve(kernel: &Arc<Kernel>, socket: &UnixStream) -> Result<()> {
     socket.set_nonblocking(true)?;
     let mut inbox = Inbox::default();
     let ask: Ask = receive(socket.as_fd(), &mut inbox, Some(PATIENCE))?;
@@ -66,7 +66,12 @@ fn serve(kernel: &Kernel, socket: &UnixStream) -> Result<()> {
     Ok(told?)
 }
 
-fn carry_out(kernel: &Kernel, socket: &UnixStream, ask: &Ask, inbox: &mut Inbox) -> Result<Vec<(String, OwnedFd)>> {
+fn carry_out(
+    kernel: &Arc<Kernel>,
+    socket: &UnixStream,
+    ask: &Ask,
+    inbox: &mut Inbox,
+) -> Result<Vec<(String, OwnedFd)>> {
     ask.check()?;
     match &ask.what {
         What::Keep { name } => {
@@ -84,6 +89,10 @@ fn carry_out(kernel: &Kernel, socket: &UnixStream, ask: &Ask, inbox: &mut Inbox)
             let pid = getsockopt(socket, sockopt::PeerCredentials)?.pid();
             let program = Program::adopt(&ask.service, pid)?;
             kernel.files.stand_by(&ask.service, program)
+        }
+        What::Sessions => {
+            orchestrator::start(kernel.clone(), ask.service.clone(), inbox.descriptor()?)?;
+            Ok(Vec::new())
         }
     }
 }

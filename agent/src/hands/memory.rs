@@ -18,7 +18,7 @@ use super::{Hands, Placed};
 use crate::birth::phys;
 use crate::config::Cidr;
 use crate::facts::managed_memory;
-use crate::files::{CrossingFile, Numbered};
+use crate::files::Numbered;
 use crate::kho::{self, HandedOver, Spoken};
 use crate::line::Line;
 use crate::timeline::tsc;
@@ -140,8 +140,11 @@ impl Hands<'_> {
         let image = BzImage::parse(&self.plan.image)?;
         let division = &site.division;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
-        let mut record = self.record(site, info.tsc_khz, self.kernel.files.crossings()?);
-        let handover = self.plan.kho.map(|spoken| self.hand_over(spoken, site, &image, &mut record)).transpose()?;
+        let first = 1 + self.kernel.services.crossings().len() as u32;
+        let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
+        let mut record = self.record(site, info.tsc_khz, &kept);
+        let spoken = self.plan.kho;
+        let handover = spoken.map(|spoken| self.hand_over(spoken, site, &image, &mut record, &kept)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
             image: &image,
             initrd: &self.plan.initrd,
@@ -189,14 +192,20 @@ impl Hands<'_> {
         site: &Site,
         image: &BzImage<'_>,
         record: &mut record::HandoverRecord,
+        kept: &Numbered,
     ) -> Result<HandedOver> {
         let known = site.region.len() + site.division.reserved_in_successor().total();
         let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
-        let handed = kho::write(spoken, places, record)?;
+        let handed = kho::write(spoken, places, record, kept)?;
         // An older agent over there finds it by the kernel alone.
         record.kho = (self.plan.record_version >= 2).then(|| handed.places.clone());
         tracing::info!(abi = handed.places.abi, scratch = %places.scratch, "kexec handover for the successor");
         Ok(handed)
+    }
+
+    /// Whether the successor's kernel gives sessions back by itself.
+    pub(super) fn takes_sessions(&self) -> bool {
+        self.plan.kho.is_some_and(|spoken| spoken.luo)
     }
 
     /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.
@@ -207,14 +216,13 @@ impl Hands<'_> {
     }
 
     /// What the successor's agent must know.
-    fn record(&self, site: &Site, tsc_khz: u32, files: Vec<CrossingFile>) -> record::HandoverRecord {
+    fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> record::HandoverRecord {
         let division = &site.division;
         let facts = &self.plan.facts;
         let crossings = self.kernel.services.crossings();
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
         let boot_cpus = self.plan.moves.iter().map(|(cpu, _)| cpu).chain([&self.plan.spare]);
         let numbered = || crossings.iter().zip(1u32..);
-        let files = Numbered { files, first: 1 + crossings.len() as u32 };
         record::HandoverRecord {
             update: self.id,
             hop: facts.hops + 1,
@@ -246,7 +254,7 @@ impl Hands<'_> {
                     ranges: crossing.ranges.iter().copied().map(phys).collect(),
                     len: crossing.ranges.iter().map(|range| range.len()).sum(),
                 })
-                .chain(files.arenas())
+                .chain(kept.arenas())
                 .collect(),
             services: numbered()
                 .map(|(crossing, arena)| record::Service {
@@ -257,7 +265,7 @@ impl Hands<'_> {
                     port: 0,
                 })
                 .collect(),
-            files: files.files().collect(),
+            files: kept.files().collect(),
             network: self.network_record(),
             ecam: facts.ecam.map(|ecam| record::Ecam { address: ecam.base, segment: 0, bus_end: ecam.bus_end }),
             retired: Vec::new(),

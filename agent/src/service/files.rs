@@ -59,6 +59,8 @@ pub enum What {
     /// The asker is about to become the service's program: it gets what is kept when the service may run here, and
     /// stands by until then.
     Start,
+    /// Calls of the Live Update Orchestrator, of the asker and what it starts, wait for an answer at the descriptor that comes beside this frame.
+    Sessions,
 }
 
 /// What is answered.
@@ -84,7 +86,7 @@ impl Question for What {
     fn check(&self) -> Result<(), Error> {
         match self {
             What::Keep { name } | What::Forget { name } => check_name(name),
-            What::Files | What::Start => Ok(()),
+            What::Files | What::Start | What::Sessions => Ok(()),
         }
     }
 }
@@ -171,6 +173,11 @@ impl Keeper {
         self.ask(What::Start, None, None)
     }
 
+    /// Has the agent answer calls of the Live Update Orchestrator ([`crate::sys::seccomp`]).
+    pub(crate) fn divert(&self, listener: impl AsFd) -> Result<(), Error> {
+        self.ask(What::Sessions, Some(listener.as_fd()), Some(PATIENCE)).map(drop)
+    }
+
     fn ask(
         &self,
         what: What,
@@ -205,6 +212,7 @@ mod tests {
         let frames = [
             String::from_utf8(encode(&Ask::new("memo", What::Keep { name: "t".into() })).unwrap()[4..].into()),
             String::from_utf8(encode(&Ask::new("memo", What::Start)).unwrap()[4..].into()),
+            String::from_utf8(encode(&Ask::new("memo", What::Sessions)).unwrap()[4..].into()),
             String::from_utf8(encode(&Told::File { name: "t".into() }).unwrap()[4..].into()),
             String::from_utf8(encode(&Told::Done).unwrap()[4..].into()),
         ];
@@ -214,6 +222,7 @@ mod tests {
             [
                 r#"{"version":1,"service":"memo","what":{"Keep":{"name":"t"}}}"#,
                 r#"{"version":1,"service":"memo","what":"Start"}"#,
+                r#"{"version":1,"service":"memo","what":"Sessions"}"#,
                 r#"{"File":{"name":"t"}}"#,
                 r#""Done""#,
             ]

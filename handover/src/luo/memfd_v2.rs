@@ -83,9 +83,21 @@ impl Piece {
 impl Memfd {
     /// A file whose content lies in one piece: `len` bytes from the start of `pages`.
     pub fn over(pages: PhysRange, len: u64, seals: u32) -> Memfd {
-        let count = len.div_ceil(PAGE).min(pages.len / PAGE);
-        let piece = Piece { phys: pages.start, order: 0, count, index: 0, flags: DIRTY | UPTODATE };
-        Memfd { size: len, pos: 0, seals, pieces: if count == 0 { Vec::new() } else { vec![piece] } }
+        Memfd::across(&[pages], len, seals)
+    }
+
+    /// A file whose content lies in several pieces, one behind the other. Pages behind its end are nobody's.
+    pub fn across(ranges: &[PhysRange], len: u64, seals: u32) -> Memfd {
+        let mut pieces = Vec::new();
+        let (mut index, pages) = (0, len.div_ceil(PAGE));
+        for range in ranges {
+            let count = (range.len / PAGE).min(pages - index);
+            if count > 0 {
+                pieces.push(Piece { phys: range.start, order: 0, count, index, flags: DIRTY | UPTODATE });
+            }
+            index += count;
+        }
+        Memfd { size: len, pos: 0, seals, pieces }
     }
 
     /// Puts it into a handover, which keeps its pages by this (do not preserve them a second time). Answers with what
