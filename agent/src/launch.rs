@@ -23,7 +23,8 @@ pub fn become_program(name: &str, exec: &[String], liveupdate: bool) -> Result<s
     let keeper = Keeper::new(name);
     let files = keeper.start().context("batond does not let it start")?;
     if liveupdate {
-        let listener = divert_ioctls(orchestrator::IOCTLS).context("cannot divert its calls (seccomp; are you root?)")?;
+        let listener =
+            divert_ioctls(orchestrator::IOCTLS).context("cannot divert its calls (seccomp; are you root?)")?;
         keeper.divert(&listener).context("batond does not answer for /dev/liveupdate")?;
     }
     let mut command = Command::new(program);

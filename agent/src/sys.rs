@@ -1,5 +1,8 @@
 //! The agent's door to the system calls that no crate wraps safely.
-#![expect(unsafe_code, reason = "packet sockets take a sockaddr_ll, which nix does not build; it has neither LUO nor seccomp")]
+#![expect(
+    unsafe_code,
+    reason = "packet sockets take a sockaddr_ll, which nix does not build; it has neither LUO nor seccomp"
+)]
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -161,7 +164,8 @@ pub mod seccomp {
     const ADD: u64 = request(1, 3, size_of::<libc::seccomp_notif_addfd>());
 
     // The sizes are part of the numbers: these are the ones of Linux 5.9 and newer.
-    const _: () = assert!(RECEIVE == 0xc050_2100 && SEND == 0xc018_2101 && IS_VALID == 0x4008_2102 && ADD == 0x4018_2103);
+    const _: () =
+        assert!(RECEIVE == 0xc050_2100 && SEND == 0xc018_2101 && IS_VALID == 0x4008_2102 && ADD == 0x4018_2103);
 
     /// A call that waits for an answer.
     #[derive(Debug, Clone, Copy)]

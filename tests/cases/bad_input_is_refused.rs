@@ -43,6 +43,7 @@ fn bad_input_is_refused_and_leaves_everything_as_it_was() -> Result<()> {
         ("32-bit image", image("/tmp/only-32-bit"), &["32-bit only", "64-bit"]),
         ("too large an image", image("/tmp/large"), &["300 MiB is too large", "at most 256 MiB"]),
         ("no ACPI wakeup", image("/tmp/without-wakeup"), &["older than 6.10", "CONFIG_ACPI_MADT_WAKEUP", "choose"]),
+        ("unspoken KHO", image("/tmp/unspoken-kho"), &["kho-v99", "this baton speaks kho-v4", "update baton first"]),
         ("absent initrd", with(["--initrd", "/tmp/no-initrd"]), &["/tmp/no-initrd", "No such file", "name an initrd"]),
         ("CPU that is not there", with(["--cpu", "9"]), &["CPU 9 does not exist", "0, 1, 2, 3", "--cpu"]),
         ("boot CPU", with(["--cpu", "0"]), &["CPU 0", "moves last", "--cpu"]),
@@ -80,6 +81,7 @@ fn lay_traps(stage: &Stage, release: &str) -> Result<()> {
     guest.put("/tmp/text", 0o644, "no kernel at all\n".repeat(4096).as_bytes())?;
     guest.put("/tmp/only-32-bit", 0o644, &images::only_32_bit(&good))?;
     guest.put("/tmp/without-wakeup", 0o644, &images::without_wakeup(&good)?)?;
+    guest.put("/tmp/unspoken-kho", 0o644, &images::of_unspoken_kho(&good)?)?;
     guest.put("/tmp/unsigned", 0o644, &images::unsigned(&good)?)?;
     guest.check(&["truncate", "-s", "300M", "/tmp/large"])?;
     guest.check(&["sh", "-c", "taskset 0x4 sleep 100000 >/dev/null 2>&1 &"])?;

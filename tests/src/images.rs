@@ -29,13 +29,22 @@ pub fn unsigned(good: &[u8]) -> Result<Vec<u8>> {
 
 /// A kernel in which nothing is found that is looked for: what an older one looks like, or one built without ACPI wakeup.
 pub fn without_wakeup(good: &[u8]) -> Result<Vec<u8>> {
-    const TEXT: &[u8] = b"nothing to be found in here";
+    with_content(good, b"nothing to be found in here")
+}
+
+/// A kernel that is fit for an update, and expects kexec handover in a version that nobody speaks.
+pub fn of_unspoken_kho(good: &[u8]) -> Result<Vec<u8>> {
+    with_content(good, b"Failed to setup MADT reset vector\0kho-v99\0luo-v5\0memfd-v2\0")
+}
+
+/// With another kernel inside, of which only these bytes are left.
+fn with_content(good: &[u8], text: &[u8]) -> Result<Vec<u8>> {
     let mut image = good.to_vec();
     let payload = (usize::from(good[SETUP_SECTS]) + 1) * 512 + number(good, PAYLOAD_OFFSET)?;
     // RFC 8878: magic, a frame that is one segment with its size in a byte, one last raw block.
-    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0x20, TEXT.len() as u8];
-    frame.extend(&(1 | (TEXT.len() as u32) << 3).to_le_bytes()[..3]);
-    frame.extend(TEXT);
+    let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0x20, u8::try_from(text.len())?];
+    frame.extend(&(1 | u32::try_from(text.len())? << 3).to_le_bytes()[..3]);
+    frame.extend(text);
     image.get_mut(payload..payload + frame.len()).context("no payload")?.copy_from_slice(&frame);
     Ok(image)
 }

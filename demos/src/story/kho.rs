@@ -4,11 +4,13 @@
 //!
 //! ```text
 //! 6.12 ─► KHO ─► KHO ─► 7.x ─► KHO ─► KHO ...
-//!      └ in the trial: what batond handed over, from the incumbent
+//!   │  └ in the trial: what batond handed over, from the incumbent
+//!   └ before an update to KHO: the first stage of the kernel's own selftests for LUO; their second stage judges it afterwards
 //!            └ afterwards: the kernel's log, /sys/kernel/debug/kho/in, /dev/liveupdate, the keeper's pages, MemTotal
 //! ```
 
 use std::collections::BTreeMap;
+use std::fs;
 
 use agent::config::Service;
 use agent::kho;
@@ -18,6 +20,7 @@ use serde::Serialize;
 
 use super::stage::{Shape, Stage, Upgraded};
 use crate::keeper::{self, Found, Retrieved};
+use crate::lab::kho_kernel::{SELFTESTS, selftest};
 use crate::lab::progress::Task;
 use crate::lab::{Guest, Kernel, Lab, incumbent};
 
@@ -69,6 +72,9 @@ pub struct Hop {
     pub luo_sessions_retrieved: u64,
     /// The memfd in them has the content that was handed over, on the same physical pages; nothing for a kernel without KHO.
     pub memfd_same_pages: Option<bool>,
+    /// Selftests of the kernel's own for LUO that passed, first stage in the kernel that left and second in the one that came; nothing for a
+    /// kernel without KHO, which gives nothing back by itself.
+    pub luo_selftests_passed: Option<usize>,
     /// The kernel's `MemTotal`.
     #[serde(skip)]
     pub mem_total_kib: u64,
@@ -93,10 +99,16 @@ pub fn run(lab: &mut Lab, hops: usize) -> Result<Report> {
     let mut stage = Stage::open(lab, &first, &shape)?;
     task.done(&format!("{} serves; logs: {}", first.release, stage.machine.folder().display()));
     let mut report = Report { schema_version: SCHEMA_VERSION, hops: Vec::new(), objections: Vec::new() };
+    let judges = SELFTESTS.map(|name| (name, selftest(lab.tree(), &with_kho, name)));
+    let judges: Vec<Judge> = judges
+        .into_iter()
+        .map(|(name, path)| Ok(Judge { name, program: fs::read(&path).with_context(|| path.display().to_string())? }))
+        .collect::<Result<_>>()?;
     for n in 0..hops {
         let to = route[n % route.len()];
         let task = lab.progress().task(&format!("update {} of {hops}", n + 1));
-        let hop = hop(&mut stage, to, *to == with_kho, &task)?;
+        let judges = if *to == with_kho { &judges[..] } else { &[] };
+        let hop = hop(&mut stage, to, *to == with_kho, judges, &task)?;
         task.done(&format!("{}, {} of {} pages bad", hop.successor_release, hop.pages_bad, hop.pages_checked));
         report.hops.push(hop);
     }
@@ -104,9 +116,41 @@ pub fn run(lab: &mut Lab, hops: usize) -> Result<Report> {
     Ok(report)
 }
 
-fn hop(stage: &mut Stage, to: &Kernel, has_kho: bool, task: &Task) -> Result<Hop> {
+/// A program of the kernel's that judges LUO: one stage before an update, and one after it.
+struct Judge {
+    name: &'static str,
+    program: Vec<u8>,
+}
+
+impl Judge {
+    /// Lets the program make its sessions. They cross because batond answers for `/dev/liveupdate`, which this kernel may have or not.
+    fn first_stage(&self, guest: &Guest) -> Result<()> {
+        let path = self.put(guest)?;
+        guest.check(&["baton", "run", "--liveupdate", self.name, "--", &path, "-s", "1"])?;
+        Ok(())
+    }
+
+    /// What it finds in the sessions that this kernel gives back, without any help of ours.
+    fn second_stage(&self, guest: &Guest) -> Result<bool> {
+        let path = self.put(guest)?;
+        let ran = guest.run(&[&path, "-s", "2"])?;
+        if !ran.success() {
+            eprintln!("{}: {}{}", self.name, ran.text(), String::from_utf8_lossy(&ran.stderr));
+        }
+        Ok(ran.success())
+    }
+
+    fn put(&self, guest: &Guest) -> Result<String> {
+        let path = format!("/run/{}", self.name);
+        guest.put(&path, 0o755, &self.program)?;
+        Ok(path)
+    }
+}
+
+fn hop(stage: &mut Stage, to: &Kernel, has_kho: bool, judges: &[Judge], task: &Task) -> Result<Hop> {
     let incumbent = stage.guest();
     let incumbent_release = stage.status()?.kernel_release;
+    judges.iter().try_for_each(|judge| judge.first_stage(&incumbent))?;
     let mut handed = None;
     let image = format!("/boot/vmlinuz-{}", to.release);
     let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |line| {
@@ -131,6 +175,7 @@ fn hop(stage: &mut Stage, to: &Kernel, has_kho: bool, task: &Task) -> Result<Hop
         pages_bad: 0,
         luo_sessions_retrieved: 0,
         memfd_same_pages: None,
+        luo_selftests_passed: None,
         mem_total_kib: meminfo(&guest, "MemTotal")?,
         written_mib: 0,
     };
@@ -141,6 +186,8 @@ fn hop(stage: &mut Stage, to: &Kernel, has_kho: bool, task: &Task) -> Result<Hop
         let (sessions, same) = retrieve(&guest, &handed)?;
         hop.luo_sessions_retrieved = sessions;
         hop.memfd_same_pages = Some(same);
+        let passed = judges.iter().map(|judge| Ok(usize::from(judge.second_stage(&guest)?))).sum::<Result<usize>>()?;
+        hop.luo_selftests_passed = Some(passed);
     }
     let before = kept(&guest)?;
     task.step("writing all other memory");
@@ -229,6 +276,13 @@ fn objections(hops: &[Hop], ram_kib: u64, with_kho: &str) -> Vec<String> {
         if has_kho && (hop.luo_sessions_retrieved == 0 || hop.memfd_same_pages != Some(true)) {
             object("/dev/liveupdate does not give the memfd back on its pages".into());
         }
+        if has_kho && hop.luo_selftests_passed != Some(SELFTESTS.len()) {
+            object(format!(
+                "of the kernel's {} selftests for LUO pass {:?}",
+                SELFTESTS.len(),
+                hop.luo_selftests_passed
+            ));
+        }
         if hop.pages_bad > 0 || hop.pages_checked < KEPT_MIB << 8 {
             object(format!("{} of {} preserved pages are bad", hop.pages_bad, hop.pages_checked));
         }
@@ -259,6 +313,9 @@ pub fn for_people(report: &Report) -> String {
             hop.luo_sessions_retrieved,
             yes(hop.memfd_same_pages)
         );
+        if let Some(passed) = hop.luo_selftests_passed {
+            text += &format!("  the kernel's own selftests for LUO: {passed} of {} passed\n", SELFTESTS.len());
+        }
         text += &format!(
             "  preserved pages: {} checked, {} bad, after {} MiB of other memory were written; MemTotal {} MiB\n",
             hop.pages_checked,
@@ -288,6 +345,7 @@ mod tests {
             pages_bad: 0,
             luo_sessions_retrieved: u64::from(has_kho),
             memfd_same_pages: has_kho.then_some(true),
+            luo_selftests_passed: has_kho.then_some(SELFTESTS.len()),
             mem_total_kib: 3 << 20,
             written_mib: 2000,
         }
@@ -303,10 +361,11 @@ mod tests {
         };
         assert_eq!(found(&|_| {}), "");
         type Change = fn(&mut Hop);
-        let changes: [(Change, &str); 6] = [
+        let changes: [(Change, &str); 7] = [
             (|hop| hop.found_by_kernel = false, "its log"),
             (|hop| hop.blobs_identical = None, "other blobs"),
             (|hop| hop.memfd_same_pages = Some(false), "memfd"),
+            (|hop| hop.luo_selftests_passed = Some(1), "selftests"),
             (|hop| hop.pages_bad = 1, "1 of"),
             (|hop| hop.pages_checked = 0, "0 of 0"),
             (|hop| hop.mem_total_kib -= 1 << 20, "not for its use"),
@@ -328,6 +387,7 @@ mod tests {
             "found_by_kernel",
             "incumbent_release",
             "kho_abi",
+            "luo_selftests_passed",
             "luo_sessions_retrieved",
             "memfd_same_pages",
             "pages_bad",
