@@ -1,4 +1,4 @@
-//! The memory of services: how it is had, and how it is given back.
+//! Memory that crosses: how it is had, and how it is given back.
 //!
 //! An arena is one piece of physical memory where that can be had, else several, mapped one behind the other
 //! ([`kexec_core::memory_map::pieces`]). It stays where it is from kernel to kernel; each kernel counts it as its own
@@ -32,6 +32,17 @@ pub struct Piece {
     pub file: OwnedFd,
 }
 
+impl Piece {
+    fn open(device: &Device, range: Range) -> Result<Piece> {
+        Ok(Piece { range, file: device.memory_file(range, FileFlags::PAGES)? })
+    }
+
+    /// What [`take`] takes, with its files.
+    pub fn take(device: &Device, kept: &RangeSet, len: u64) -> Result<Vec<Piece>> {
+        take(device, kept, len)?.into_iter().map(|range| Piece::open(device, range)).collect()
+    }
+}
+
 /// The memory of one service.
 #[derive(Debug)]
 pub struct Arena {
@@ -58,7 +69,7 @@ impl Arena {
             .into_iter()
             .map(|range| {
                 device.take_memory(SELF, range, TakeMemory::Reserved)?;
-                Ok(Piece { range, file: device.memory_file(range, FileFlags::PAGES)? })
+                Piece::open(device, range)
             })
             .collect::<Result<_>>()?;
         Ok(Arena { pieces, fresh: false })
@@ -75,8 +86,8 @@ impl Arena {
                 Err(error) => anyhow::Error::from(error).context(format!("arena memory {range}")),
             };
             // A service has all pieces mapped, or none: the first one that cannot be had is the first one.
-            if let Ok(file) = device.memory_file(range, FileFlags::PAGES) {
-                kept.pieces.push(Piece { range, file });
+            if let Ok(piece) = Piece::open(device, range) {
+                kept.pieces.push(piece);
             }
             first_error = first_error.or(Some(error));
         }
@@ -84,43 +95,30 @@ impl Arena {
     }
 }
 
-/// Takes `len` bytes (rounded up to whole pages) out of this kernel's allocator, beside the arenas there are.
-pub fn take(device: &Device, arenas: &RangeSet, avoid: &RangeSet, len: u64) -> Result<Vec<Piece>> {
-    let len = len.checked_next_multiple_of(PAGE).context("the arena's length passes the end of memory")?;
-    let ram = managed_memory()?;
+/// Takes `len` bytes (rounded up to whole pages) out of this kernel's allocator, for an arena or a file; beside `kept`, which is
+/// all memory that crosses already. In one piece if that can be had, else in several, in the order in which they are to be mapped.
+pub fn take(device: &Device, kept: &RangeSet, len: u64) -> Result<Vec<Range>> {
+    let len = len.checked_next_multiple_of(PAGE).context("the length passes the end of memory")?;
     let available = available_memory()?;
     if available < len.saturating_add(LEFT_FREE) {
         return Err(Failure::precondition(
-            format!("an arena of {} MiB is asked for, and {} MiB of memory are available", len >> 20, available >> 20),
-            "free memory (stop a program), or ask for a smaller arena",
+            format!(
+                "{} KiB of memory that crosses are asked for, and {} KiB are available, of which {} stay free",
+                len >> 10,
+                available >> 10,
+                LEFT_FREE >> 10
+            ),
+            "free memory (stop a program), or ask for less",
         )
         .into());
     }
-    let avoid = avoid.union(arenas);
-    let wanted = |range| match device.take_memory(SELF, range, TakeMemory::Alloc) {
-        Ok(()) => Ok(true),
-        // In use and not to be moved, or not of this kernel's allocator: another place.
-        Err(
-            DeviceError::Busy { .. }
-            | DeviceError::Exists { .. }
-            | DeviceError::NoMemory { .. }
-            | DeviceError::Refused { .. },
-        ) => Ok(false),
-        Err(error) => Err(error),
+    let (taken, end) = match take_whole(device, kept, len)? {
+        Some(place) => (vec![place], Ok(())),
+        None => pieces::gather(&managed_memory()?, kept, len, |range| wanted(device, range)),
     };
-    let until = Instant::now() + ONE_PIECE_PATIENCE;
-    for place in pieces::whole(&ram, &avoid, arenas, len) {
-        if wanted(place)? {
-            return files(device, vec![place]);
-        }
-        if Instant::now() > until {
-            break;
-        }
-    }
-    let (taken, end) = pieces::gather(&ram, &avoid, len, wanted);
-    let refused = end.map_err(anyhow::Error::from).and_then(|()| enough(&taken, arenas, len)).err();
+    let refused = end.map_err(anyhow::Error::from).and_then(|()| enough(&taken, kept, len)).err();
     match refused {
-        None => files(device, taken),
+        None => Ok(taken),
         Some(why) => {
             for range in taken {
                 device.give_back_memory(SELF, range)?;
@@ -130,27 +128,50 @@ pub fn take(device: &Device, arenas: &RangeSet, avoid: &RangeSet, len: u64) -> R
     }
 }
 
-fn files(device: &Device, ranges: Vec<Range>) -> Result<Vec<Piece>> {
-    let file = |range| Ok(Piece { range, file: device.memory_file(range, FileFlags::PAGES)? });
-    ranges.into_iter().map(file).collect()
+/// The same in one piece, if it can soon be had; nobody counts it.
+pub fn take_whole(device: &Device, kept: &RangeSet, len: u64) -> Result<Option<Range>> {
+    let until = Instant::now() + ONE_PIECE_PATIENCE;
+    for place in pieces::whole(&managed_memory()?, kept, kept, len) {
+        if wanted(device, place)? {
+            return Ok(Some(place));
+        }
+        if Instant::now() > until {
+            break;
+        }
+    }
+    Ok(None)
 }
 
-fn enough(taken: &[Range], arenas: &RangeSet, len: u64) -> Result<()> {
+fn wanted(device: &Device, range: Range) -> std::result::Result<bool, DeviceError> {
+    match device.take_memory(SELF, range, TakeMemory::Alloc) {
+        Ok(()) => Ok(true),
+        // In use and not to be moved, or not of this kernel's allocator: another place.
+        Err(
+            DeviceError::Busy { .. }
+            | DeviceError::Exists { .. }
+            | DeviceError::NoMemory { .. }
+            | DeviceError::Refused { .. },
+        ) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+fn enough(taken: &[Range], kept: &RangeSet, len: u64) -> Result<()> {
     let had: u64 = taken.iter().map(|piece| piece.len()).sum();
     if had < len {
         return Err(Failure::precondition(
             format!(
-                "no {} MiB of memory for an arena: {} MiB could be had, in {} pieces; in the rest something cannot be moved",
-                len >> 20,
-                had >> 20,
+                "no {} KiB of memory that can stay where it is: {} KiB could be had, in {} pieces; in the rest something \
+                 cannot be moved",
+                len >> 10,
+                had >> 10,
                 pieces::joined(taken.iter().copied()).len()
             ),
-            "free memory (stop a program, drop caches), or ask for a smaller arena",
+            "free memory (stop a program, drop caches), or ask for less",
         )
         .into());
     }
-    let separate = arenas.union(&taken.iter().copied().collect()).count();
-    reservations(separate).map_err(anyhow::Error::from)
+    reservations(kept.union(&taken.iter().copied().collect()).count()).map_err(anyhow::Error::from)
 }
 
 /// Whether a successor's kernel can remember so many separate pieces of memory.
@@ -159,9 +180,9 @@ pub fn reservations(separate: usize) -> Result<(), Failure> {
     if separate > most {
         return Err(Failure::precondition(
             format!(
-                "the arenas would lie in {separate} separate pieces of memory, and a successor surely remembers {most}"
+                "arenas and files would lie in {separate} separate pieces of memory, and a successor surely remembers {most}"
             ),
-            "free memory (stop a program, drop caches), or use fewer arenas",
+            "free memory (stop a program, drop caches), or keep less: fewer arenas and files, or larger ones",
         ));
     }
     Ok(())

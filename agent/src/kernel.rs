@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use kexec_core::device::{Device, DeviceError, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
 
-use crate::arenas::{self, Arena};
+use crate::arenas::{Arena, Piece};
 use crate::birth::Birth;
 use crate::config::Config;
 use crate::control::{Status, UpdateStatus};
@@ -164,7 +164,7 @@ impl Kernel {
 
     fn allocate_arena(&self, len: u64, arenas: &RangeSet) -> Result<Arena> {
         let started = Instant::now();
-        let pieces = arenas::take(self.device()?, arenas, &self.files.ranges(), len)?;
+        let pieces = Piece::take(self.device()?, &arenas.union(&self.files.ranges()), len)?;
         let arena = Arena { pieces, fresh: true };
         let (mib, pieces, took) = (arena.bytes() >> 20, arena.ranges().len(), started.elapsed());
         tracing::info!("an arena of {mib} MiB in {pieces} pieces, had in {took:.1?}");
@@ -175,7 +175,7 @@ impl Kernel {
     pub fn grow_arena(&self, service: &str, more: u64) -> Result<Vec<(OwnedFd, u64)>> {
         let _held = self.between_updates()?;
         let device = self.device()?;
-        let pieces = arenas::take(device, &self.services.ranges(), &self.files.ranges(), more)?;
+        let pieces = Piece::take(device, &self.services.ranges().union(&self.files.ranges()), more)?;
         let copies = pieces.iter().map(|piece| Ok((piece.file.try_clone()?, piece.range.len()))).collect::<Result<_>>();
         match self.services.extend(service, pieces) {
             Ok(()) => copies,

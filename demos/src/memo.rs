@@ -42,6 +42,9 @@ pub struct Options {
     pub pages: u64,
     /// By the service's library, under this name, instead of the fd store.
     pub sdk: Option<String>,
+    /// When there is a file of this name, it goes, and one more memfd is given to the fd store: for a test that knows a moment at
+    /// which that is too late.
+    pub late: PathBuf,
 }
 
 /// What it found, and how it goes on.
@@ -177,21 +180,28 @@ fn by_fd_store(options: &Options) -> Result<()> {
         Some((fd, _)) => (File::options().read(true).write(true).open(format!("/proc/self/fd/{fd}"))?, true),
         None => {
             let file = new_file(options.pages)?;
-            // As any program does it that uses sd_pid_notify_with_fds(3).
-            let to = std::env::var_os("NOTIFY_SOCKET").context("NOTIFY_SOCKET is not set: who keeps the file?")?;
-            let socket = UnixDatagram::unbound()?;
-            socket.connect(Path::new(&to))?;
-            let text = format!("FDSTORE=1\nFDNAME={NAME}\n");
-            let (fds, iov) = ([file.as_raw_fd()], [IoSlice::new(text.as_bytes())]);
-            let rights = [ControlMessage::ScmRights(&fds)];
-            sendmsg::<()>(socket.as_raw_fd(), &iov, &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+            store(NAME, &file)?;
             (file, false)
         }
     };
     let mut memo = Memo::attach(options, file, found)?;
     loop {
         memo.step()?;
+        if fs::remove_file(&options.late).is_ok() {
+            store("late", &new_file(1)?)?;
+        }
     }
+}
+
+/// As any program does it that uses sd_pid_notify_with_fds(3).
+fn store(name: &str, file: &File) -> Result<()> {
+    let to = std::env::var_os("NOTIFY_SOCKET").context("NOTIFY_SOCKET is not set: who keeps the file?")?;
+    let socket = UnixDatagram::unbound()?;
+    socket.connect(Path::new(&to))?;
+    let text = format!("FDSTORE=1\nFDNAME={name}\n");
+    let (fds, iov) = ([file.as_raw_fd()], [IoSlice::new(text.as_bytes())]);
+    sendmsg::<()>(socket.as_raw_fd(), &iov, &[ControlMessage::ScmRights(&fds)], MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
 }
 
 fn by_library(options: &Options, name: &str) -> Result<()> {

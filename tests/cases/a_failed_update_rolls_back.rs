@@ -1,13 +1,15 @@
-//! An update that fails before the cutover gives everything back: the old kernel serves on, with its CPUs, memory and interfaces,
-//! and the next update works. From a kernel that the firmware booted, and from one that was itself a successor.
+//! An update that fails gives everything back: the old kernel serves on, with its CPUs, memory, interfaces, arenas and kept files,
+//! and the next update works, and takes them along. From a kernel that the firmware booted, and from one that was itself a successor.
 
+use agent::config::Service;
 use agent::initrd::Initrd;
 use agent::outcome::Class;
 use anyhow::{Context, Result, bail, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::snapshot::{self, Snapshot, assert_untouched};
-use baton_tests::{NEW, OLD, console, kernel, open};
+use baton_tests::{NEW, OLD, console, kernel, memo, open};
+use demos::keeper;
 use demos::story::stage::{Shape, Stage, Upgraded};
 
 /// Runs before `baton-init`, in the successor only: the service that it will start does this instead.
@@ -21,24 +23,74 @@ fn trap(service: &str) -> Result<Vec<u8>> {
     Ok(initrd.bytes()?)
 }
 
-/// What goes wrong, the words on the successor's command line and its initrd, and what is said of it.
-const FAILURES: [(&str, &str, Option<&str>, &str); 3] = [
-    ("a successor that never answers", "rdinit=/nonexistent", None, "booting failed"),
-    (
-        "a service that does not come up",
-        "rdinit=/trap",
-        Some("/tmp/exits"),
-        "services do not stand by after 15s: baton-kv",
-    ),
-    ("a successor that panics under its agent", "rdinit=/trap", Some("/tmp/panics"), "the successor panicked"),
+/// What goes wrong.
+struct Failure {
+    what: &'static str,
+    /// On the successor's command line.
+    words: &'static str,
+    initrd: Option<&'static str>,
+    /// A program of the incumbent does this as soon as the successor boots.
+    meanwhile: Option<&'static str>,
+    /// What is said of it.
+    said: &'static str,
+}
+
+const FAILURES: [Failure; 4] = [
+    Failure {
+        what: "a successor that never answers",
+        words: "rdinit=/nonexistent",
+        initrd: None,
+        meanwhile: None,
+        said: "booting failed",
+    },
+    Failure {
+        what: "a service that does not come up",
+        words: "rdinit=/trap",
+        initrd: Some("/tmp/exits"),
+        meanwhile: None,
+        said: "services do not stand by after 15s: baton-kv",
+    },
+    // Everybody is frozen when that is found.
+    Failure {
+        what: "a file that is to be kept too late",
+        words: "",
+        initrd: None,
+        meanwhile: Some("touch /run/memo.late"),
+        said: "it would be lost",
+    },
+    Failure {
+        what: "a successor that panics under its agent",
+        words: "rdinit=/trap",
+        initrd: Some("/tmp/panics"),
+        meanwhile: None,
+        said: "the successor panicked",
+    },
 ];
+/// A program with a memfd in the fd store.
+const MEMO: &str = "memo";
+/// The arena of a service that can be asked about each of its pages.
+const KEPT_MIB: u64 = 16;
+
+fn keeper() -> Service {
+    let exec = ["/usr/sbin/labd", "keep", &KEPT_MIB.to_string()].map(str::to_owned).to_vec();
+    Service { name: keeper::NAME.to_owned(), exec, fd_store: false }
+}
+
+/// Every page of the arena is what it must be, says the service that has it now.
+fn assert_arena_intact(stage: &Stage) -> Result<()> {
+    let found: keeper::Found = serde_json::from_str(&stage.guest().check(&["labd", "kept"])?)?;
+    assert_eq!(found, keeper::Found { pages: KEPT_MIB << 8, bad: 0 });
+    Ok(())
+}
 
 #[test]
 fn a_failed_update_gives_everything_back_and_the_next_one_works() -> Result<()> {
     let mut shape = Shape::default();
     (shape.update.boot_timeout_s, shape.update.step_timeout_s) = (25, 20);
+    shape.services.extend([keeper(), memo::service(MEMO, false)]);
     let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;
+    memo::report(stage, MEMO, memo::is_kept)?;
     let clients = Clients::start(stage, 40)?;
 
     let mut before = ready(stage)?;
@@ -48,7 +100,7 @@ fn a_failed_update_gives_everything_back_and_the_next_one_works() -> Result<()> 
     succeed(stage, NEW)?;
     // The kernel that serves now was a successor: its CPUs come back through a mailbox, its memory was adopted.
     before = ready(stage)?;
-    for failure in &FAILURES[..2] {
+    for failure in &FAILURES[..3] {
         before = fail(stage, OLD, failure, &before, &clients)?;
     }
     succeed(stage, OLD)?;
@@ -74,24 +126,31 @@ fn ready(stage: &Stage) -> Result<Snapshot> {
     snapshot::of(stage)
 }
 
-fn fail(
-    stage: &Stage,
-    series: &str,
-    (what, words, initrd, said): &(&str, &str, Option<&str>, &str),
-    before: &Snapshot,
-    clients: &Clients,
-) -> Result<Snapshot> {
+fn fail(stage: &Stage, series: &str, failure: &Failure, before: &Snapshot, clients: &Clients) -> Result<Snapshot> {
+    let Failure { what, words, initrd, meanwhile, said } = failure;
+    let guest = stage.guest();
+    let memo_before = memo::report(stage, MEMO, |_| true)?;
+    if let Some(meanwhile) = meanwhile {
+        let script = format!(
+            "(until grep -q ' booting ' /proc/multikernel; do sleep 0.2; done; {meanwhile}) < /dev/null > /dev/null 2>&1 &"
+        );
+        guest.check(&["sh", "-c", &script])?;
+    }
     let image = format!("/boot/vmlinuz-{}", kernel(series).release);
     // Not Stage's command line: a successor that panics must wait to be fenced.
     let line = format!("console=ttyS{},115200 printk.devkmsg=on panic=0 {words}", 1 - stage.serving);
     let mut arguments = vec!["upgrade", "--kernel", &image, "--cmdline", &line];
     arguments.extend(initrd.iter().flat_map(|path| ["--initrd", path]));
     let began = std::time::Instant::now();
-    let ran = baton(&stage.guest(), &arguments).with_context(|| format!("{what}\n{}", stage.machine.logs(40)))?;
+    let ran = baton(&guest, &arguments).with_context(|| format!("{what}\n{}", stage.machine.logs(40)))?;
     assert_refused(what, &ran, Class::RolledBack, &[said]).map_err(|why| why.context(stage.machine.logs(40)))?;
     clients.await_more(20)?;
     let after = snapshot::of(stage)?;
     assert_untouched(what, before, &after);
+    assert_arena_intact(stage).with_context(|| (*what).to_owned())?;
+    // The same process goes on, on the same pages. That nothing is lost there is seen when the next one looks at them all.
+    let memo = memo::report(stage, MEMO, |found| found.writes > memo_before.writes)?;
+    assert_eq!((memo.pid, &memo.physical), (memo_before.pid, &memo_before.physical), "{what}");
     eprintln!(
         "rolled back in {:.0} s: {what} ({} KiB available)",
         began.elapsed().as_secs_f64(),
@@ -102,11 +161,13 @@ fn fail(
 
 fn succeed(stage: &mut Stage, series: &str) -> Result<()> {
     let release = &kernel(series).release;
+    let memo = memo::report(stage, MEMO, |_| true)?;
     match stage.upgrade(release, &[])? {
         Upgraded::Drained(status) => {
             let update = status.update.context("an update brought this kernel here")?;
             ensure!(update.left_undone.is_empty(), "{:?}", update.left_undone);
-            Ok(())
+            memo::assert_crossed(stage, MEMO, &memo)?;
+            assert_arena_intact(stage)
         }
         Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
     }

@@ -2,59 +2,22 @@
 //! while it goes on writing. One such program knows systemd's fd store and nothing of Baton, the other uses the library.
 //! What cannot be kept is refused with a reason.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent::config::Service;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
+use baton_tests::memo::{self, assert_crossed, is_kept, report};
 use baton_tests::{NEW, OLD, console, kernel, open};
-use demos::memo::Found;
-use demos::story::stage::{Shape, Stage, Upgraded};
+use demos::story::stage::{Shape, Upgraded};
 
 /// By the fd store; by the library.
 const MEMOS: [&str; 2] = ["memo", "memo-sdk"];
-const PAGES: u64 = 1024;
 /// `F_SEAL_SHRINK`, which the programs put on their files.
 const SEAL_SHRINK: i32 = 2;
-/// How long a program may take to say something new.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-fn services() -> Vec<Service> {
-    let memo = |name: &str, more: &[&str]| Service {
-        name: name.to_owned(),
-        exec: ["/usr/sbin/baton-memo", "--report", &format!("/run/{name}.json")]
-            .into_iter()
-            .chain(more.iter().copied())
-            .map(str::to_owned)
-            .collect(),
-        fd_store: more.is_empty(),
-    };
-    vec![memo("memo", &[]), memo("memo-sdk", &["--sdk", "memo-sdk"])]
-}
-
-/// What a program says of itself, once it is as it should be.
-fn report(stage: &Stage, name: &str, wanted: impl Fn(&Found) -> bool) -> Result<Found> {
-    let until = Instant::now() + PATIENCE;
-    let path = format!("/run/{name}.json");
-    loop {
-        let last = stage.guest().check(&["cat", &path]).map_err(anyhow::Error::from);
-        let last = last.and_then(|text| serde_json::from_str::<Found>(&text).context(text));
-        match last {
-            Ok(found) if wanted(&found) => return Ok(found),
-            last => ensure!(Instant::now() < until, "{name}: {last:?}\n{}", stage.machine.logs(60)),
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
-}
-
-/// All pages behind one another, and all written to.
-fn is_kept(found: &Found) -> bool {
-    found.physical.len() == 1 && found.physical[0].ends_with(&format!("+{PAGES}")) && found.writes > PAGES
-}
 
 #[test]
 fn kept_memory_crosses_there_and_back() -> Result<()> {
     let mut shape = Shape::default();
-    shape.services.extend(services());
+    shape.services.extend([memo::service(MEMOS[0], false), memo::service(MEMOS[1], true)]);
     let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;
     let mut before = Vec::new();
@@ -77,12 +40,7 @@ fn kept_memory_crosses_there_and_back() -> Result<()> {
             panic!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr));
         }
         for (name, before) in MEMOS.iter().zip(&before) {
-            let after = report(stage, name, |found| found.writes > found.writes_found)?;
-            eprintln!("{name} in {release}: {after:?}");
-            assert!(after.found && after.bad == 0 && after.torn <= 1, "{name} in {release}: {after:?}");
-            assert!(after.writes_found >= before.writes, "{name} in {release}: {before:?}, then {after:?}");
-            assert_eq!(after.physical, before.physical, "{name} in {release}: the same pages");
-            assert_eq!(after.seals, before.seals, "{name} in {release}");
+            assert_crossed(stage, name, before).with_context(|| format!("in {release}"))?;
         }
     }
     let machine = &stage.machine;
@@ -99,7 +57,7 @@ fn refused(answers: &str) {
         ("empty", "0 bytes"),
         ("huge pages", "huge pages"),
         ("too large", "1 byte to 1 TiB"),
-        ("more than there is", "no 536870912 KiB of contiguous memory"),
+        ("more than there is", "536870912 KiB of memory that crosses are asked for"),
         ("long name", "1 to 255"),
         ("bad name", "no colon"),
         ("once", "kept"),

@@ -7,6 +7,7 @@
 pub mod clients;
 pub mod console;
 pub mod images;
+pub mod memo;
 pub mod refusal;
 pub mod snapshot;
 

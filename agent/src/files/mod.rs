@@ -25,16 +25,15 @@ use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
-use kexec_core::device::{Content, Device, DeviceError, SELF, TakeMemory};
-use kexec_core::layout::{LOW_MEMORY_END, PAGE};
+use kexec_core::device::{Content, Device, SELF, TakeMemory};
+use kexec_core::layout::PAGE;
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
+use crate::arenas::{self, take_whole};
 use crate::control::ServiceStatus;
-use crate::facts::managed_memory;
-use crate::outcome::Failure;
 use crate::service::files::check_name;
 use crate::services::Crossing;
 use programs::Program;
@@ -45,8 +44,6 @@ use state_schemas::latest::handover_record as record;
 pub const MAX_FILES: usize = 512;
 /// Largest file.
 pub const MAX_LEN: u64 = 1 << 40;
-/// Files of this size or more start on multiples of it.
-const GRAIN: u64 = 2 << 20;
 /// A change of a file less than this before it was looked at may carry the same time as the look: file times go by the
 /// timer's tick, of which the slowest kernel has 100 a second.
 const TICK: Duration = Duration::from_millis(20);
@@ -138,8 +135,8 @@ impl Store {
         Ok(inner)
     }
 
-    /// Keeps a memfd: its content moves into pages that cross. The same file twice is one.
-    pub fn keep(&self, device: &Device, service: &str, name: &str, file: OwnedFd) -> Result<()> {
+    /// Keeps a memfd: its content moves into pages that cross, as the `arenas` do. The same file twice is one.
+    pub fn keep(&self, device: &Device, arenas: &RangeSet, service: &str, name: &str, file: OwnedFd) -> Result<()> {
         check_name(name)?;
         sessions::check(name)?;
         let file = File::from(file);
@@ -165,8 +162,8 @@ impl Store {
         }
         let mut kept =
             Kept { service: service.to_owned(), name: name.to_owned(), file, pieces: Vec::new(), len, changed: None };
-        let taken = inner.ranges();
-        if let Err(error) = settle(device, &mut kept, &taken) {
+        let crossing = inner.ranges().union(arenas);
+        if let Err(error) = settle(device, &mut kept, &crossing) {
             inner.leaving.append(&mut kept.pieces);
             drop(kept);
             inner.release(device);
@@ -212,13 +209,13 @@ impl Store {
     }
 
     /// What crosses, as it is about to be told to a successor: nothing else does from now on, until [`Store::open`].
-    pub fn close(&self, device: &Device) -> Result<Vec<CrossingFile>> {
+    pub fn close(&self, device: &Device, arenas: &RangeSet) -> Result<Vec<CrossingFile>> {
         let mut inner = self.lock();
         inner.release(device);
-        let taken = inner.ranges();
-        for kept in &mut inner.kept {
-            let (service, name) = (kept.service.clone(), kept.name.clone());
-            settle(device, kept, &taken).with_context(|| format!("file {name:?} of {service}"))?;
+        for n in 0..inner.kept.len() {
+            let crossing = inner.ranges().union(arenas);
+            let kept = &mut inner.kept[n];
+            settle(device, kept, &crossing).with_context(|| format!("file {:?} of {}", kept.name, kept.service))?;
         }
         (inner.closed, inner.missed) = (true, None);
         inner.crossings()
@@ -399,7 +396,7 @@ impl Inner {
     fn release(&mut self, device: &Device) {
         // mlock() leaves references in lists of each CPU; whoever takes a page empties them. None is a pity, not an error.
         if !self.leaving.is_empty()
-            && let Ok(page) = take(device, PAGE, &self.ranges())
+            && let Ok(Some(page)) = take_whole(device, &self.ranges(), PAGE)
         {
             let _ = device.give_back_memory(SELF, page);
         }
@@ -454,14 +451,13 @@ fn seals_of(file: &File) -> Result<u32> {
     Ok(fcntl(file, FcntlArg::F_GET_SEALS)?.cast_unsigned())
 }
 
-/// As many pages as the file has, and all of them in their places.
-fn settle(device: &Device, kept: &mut Kept, taken: &RangeSet) -> Result<()> {
+/// As many pages as the file has, and all of them in their places. `crossing` is all that is kept.
+fn settle(device: &Device, kept: &mut Kept, crossing: &RangeSet) -> Result<()> {
     let had: u64 = kept.pieces.iter().map(|piece| piece.len()).sum();
     kept.len = memfd_len(&kept.file)?;
     let wanted = kept.len.next_multiple_of(PAGE);
     if wanted > had {
-        let avoid = taken.union(&kept.pieces.iter().copied().collect());
-        kept.pieces.push(take(device, wanted - had, &avoid)?);
+        kept.pieces.extend(arenas::take(device, crossing, wanted - had)?);
     }
     place(device, kept, Content::OfFile)
 }
@@ -482,36 +478,6 @@ fn place(device: &Device, kept: &mut Kept, content: Content) -> Result<()> {
     let settled = now.checked_sub(TICK).is_some_and(|then| meta.modified().is_ok_and(|at| at < then));
     kept.changed = settled.then(|| (meta.ctime(), meta.ctime_nsec()));
     Ok(())
-}
-
-/// Takes contiguous memory, lowest first: it stays where it is for ever, so it belongs below every region. What is small
-/// goes beside what there is, because every separate piece is one reservation in every later kernel.
-fn take(device: &Device, len: u64, avoid: &RangeSet) -> Result<Range> {
-    let low = RangeSet::from(Range::new(0, LOW_MEMORY_END));
-    let free = managed_memory()?.subtract(&low).subtract(avoid).shrink_to(PAGE);
-    let beside = avoid.iter().filter_map(|range| Range::with_len(range.end(), len)).filter(|_| len < GRAIN);
-    let beside = beside.filter(|place| free.contains(*place));
-    let aligned = free.iter().flat_map(|room| {
-        let starts = (room.start().next_multiple_of(GRAIN)..room.end()).step_by(GRAIN as usize);
-        starts.filter_map(move |start| Range::with_len(start, len)).filter(move |place| room.contains(*place))
-    });
-    for place in beside.chain(aligned) {
-        match device.take_memory(SELF, place, TakeMemory::Alloc) {
-            Ok(()) => return Ok(place),
-            Err(
-                DeviceError::Busy { .. }
-                | DeviceError::Exists { .. }
-                | DeviceError::NoMemory { .. }
-                | DeviceError::Refused { .. },
-            ) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
-    Err(Failure::precondition(
-        format!("no {} KiB of contiguous memory for a file", len >> 10),
-        "free memory (stop a program, drop caches)",
-    )
-    .into())
 }
 
 fn inherit_one(device: &Device, file: &record::File, pieces: Vec<Range>) -> Result<Kept> {

@@ -76,7 +76,8 @@ fn carry_out(
     match &ask.what {
         What::Keep { name } => {
             let file = inbox.descriptor()?;
-            kernel.files.keep(kernel.device()?, &ask.service, name, file).with_context(|| format!("file {name:?}"))?;
+            let (device, arenas) = (kernel.device()?, kernel.services.ranges());
+            kernel.files.keep(device, &arenas, &ask.service, name, file).with_context(|| format!("file {name:?}"))?;
             Ok(Vec::new())
         }
         What::Forget { name } => {

@@ -40,7 +40,7 @@ impl Hands<'_> {
     /// Takes the successor's memory: a range reserved at boot if there is one, else out of the allocator.
     pub(super) fn take_memory(&mut self) -> Result<()> {
         let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
-        let settled = self.kernel.files.close(self.device).map(drop);
+        let settled = self.kernel.files.close(self.device, &self.kernel.services.ranges()).map(drop);
         let taken = settled.and_then(|()| self.take_region(instance)).and_then(|region| {
             let division = self.divide(instance, region)?;
             let mut low = Vec::new();

@@ -18,6 +18,9 @@ struct Arguments {
     /// Keep it by the service's library, as the service of this name
     #[arg(long)]
     sdk: Option<String>,
+    /// When this file is there, remove it and keep one more memfd (fd store)
+    #[arg(long, default_value = "/run/memo.late")]
+    late: PathBuf,
     /// Only ask for what must be refused, and print the answers
     #[arg(long)]
     impossible: bool,
@@ -25,8 +28,8 @@ struct Arguments {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let Arguments { report, pages, sdk, impossible } = arguments;
-    let ended = if impossible { ask_for_the_impossible() } else { run(&Options { report, pages, sdk }) };
+    let Arguments { report, pages, sdk, late, impossible } = arguments;
+    let ended = if impossible { ask_for_the_impossible() } else { run(&Options { report, pages, sdk, late }) };
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
