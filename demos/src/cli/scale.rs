@@ -39,5 +39,5 @@ pub fn run(arguments: &ScaleArguments) -> anyhow::Result<ExitCode> {
     } else {
         print!("{}", report::scale_for_people(&scale));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if scale.failure.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

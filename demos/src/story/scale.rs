@@ -6,14 +6,15 @@ use std::io;
 use std::time::{Duration, Instant};
 
 use agent::birth::phys;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use handover::kho::{Abi, Outgoing};
+use handover::phase::Phase;
 use kexec_core::boot_params::SetupData;
 use kexec_core::memory_map::division::Division;
 use kexec_core::memory_map::{Range, RangeSet};
 use serde::{Deserialize, Serialize};
 
-use super::report::{MachineShape, Outcome, PhaseTime, SCHEMA_VERSION, Writes, medians};
+use super::report::{Hop, MachineShape, PhaseTime, SCHEMA_VERSION, Writes, medians};
 use super::stage::{Stage, service};
 use super::upgrade;
 use crate::lab::progress::Task;
@@ -42,7 +43,7 @@ impl Default for Options {
     }
 }
 
-/// What `cargo demo scale --json` prints.
+/// What `cargo demo scale --json` prints, however it went.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Scale {
     /// [`SCHEMA_VERSION`].
@@ -51,10 +52,29 @@ pub struct Scale {
     pub accelerator: Accelerator,
     /// The machines.
     pub machine: MachineShape,
-    /// By size of the arena, ascending.
+    /// By size of the arena, in the order asked for; without those of which no update succeeded.
     pub sizes: Vec<OfSize>,
+    /// Updates that gave no figure. The next one was made in a fresh machine.
+    pub failures: Vec<FailedUpdate>,
+    /// The median cutover with the largest arena in units of that with the smallest; nothing with fewer than two sizes.
+    pub cutover_ratio: Option<f64>,
     /// What was only described, on the host itself.
     pub described: Vec<Described>,
+    /// Why nothing can be said of a size, or a write that the service acknowledged and lost. A failed update alone is no reason.
+    pub failure: Option<String>,
+}
+
+/// An update that gave no figure, or whose writes could not all be read back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FailedUpdate {
+    /// The arena.
+    pub arena_mib: u64,
+    /// Which of those asked for, from 1.
+    pub run: usize,
+    /// What went wrong, with the end of the machine's logs where they say more.
+    pub why: String,
+    /// Folder with the machine's logs.
+    pub logs: Option<String>,
 }
 
 /// Updates with one size of arena.
@@ -64,6 +84,12 @@ pub struct OfSize {
     pub arena_mib: u64,
     /// How much of it was filled before the first update.
     pub filled_mib: u64,
+    /// How many updates were asked for; the figures say how many succeeded.
+    pub asked: usize,
+    /// Before the freeze, in the incumbent: describing what crosses and writing kernel, initrd and record into their places, ms.
+    pub place_ms: Distribution,
+    /// Before the freeze, in the successor: taking over the pages of what crosses, ms.
+    pub take_over_ms: Distribution,
     /// The longest silence that the prober saw, ms.
     pub blackout_ms: Distribution,
     /// The whole cutover, ms.
@@ -74,8 +100,8 @@ pub struct OfSize {
     pub phases: Vec<PhaseTime>,
     /// What became of the clients' writes.
     pub writes: Writes,
-    /// Folder with the machine's logs.
-    pub logs: String,
+    /// Folders with the machines' logs.
+    pub logs: Vec<String>,
 }
 
 /// One step of the cutover.
@@ -109,45 +135,111 @@ const FILL_PATIENCE: Duration = Duration::from_secs(60);
 /// What is left empty, so that the clients of the update have room for their writes.
 const LEFT_EMPTY_MIB: u64 = 8;
 
-/// Measures. An update that does not succeed is an error.
+/// Measures. An update that fails is recorded, and the next one gets a fresh machine; an error means that there are no machines at all.
 pub fn run(lab: &Lab, options: &Options) -> Result<Scale> {
+    let accelerator = accel::choose(lab.tree(), lab.progress())?;
     let described = options.described_mib.iter().map(|mib| describe(*mib)).collect::<Result<_>>()?;
-    let sizes = options.sizes_mib.iter().map(|mib| of_size(lab, options, *mib)).collect::<Result<_>>()?;
+    let (mut sizes, mut failures, mut objections) = (Vec::new(), Vec::new(), Vec::new());
+    for arena_mib in &options.sizes_mib {
+        match of_size(lab, options, *arena_mib, &mut failures)? {
+            Some(size) => {
+                let Writes { acknowledged, lost, contradictions, .. } = size.writes;
+                if lost > 0 || contradictions > 0 {
+                    objections.push(format!(
+                        "{arena_mib} MiB: of {acknowledged} acknowledged writes {lost} are lost; {contradictions} contradictions"
+                    ));
+                }
+                sizes.push(size);
+            }
+            None => objections.push(format!("{arena_mib} MiB: none of {} updates succeeded", options.runs)),
+        }
+    }
     Ok(Scale {
         schema_version: SCHEMA_VERSION,
-        accelerator: accel::choose(lab.tree(), lab.progress())?,
+        accelerator,
         machine: options.machine.machine(),
+        cutover_ratio: cutover_ratio(&sizes),
         sizes,
+        failures,
         described,
+        failure: (!objections.is_empty()).then(|| objections.join("; ")),
     })
 }
 
-fn of_size(lab: &Lab, options: &Options, arena_mib: u64) -> Result<OfSize> {
-    let mut machine = upgrade::Options { hops: options.runs, ..options.machine.clone() };
+fn cutover_ratio(sizes: &[OfSize]) -> Option<f64> {
+    let smallest = sizes.iter().min_by_key(|size| size.arena_mib)?;
+    let largest = sizes.iter().max_by_key(|size| size.arena_mib)?;
+    let apart = largest.arena_mib > smallest.arena_mib;
+    apart.then(|| largest.cutover_ms.median() / smallest.cutover_ms.median())
+}
+
+/// Updates with an arena of this size. A machine makes them until one fails.
+fn of_size(lab: &Lab, options: &Options, arena_mib: u64, failures: &mut Vec<FailedUpdate>) -> Result<Option<OfSize>> {
+    let mut machine = options.machine.clone();
     machine.shape.services = vec![incumbent::demo_service_with(&["--arena-mib", &arena_mib.to_string()])];
-    let fill_mib = arena_mib.saturating_sub(LEFT_EMPTY_MIB).max(1);
-    let report = upgrade::run_prepared(lab, &machine, &mut |stage, task| {
-        task.step(&format!("filling {fill_mib} of {arena_mib} MiB"));
-        fill(stage, fill_mib, task)
-    })?;
-    if report.outcome != Outcome::Committed {
-        let why = report.failure.unwrap_or_default();
-        bail!("updates with {arena_mib} MiB ended as {:?}: {why}", report.outcome);
+    let filled_mib = arena_mib.saturating_sub(LEFT_EMPTY_MIB).max(1);
+    let (mut hops, mut writes, mut logs) = (Vec::new(), Writes::default(), Vec::new());
+    let mut done = 0;
+    while done < options.runs {
+        let mut failed = |run: usize, why: String, logs: Option<String>| {
+            let run = run.min(options.runs);
+            eprintln!("lab: update {run} of {} with {arena_mib} MiB FAILED: {why}", options.runs);
+            failures.push(FailedUpdate { arena_mib, run, why, logs });
+        };
+        machine.hops = options.runs - done;
+        let ran = upgrade::run_prepared(lab, &machine, &mut |stage, task| {
+            task.step(&format!("filling {filled_mib} of {arena_mib} MiB"));
+            fill(stage, filled_mib, task)
+        });
+        done += 1;
+        match ran {
+            Ok(report) => {
+                done += report.hops.len();
+                if let Some(why) = report.failure {
+                    failed(done, why, report.logs.clone());
+                }
+                if let Some(unfinished) = report.unfinished {
+                    writes.add(&unfinished.writes);
+                }
+                hops.extend(report.hops);
+                logs.extend(report.logs);
+            }
+            Err(why) => failed(done, format!("{why:#}"), None),
+        }
     }
-    let cutover = |phases: &[PhaseTime]| phases.iter().find(|phase| phase.name == "cutover").cloned();
-    let cutovers: Vec<PhaseTime> = report.hops.iter().filter_map(|hop| cutover(&hop.phases)).collect();
-    let phases: Vec<&[PhaseTime]> = report.hops.iter().map(|hop| hop.phases.as_slice()).collect();
-    let mut writes = Writes::default();
-    report.hops.iter().for_each(|hop| writes.add(&hop.writes));
+    hops.iter().for_each(|hop| writes.add(&hop.writes));
+    if hops.is_empty() { Ok(None) } else { figures(options.runs, arena_mib, filled_mib, &hops, writes, logs).map(Some) }
+}
+
+fn figures(
+    asked: usize,
+    arena_mib: u64,
+    filled_mib: u64,
+    hops: &[Hop],
+    writes: Writes,
+    logs: Vec<String>,
+) -> Result<OfSize> {
+    let all_of = |of: Phase| -> Vec<PhaseTime> {
+        hops.iter().flat_map(|hop| &hop.phases).filter(|phase| phase.name == of.name()).cloned().collect()
+    };
+    let (cutovers, booting) = (all_of(Phase::Cutover), all_of(Phase::Booting));
+    let of_booting = |name: &str| {
+        let times = booting.iter().flat_map(|phase| &phase.steps).filter(|step| step.name == name);
+        distribution(times.map(|step| step.ms)).with_context(|| format!("no update has the step {name:?}"))
+    };
+    let phases: Vec<&[PhaseTime]> = hops.iter().map(|hop| hop.phases.as_slice()).collect();
     Ok(OfSize {
         arena_mib,
-        filled_mib: fill_mib,
-        blackout_ms: distribution(report.hops.iter().map(|hop| hop.blackout_ms))?,
+        filled_mib,
+        asked,
+        place_ms: of_booting("place image")?,
+        take_over_ms: of_booting("successor: prepare")?,
+        blackout_ms: distribution(hops.iter().map(|hop| hop.blackout_ms))?,
         cutover_ms: distribution(cutovers.iter().map(|cutover| cutover.ms))?,
         steps: steps(&cutovers)?,
         phases: medians(&phases),
         writes,
-        logs: report.logs.unwrap_or_default(),
+        logs,
     })
 }
 

@@ -22,19 +22,32 @@ pub fn scale_for_people(scale: &Scale) -> String {
             }
         }
     };
+    add("before: place", &|size| Some(size.place_ms.clone()));
+    add("before: take over pages", &|size| Some(size.take_over_ms.clone()));
     let steps = scale.sizes.first().map(|size| size.steps.as_slice()).unwrap_or_default();
     for step in steps {
         add(&step.name, &|size| size.steps.iter().find(|same| same.name == step.name).map(|same| same.ms.clone()));
     }
-    add("cutover", &|size| Some(size.cutover_ms.clone()));
-    add("silence", &|size| Some(size.blackout_ms.clone()));
-    let _ = writeln!(text, "{rows}\n\nall phases, medians");
+    add("whole cutover", &|size| Some(size.cutover_ms.clone()));
+    add("longest silence", &|size| Some(size.blackout_ms.clone()));
+    let _ = writeln!(text, "{rows}");
+    if let Some(ratio) = scale.cutover_ratio {
+        let _ =
+            writeln!(text, "whole cutover, medians: the largest arena takes {ratio:.2} times what the smallest takes");
+    }
+    for failed in &scale.failures {
+        let _ = writeln!(text, "FAILED: {} MiB, update {}: {}", failed.arena_mib, failed.run, first_line(&failed.why));
+    }
+    let _ = writeln!(text, "\nall phases, medians");
     for size in &scale.sizes {
-        let Writes { acknowledged, lost, .. } = size.writes;
+        let Writes { acknowledged, lost, unread, .. } = size.writes;
+        let unread = if unread > 0 { format!(", {unread} more could not be read back") } else { String::new() };
         let _ = writeln!(
             text,
-            "{} MiB, {} filled; {acknowledged} writes acknowledged, {lost} lost; logs: {}",
-            size.arena_mib, size.filled_mib, size.logs
+            "{} MiB, {} filled; {acknowledged} writes acknowledged, {lost} lost{unread}; logs: {}",
+            size.arena_mib,
+            size.filled_mib,
+            size.logs.join(", ")
         );
         let _ = writeln!(text, "{}", phase_table(&size.phases, &["phase", "at ms", "ms", "steps (ms)"]));
     }
@@ -50,8 +63,15 @@ pub fn scale_for_people(scale: &Scale) -> String {
         ]);
     }
     let _ = writeln!(text, "\n{rows}\n");
+    if let Some(failure) = &scale.failure {
+        let _ = writeln!(text, "failed: {failure}\n");
+    }
     text + &wrapped(
         "For reference, measured by others on bare metal, never to be compared with an emulated machine: PKRAM, KHO's ancestor, saved \
          100 GB in 13 ms and restored them in 101 ms, with huge pages.",
     )
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
 }
