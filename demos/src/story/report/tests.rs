@@ -1,4 +1,5 @@
 use super::*;
+use crate::story::scale::{FailedUpdate, OfSize, Scale, Step};
 
 fn span(name: &str, at_ms: f64, ms: f64) -> Span {
     Span { name: name.into(), at_ms, ms }
@@ -248,4 +249,43 @@ fn people_read_what_was_measured_and_what_emulation_does_to_it() {
     }
     let width = whole.lines().map(|line| line.chars().count()).max();
     assert!(width <= Some(140), "{width:?}:\n{whole}");
+}
+
+fn of_size(arena_mib: u64, cutover_ms: f64) -> OfSize {
+    let ms = |value| Distribution::of([value, value + 2.0]).expect("numbers");
+    OfSize {
+        arena_mib,
+        filled_mib: arena_mib - 8,
+        asked: 3,
+        place_ms: ms(160.0),
+        take_over_ms: ms(300.0),
+        blackout_ms: ms(40.0),
+        cutover_ms: ms(cutover_ms),
+        steps: vec![Step { name: "seal".into(), ms: ms(0.2) }],
+        phases: phases(&timeline()),
+        writes: Writes { acknowledged: 100, ..Writes::default() },
+        logs: vec!["/logs".into()],
+    }
+}
+
+#[test]
+fn sizes_are_told_with_the_updates_that_failed() {
+    let failed = FailedUpdate { arena_mib: 1024, run: 2, why: "the machine ended\nand its logs".into(), logs: None };
+    let scale = Scale {
+        schema_version: SCHEMA_VERSION,
+        accelerator: Accelerator::Tcg,
+        machine: machine(),
+        sizes: vec![of_size(16, 25.0), of_size(1024, 26.0)],
+        failures: vec![failed],
+        cutover_ratio: Some(1.04),
+        described: Vec::new(),
+        failure: None,
+    };
+    let text = scale_for_people(&scale);
+    for wanted in ["emulated (TCG)", "1.04 times", "FAILED: 1024 MiB, update 2: the machine ended", "PKRAM"] {
+        assert!(text.contains(wanted), "{wanted:?} is missing:\n{text}");
+    }
+    assert!(!text.contains("and its logs"), "{text}");
+    let read: Scale = serde_json::from_str(&serde_json::to_string(&scale).expect("plain data")).expect("the same");
+    assert_eq!(read, scale);
 }
