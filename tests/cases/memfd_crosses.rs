@@ -65,7 +65,7 @@ fn refused(answers: &str) {
         ("another name", "kept already"),
         ("another's", "kept already"),
         ("kept", "1"),
-        ("too many", "which is the most there can be"),
+        ("too many", "separate pieces of memory, and a successor surely remembers 72"),
         ("left", "0"),
     ] {
         let answer = answers.lines().find_map(|line| line.strip_prefix(&format!("{what}: ")));

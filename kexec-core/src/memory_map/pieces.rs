@@ -4,8 +4,9 @@
 //! anyway, and below every region (what is reserved above a region costs a cap: see [`super::division`]).
 //!
 //! Every separate piece is one reservation in every later kernel, of which there are few
-//! ([`MAX_RESERVATIONS`](crate::boot_params::MAX_RESERVATIONS)). So pieces that touch are counted as one, small arenas are
-//! put beside each other, and no piece but the last is smaller than the 64th part of what was wished.
+//! ([`MAX_RESERVATIONS`](crate::boot_params::MAX_RESERVATIONS)). So pieces that touch are counted as one, and no piece but the last
+//! is smaller than the 64th part of what was wished. A page block of 2 MiB has one piece at most: a kernel isolates whole blocks
+//! to take pages out of them (`isolate_single_pageblock()`, mm/page_isolation.c), and does not where one of ours is already.
 
 use super::{Range, RangeSet};
 use crate::layout::{LOW_MEMORY_END, PAGE};
@@ -33,7 +34,7 @@ pub fn whole(ram: &RangeSet, avoid: &RangeSet, arenas: &RangeSet, len: u64) -> V
     let free = free(ram, avoid);
     let mut places = Vec::new();
     // Beside another arena it costs no reservation of its own.
-    let beside = arenas.iter().filter(|arena| len < GRAIN || arena.end().is_multiple_of(GRAIN));
+    let beside = arenas.iter().filter(|arena| arena.end().is_multiple_of(GRAIN));
     places.extend(beside.filter_map(|arena| Range::with_len(arena.end(), len)));
     places.retain(|place| free.contains(*place));
     let rooms: Vec<Range> = free.iter().map(on_boundary).filter(|room| room.len() >= len).collect();
@@ -108,11 +109,13 @@ mod tests {
     }
 
     #[test]
-    fn a_page_lies_beside_another_arena_and_a_large_one_on_a_boundary() {
+    fn a_page_lies_beside_another_arena_where_a_block_begins_and_a_large_one_on_a_boundary() {
+        let whole_blocks = RangeSet::from(Range::new(4 * MIB, 6 * MIB));
+        let small = whole(&ram(), &whole_blocks, &whole_blocks, PAGE);
+        assert_eq!(small[0], Range::new(6 * MIB, 6 * MIB + PAGE));
         let arenas = RangeSet::from(Range::new(4 * MIB, 4 * MIB + 3 * PAGE));
         let small = whole(&ram(), &arenas, &arenas, PAGE);
-        assert_eq!(small[0], Range::new(4 * MIB + 3 * PAGE, 4 * MIB + 4 * PAGE));
-        assert_eq!(small[1].start(), 2 * MIB);
+        assert_eq!(small[0].start(), 2 * MIB, "not in the block that the arena begins");
         let large = whole(&ram(), &arenas, &arenas, 1024 * MIB + PAGE);
         assert_eq!(large[0].start(), 6 * MIB, "not where the small one is");
         assert!(large.len() as u64 <= TRIES + 1, "{}", large.len());
