@@ -187,6 +187,11 @@ impl Kernel {
         }
     }
 
+    /// Keeps a program's memfd, beside the arenas.
+    pub fn keep_file(&self, service: &str, name: &str, file: OwnedFd) -> Result<()> {
+        self.files.keep(self.device()?, &self.services.ranges(), service, name, file)
+    }
+
     /// Gives the arena of a service that has left to the allocator; says how much it was.
     pub fn release_arena(&self, service: &str) -> Result<u64> {
         let _held = self.between_updates()?;

@@ -116,7 +116,7 @@ fn hear(kernel: &Kernel, notice: &[u8], sender: Option<i32>, files: Vec<OwnedFd>
         },
         Wish::Keep { name } => {
             for file in files {
-                if let Err(error) = kernel.files.keep(device, &kernel.services.ranges(), &service, &name, file) {
+                if let Err(error) = kernel.keep_file(&service, &name, file) {
                     refused(&name, "kept", error);
                 }
             }

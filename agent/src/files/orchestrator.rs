@@ -278,8 +278,7 @@ impl Program {
     }
 
     fn keep(&self, name: &str, file: OwnedFd) -> Result<(), Errno> {
-        let kept = self.kernel.device().and_then(|device| self.kernel.files.keep(device, &self.service, name, file));
-        kept.map_err(|error| {
+        self.kernel.keep_file(&self.service, name, file).map_err(|error| {
             tracing::warn!("{}: {name} is not kept: {error:#}", self.service);
             match error {
                 error if error.is::<Settled>() => Errno::EBUSY,

@@ -76,8 +76,7 @@ fn carry_out(
     match &ask.what {
         What::Keep { name } => {
             let file = inbox.descriptor()?;
-            let (device, arenas) = (kernel.device()?, kernel.services.ranges());
-            kernel.files.keep(device, &arenas, &ask.service, name, file).with_context(|| format!("file {name:?}"))?;
+            kernel.keep_file(&ask.service, name, file).with_context(|| format!("file {name:?}"))?;
             Ok(Vec::new())
         }
         What::Forget { name } => {
