@@ -64,6 +64,8 @@ struct Kept {
     len: u64,
     /// When it had last changed, other than through a mapping, as it was settled; nothing when that is not certain.
     changed: Option<(i64, i64)>,
+    /// A predecessor left it.
+    inherited: bool,
 }
 
 /// What a successor must know of a kept file.
@@ -160,8 +162,15 @@ impl Store {
         if inner.kept.len() >= MAX_FILES {
             bail!("{MAX_FILES} files are kept, which is the most there can be");
         }
-        let mut kept =
-            Kept { service: service.to_owned(), name: name.to_owned(), file, pieces: Vec::new(), len, changed: None };
+        let mut kept = Kept {
+            service: service.to_owned(),
+            name: name.to_owned(),
+            file,
+            pieces: Vec::new(),
+            len,
+            changed: None,
+            inherited: false,
+        };
         let crossing = inner.ranges().union(arenas);
         if let Err(error) = settle(device, &mut kept, &crossing) {
             inner.leaving.append(&mut kept.pieces);
@@ -198,9 +207,9 @@ impl Store {
         own.map(|kept| Ok((kept.name.clone(), kept.file.as_fd().try_clone_to_owned()?))).collect()
     }
 
-    /// Whether a file of this name is kept by this service.
-    pub fn has(&self, service: &str, name: &str) -> bool {
-        self.lock().kept.iter().any(|kept| kept.service == service && kept.name == name)
+    /// Whether a predecessor left this service a file of this name.
+    pub fn was_left(&self, service: &str, name: &str) -> bool {
+        self.lock().kept.iter().any(|kept| kept.inherited && kept.service == service && kept.name == name)
     }
 
     /// All pages that are kept, and those that are not free yet.
@@ -497,7 +506,7 @@ fn inherit_one(device: &Device, file: &record::File, pieces: Vec<Range>) -> Resu
         fcntl(&memfd, FcntlArg::F_ADD_SEALS(seals)).map_err(io::Error::from).context("cannot seal it again")?;
     }
     let (service, name) = (file.service.clone(), file.name.clone());
-    let mut kept = Kept { service, name, file: memfd, pieces, len: file.len, changed: None };
+    let mut kept = Kept { service, name, file: memfd, pieces, len: file.len, changed: None, inherited: true };
     place(device, &mut kept, Content::OfMemory)?;
     Ok(kept)
 }

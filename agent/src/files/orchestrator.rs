@@ -227,7 +227,7 @@ impl Program {
         let itself = Place { session: &name, token: None }.name();
         match self.sessions.iter().any(|session| session.name == name) {
             true => Err(Errno::EINVAL),
-            false if self.kernel.files.has(&self.service, &itself) => self.open_session(call, &name, true),
+            false if self.kernel.files.was_left(&self.service, &itself) => self.open_session(call, &name, true),
             false => Err(Errno::ENOENT),
         }
     }
