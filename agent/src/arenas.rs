@@ -63,6 +63,12 @@ impl Arena {
         pieces::joined(self.pieces.iter().map(|piece| piece.range))
     }
 
+    /// An arena that an earlier batond of this kernel had: the module has kept its memory for this kernel.
+    pub fn find_again(device: &Device, ranges: impl IntoIterator<Item = Range>, fresh: bool) -> Result<Arena> {
+        let pieces = ranges.into_iter().map(|range| Piece::open(device, range)).collect::<Result<_>>()?;
+        Ok(Arena { pieces, fresh })
+    }
+
     /// An arena that a predecessor left here: its pages, reserved until now, become memory that is in use.
     pub fn inherit(device: &Device, ranges: impl IntoIterator<Item = Range>) -> Result<Arena> {
         let pieces = ranges

@@ -314,7 +314,7 @@ impl<'k> Hands<'k> {
         self.kernel.services.unfreeze(epoch, self.left())?;
         self.kernel.files.serve(self.left())?;
         self.kernel.state().facts.epoch = epoch;
-        Ok(())
+        self.kernel.services.note_epoch(epoch)
     }
 
     /// This kernel speaks for the service address no longer; [`Hands::drop_address`] does the rest when nobody waits for it.

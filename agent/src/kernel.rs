@@ -4,7 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::Instant;
 
@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::control::{Status, UpdateStatus};
 use crate::facts::{Facts, managed_memory};
 use crate::files::Store;
+use crate::ledger::{self, Ledger};
 use crate::net::Netlink;
 use crate::outcome::Failure;
 use crate::recover;
@@ -65,8 +66,9 @@ impl Kernel {
             device.get_or_init(|| opened);
             birth
         });
-        let (facts, update) = match &birth {
-            Some(birth) => (birth.facts(), Some(birth.update_status(&release))),
+        let (facts, update, services) = match &birth {
+            // Its batond cannot be started again, so there is no ledger.
+            Some(birth) => (birth.facts(), Some(birth.update_status(&release)), Services::default()),
             None => {
                 // Before anything is looked at: a CPU or an interface may be missing. Without the module, nothing can be.
                 if let Ok(opened) = Device::open() {
@@ -75,12 +77,16 @@ impl Kernel {
                 if config.network.configure {
                     configure_network(&config, &netlink)?;
                 }
-                (Facts::explore(&config, &netlink)?, None)
+                let ledger = Ledger::open(Path::new(ledger::PATH))
+                    .context("what an earlier batond knew of arenas is lost; remove that file to begin without them")?;
+                let mut facts = Facts::explore(&config, &netlink)?;
+                facts.epoch = facts.epoch.max(ledger.pages().epoch);
+                (facts, None, Services::of_ledger(ledger, device.get()))
             }
         };
         let successor = birth.is_some();
         let state = Mutex::new(State { successor, facts, update });
-        let (services, updating) = (Services::default(), Mutex::new(()));
+        let updating = Mutex::new(());
         let files = Store::default();
         if !successor {
             files.begin();

@@ -17,6 +17,7 @@ pub mod kernel;
 pub mod kernels;
 pub mod kho;
 pub mod launch;
+pub mod ledger;
 pub mod line;
 pub mod listen;
 pub mod liveupdate;

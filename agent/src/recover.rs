@@ -3,7 +3,7 @@
 //! alone, because only its own agent may stop it.
 //!
 //! What is not taken back: the services' connections. They serve on without an agent, and the next update is refused until
-//! they have been started again.
+//! they have been started again; then they get the arenas that they had ([`crate::ledger`]).
 
 use std::fs;
 use std::path::Path;

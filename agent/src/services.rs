@@ -10,10 +10,13 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use kexec_core::device::Device;
 use kexec_core::memory_map::{Range, RangeSet};
+use nix::sys::socket::{getsockopt, sockopt};
 
 use crate::arenas::{Arena, Piece};
 use crate::control::ServiceStatus;
+use crate::ledger::{Entry, Ledger, Process};
 use crate::service::agent_end::AgentEnd;
 use crate::service::protocol::{Hello, Standing, ToAgent, ToService};
 
@@ -26,6 +29,10 @@ struct Slot {
     end: Option<AgentEnd>,
     hello: Option<Hello>,
     arena: Option<Arena>,
+    /// Who has the arena mapped.
+    process: Option<Process>,
+    /// It has it from an earlier batond, and takes no orders from this one.
+    orphaned: bool,
     /// Why it was not admitted when it last tried.
     refusal: Option<String>,
 }
@@ -33,6 +40,11 @@ struct Slot {
 impl Slot {
     fn is_connected(&self) -> bool {
         self.end.as_ref().is_some_and(|end| end.standing() != Standing::Over && !end.is_gone())
+    }
+
+    /// The process that writes to the arena without an agent, if one does.
+    fn orphan(&self) -> Option<Process> {
+        self.process.filter(|process| self.orphaned && process.lives())
     }
 }
 
@@ -65,6 +77,8 @@ pub struct Services {
     /// Kind and version of what each service of the predecessor kept.
     left: Mutex<BTreeMap<String, (u32, u32)>>,
     changed: Condvar,
+    /// For a batond that comes after this one.
+    ledger: Ledger,
     /// Set when every arena that came from a predecessor is here: at once in a kernel that has none.
     inherited: OnceLock<()>,
 }
@@ -75,6 +89,55 @@ impl Services {
         self.slots.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// Those of a kernel whose batond can be started again: what an earlier one had is found again.
+    pub fn of_ledger(ledger: Ledger, device: Option<&Device>) -> Services {
+        let services = Services::default();
+        for (name, entry) in ledger.pages().services {
+            let pieces = entry.pieces.iter().map(|&(start, len)| Range::with_len(start, len));
+            let found = device.context("the module is not there").and_then(|device| {
+                let pieces = pieces.collect::<Option<Vec<_>>>().context("it passes the end of memory")?;
+                Arena::find_again(device, pieces, entry.fresh)
+            });
+            match found {
+                Ok(arena) => {
+                    tracing::info!(service = name, bytes = arena.bytes(), "the arena that an earlier batond gave it");
+                    services.lock().entry(name.clone()).or_default().arena = Some(arena);
+                    if entry.schema_kind != 0 {
+                        services.expect_content(&name, entry.schema_kind, entry.schema_version);
+                    }
+                }
+                Err(error) => tracing::error!("the arena of service {name} is lost: {error:#}"),
+            }
+            let mut slots = services.lock();
+            let slot = slots.entry(name).or_default();
+            (slot.process, slot.orphaned) = (entry.process, true);
+        }
+        Services { ledger, ..services }
+    }
+
+    /// From now on services answer in this epoch.
+    pub fn note_epoch(&self, epoch: u64) -> Result<()> {
+        self.ledger.change(|pages| pages.epoch = epoch)
+    }
+
+    /// Writes down who has which arena.
+    fn note(&self, slots: &BTreeMap<String, Slot>) -> Result<()> {
+        self.ledger.change(|pages| {
+            let entry = |(name, slot): (&String, &Slot)| {
+                let arena = slot.arena.as_ref()?;
+                let before = pages.services.get(name);
+                let (schema_kind, schema_version) = match &slot.hello {
+                    Some(hello) => (hello.schema_kind, hello.schema_version),
+                    None => before.map_or((0, 0), |before| (before.schema_kind, before.schema_version)),
+                };
+                let pieces = arena.pieces.iter().map(|piece| (piece.range.start(), piece.range.len())).collect();
+                let (fresh, process) = (arena.fresh, slot.process);
+                Some((name.clone(), Entry { schema_kind, schema_version, pieces, fresh, process }))
+            };
+            pages.services = slots.iter().filter_map(entry).collect();
+        })
+    }
+
     /// No more arenas come from a predecessor: services are let in.
     pub fn all_inherited(&self) {
         // Twice is once.
@@ -83,7 +146,11 @@ impl Services {
 
     /// An arena that came from the predecessor waits for its service here.
     pub fn expect(&self, name: &str, arena: Arena) {
-        self.lock().entry(name.to_owned()).or_default().arena = Some(arena);
+        let mut slots = self.lock();
+        slots.entry(name.to_owned()).or_default().arena = Some(arena);
+        if let Err(error) = self.note(&slots) {
+            tracing::warn!("a batond that is started after this one will not know of {name}'s arena: {error:#}");
+        }
     }
 
     /// What the predecessor's service of this name kept, as the handover record says. Whoever comes for it must read it.
@@ -112,11 +179,12 @@ impl Services {
         epoch: Option<u64>,
         allocate: impl FnOnce(u64, &RangeSet) -> Result<Arena>,
     ) -> Result<String> {
+        let process = getsockopt(&socket, sockopt::PeerCredentials).ok().and_then(|peer| Process::find(peer.pid()));
         let end = AgentEnd::accept(socket, PATIENCE)?;
         // A service may be quicker than the taking of large arenas; it must not get a new one meanwhile.
         self.inherited.wait();
         let name = end.hello().name.clone();
-        let admitted = self.prepare(end, epoch, allocate);
+        let admitted = self.prepare(end, process, epoch, allocate);
         let mut slots = self.lock();
         let slot = slots.entry(name.clone()).or_default();
         let live = slot.end.as_ref().is_some_and(|end| end.standing() != Standing::Over);
@@ -130,12 +198,14 @@ impl Services {
         let end = admitted?;
         slot.hello = Some(end.hello().clone());
         slot.end = Some(end);
+        self.note(&slots)?;
         Ok(name)
     }
 
     fn prepare(
         &self,
         mut end: AgentEnd,
+        process: Option<Process>,
         epoch: Option<u64>,
         allocate: impl FnOnce(u64, &RangeSet) -> Result<Arena>,
     ) -> Result<AgentEnd> {
@@ -149,13 +219,20 @@ impl Services {
             if slot.is_connected() {
                 bail!("service {name} is connected already");
             }
+            if let Some(other) = slot.orphan().filter(|other| Some(*other) != process) {
+                bail!("process {} still has the arena of {name}, and no agent: end it first", other.pid);
+            }
+            (slot.process, slot.orphaned) = (process, false);
             let arena = match &mut slot.arena {
                 Some(arena) => arena,
                 none => none.insert(allocate(hello.wanted_arena_len, &arenas)?),
             };
+            let fresh = std::mem::take(&mut arena.fresh);
+            // Before it is given: from then on there is something in it to be lost.
+            self.note(&slots)?;
+            let arena = slots.get(&name).and_then(|slot| slot.arena.as_ref()).context("it has just been here")?;
             let pieces: Vec<_> = arena.pieces.iter().map(|piece| (piece.file.as_fd(), piece.range.len())).collect();
-            end.give_arena(&pieces, arena.fresh)?;
-            arena.fresh = false;
+            end.give_arena(&pieces, fresh)?;
         }
         expect_report(&mut end, "to get ready", PATIENCE, |report| matches!(report, ToAgent::Ready).then_some(()))?;
         match epoch {
@@ -175,13 +252,13 @@ impl Services {
 
     /// An arena has become longer.
     pub fn extend(&self, name: &str, more: Vec<Piece>) -> Result<(), Vec<Piece>> {
-        match self.lock().get_mut(name).and_then(|slot| slot.arena.as_mut()) {
-            Some(arena) => {
-                arena.pieces.extend(more);
-                Ok(())
-            }
-            None => Err(more),
+        let mut slots = self.lock();
+        let Some(arena) = slots.get_mut(name).and_then(|slot| slot.arena.as_mut()) else { return Err(more) };
+        arena.pieces.extend(more);
+        if let Err(error) = self.note(&slots) {
+            tracing::warn!("a batond that is started after this one will not know of all of {name}'s arena: {error:#}");
         }
+        Ok(())
     }
 
     /// Takes the arena of a service that has left; nothing is known of the service afterwards.
@@ -191,7 +268,11 @@ impl Services {
         if slot.is_connected() {
             bail!("service {name} is connected: it has to leave first");
         }
+        if let Some(process) = slot.orphan() {
+            bail!("process {} still has the arena of {name}, and no agent: end it first", process.pid);
+        }
         let arena = slots.remove(name).and_then(|slot| slot.arena);
+        self.note(&slots)?;
         arena.with_context(|| format!("service {name} has no arena"))
     }
 
@@ -353,6 +434,20 @@ fn expect_report<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_writes_to_an_arena_without_an_agent_keeps_others_from_it() {
+        let parent = Process::find(std::os::unix::process::parent_id().cast_signed());
+        assert!(parent.is_some());
+        let slot = |process, orphaned| Slot { process, orphaned, ..Slot::default() };
+        assert_eq!(slot(parent, true).orphan(), parent);
+        assert_eq!(slot(parent, false).orphan(), None, "it came to this batond");
+        assert_eq!(slot(None, true).orphan(), None);
+        let services = Services::default();
+        services.lock().insert("kv".into(), slot(parent, true));
+        let refused = services.remove("kv").unwrap_err().to_string();
+        assert!(refused.contains("still has the arena of kv, and no agent"), "{refused}");
+    }
 
     #[test]
     fn a_service_must_read_what_it_was_left() {

@@ -1,5 +1,6 @@
 //! batond is killed in mid-update, while the successor boots. The service serves on; the next batond takes CPU, memory and interface
-//! back and says so in the journal; and once the service has been started again, an update works.
+//! back and says so in the journal; and once the service has been started again, which finds its arena as it was, an update works, and
+//! nothing that was acknowledged before, between or after is lost.
 
 use std::time::Duration;
 
@@ -43,7 +44,8 @@ fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_
         .with_context(|| stage.machine.logs(40))?;
 
     let after = snapshot::of(stage)?;
-    assert_eq!(after.services, [], "the service does not come back by itself");
+    let absent = [("baton-kv".to_owned(), "absent".to_owned())];
+    assert_eq!(after.services, absent, "the service does not come back by itself");
     let of_machine = |snapshot: &Snapshot| {
         (snapshot.online.clone(), snapshot.mem_total_kib, snapshot.instances.clone(), snapshot.links.clone())
     };
@@ -54,21 +56,20 @@ fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_
 
     // Its data would not cross: refused, and said why.
     let refused = baton(&guest, &["upgrade", "--kernel", &image])?;
-    assert_refused(
-        "an update without its service",
-        &refused,
-        Class::Precondition,
-        &["service baton-kv", "not connected"],
-    )?;
-    let report = clients.finish()?;
-    ensure!(report.is_clean(), "{report:?}");
+    assert_refused("an update without its service", &refused, Class::Precondition, &["service baton-kv is absent"])?;
+    let refused = baton(&guest, &["release", "baton-kv"])?;
+    assert_refused("the arena of a service that runs", &refused, Class::Failed, &["still has the arena", "no agent"])?;
 
     guest.check(&["sh", "-c", ANOTHER_SERVICE])?;
     stage.await_serving()?;
+    clients.await_more(40).context("the service goes on with what it had")?;
     match stage.upgrade(&kernel(NEW).release, &[])? {
         Upgraded::Drained(status) => assert_eq!(status.update.context("an update")?.left_undone, [""; 0]),
         Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
     }
+    clients.await_more(40)?;
+    let report = clients.finish()?;
+    ensure!(report.is_clean(), "{report:?}");
     assert_eq!(snapshot::of(stage)?.online, before.online);
     assert_eq!(console::complaints(&stage.machine), [""; 0], "logs in {}", stage.machine.folder().display());
     Ok(())
