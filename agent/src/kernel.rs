@@ -5,7 +5,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, OnceLock, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -66,9 +66,9 @@ impl Kernel {
             device.get_or_init(|| opened);
             birth
         });
-        let (facts, update, services) = match &birth {
-            // Its batond cannot be started again, so there is no ledger.
-            Some(birth) => (birth.facts(), Some(birth.update_status(&release)), Services::default()),
+        let (facts, update, ledger) = match &birth {
+            // Its batond cannot be started again, so nothing is written down for one.
+            Some(birth) => (birth.facts(), Some(birth.update_status(&release)), Ledger::default()),
             None => {
                 // Before anything is looked at: a CPU or an interface may be missing. Without the module, nothing can be.
                 if let Ok(opened) = Device::open() {
@@ -81,15 +81,17 @@ impl Kernel {
                     .context("what an earlier batond knew of arenas is lost; remove that file to begin without them")?;
                 let mut facts = Facts::explore(&config, &netlink)?;
                 facts.epoch = facts.epoch.max(ledger.pages().epoch);
-                (facts, None, Services::of_ledger(ledger, device.get()))
+                (facts, None, ledger)
             }
         };
         let successor = birth.is_some();
         let state = Mutex::new(State { successor, facts, update });
+        let ledger = Arc::new(ledger);
+        let services = Services::of_ledger(ledger.clone(), device.get());
         let updating = Mutex::new(());
         let files = Store::default();
         if !successor {
-            files.begin();
+            files.begin(ledger);
             services.all_inherited();
         }
         Ok(Kernel { config, config_path, netlink, services, files, birth, updating, device, release, state })
@@ -198,9 +200,13 @@ impl Kernel {
         self.files.keep(self.device()?, &self.services.ranges(), service, name, file)
     }
 
-    /// Gives the arena of a service that has left to the allocator; says how much it was.
+    /// Gives the arena of a service that has left to the allocator; says how much it was. A program whose files died with an
+    /// earlier batond is no longer waited for.
     pub fn release_arena(&self, service: &str) -> Result<u64> {
         let _held = self.between_updates()?;
+        if self.files.give_up(service)? {
+            return Ok(0);
+        }
         let arena = self.services.remove(service)?;
         let len = arena.bytes();
         match arena.give_back(self.device()?) {

@@ -1,10 +1,11 @@
-//! What a batond that is started after this one has died must know of the arenas: whose they are, where they lie, in which
-//! epoch they are written. The module keeps the memory of a batond that dies, and knows no names.
+//! What a batond that is started after this one has died must know: whose arenas there are, where they lie, in which epoch
+//! they are written; and who kept files, which died with it. The module keeps the memory of a batond that dies, and knows no
+//! names.
 //!
 //! It is a file in memory (`/run`), which lives as long as this kernel does; what another kernel has left there counts for
 //! nothing. It is written before a service gets its arena, never while nobody serves, and whole or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -73,6 +74,8 @@ pub struct Pages {
     pub epoch: u64,
     /// Services by name.
     pub services: BTreeMap<String, Entry>,
+    /// Whose files are kept.
+    pub keepers: BTreeSet<String>,
 }
 
 /// The file. One without a path is not written: batond's in a kernel that takes over, and a test's.
@@ -160,7 +163,7 @@ mod tests {
         let again = Ledger::open(&path).unwrap().pages();
         assert_eq!((again.epoch, again.services.get("kv")), (3, Some(&entry())));
         assert_eq!(read(&path, "another boot").unwrap(), None);
-        fs::write(&path, r#"{"version":9,"boot":"","epoch":0,"services":{}}"#).unwrap();
+        fs::write(&path, r#"{"version":9,"boot":"","epoch":0,"services":{},"keepers":[]}"#).unwrap();
         assert!(Ledger::open(&path).unwrap_err().to_string().contains("has version 9"));
         fs::write(&path, "{").unwrap();
         assert!(Ledger::open(&path).unwrap_err().to_string().contains("is no ledger"));
@@ -171,11 +174,12 @@ mod tests {
     #[test]
     fn it_is_written_as_ever() {
         let services = BTreeMap::from([("kv".to_owned(), entry())]);
-        let pages = Pages { version: VERSION, boot: "b".into(), epoch: 1, services };
+        let pages =
+            Pages { version: VERSION, boot: "b".into(), epoch: 1, services, keepers: ["memo".to_owned()].into() };
         assert_eq!(
             serde_json::to_string(&pages).unwrap(),
             r#"{"version":1,"boot":"b","epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#.to_owned()
-                + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}}}"#
+                + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}},"keepers":["memo"]}"#
         );
     }
 

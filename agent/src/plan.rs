@@ -352,7 +352,7 @@ fn services(kernel: &Kernel) -> Result<((), String)> {
     if let Some(service) = absent.first() {
         return Err(Failure::precondition(
             format!("service {} is {}, not serving", service.name, service.state),
-            "start it, or take it out of the configuration",
+            "start it, or give up what it keeps (`baton release NAME`)",
         )
         .into());
     }

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -78,7 +78,7 @@ pub struct Services {
     left: Mutex<BTreeMap<String, (u32, u32)>>,
     changed: Condvar,
     /// For a batond that comes after this one.
-    ledger: Ledger,
+    ledger: Arc<Ledger>,
     /// Set when every arena that came from a predecessor is here: at once in a kernel that has none.
     inherited: OnceLock<()>,
 }
@@ -90,7 +90,7 @@ impl Services {
     }
 
     /// Those of a kernel whose batond can be started again: what an earlier one had is found again.
-    pub fn of_ledger(ledger: Ledger, device: Option<&Device>) -> Services {
+    pub fn of_ledger(ledger: Arc<Ledger>, device: Option<&Device>) -> Services {
         let services = Services::default();
         for (name, entry) in ledger.pages().services {
             let pieces = entry.pieces.iter().map(|&(start, len)| Range::with_len(start, len));

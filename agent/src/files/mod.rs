@@ -17,11 +17,12 @@ pub mod programs;
 pub mod server;
 pub mod sessions;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -34,6 +35,7 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
 use crate::arenas::{self, take_whole};
 use crate::control::ServiceStatus;
+use crate::ledger::Ledger;
 use crate::service::files::check_name;
 use crate::services::Crossing;
 use programs::Program;
@@ -94,6 +96,10 @@ struct Inner {
     /// Pages of forgotten files that somebody still has open.
     leaving: Vec<Range>,
     programs: std::collections::BTreeMap<String, Program>,
+    /// Who kept files with an earlier batond, which are lost to this one: an update must not leave them behind unsaid.
+    bereft: BTreeSet<String>,
+    /// For a batond that comes after this one.
+    ledger: Arc<Ledger>,
     /// What a predecessor left is here: until then nobody may conclude that there is nothing.
     complete: bool,
     /// Programs run; else they stand by or are frozen.
@@ -118,9 +124,21 @@ impl Store {
     }
 
     /// A kernel that firmware booted: nothing comes from anywhere, and programs may run.
-    pub fn begin(&self) {
+    pub fn begin(&self, ledger: Arc<Ledger>) {
         let mut inner = self.lock();
         (inner.complete, inner.running) = (true, true);
+        let written = ledger.pages();
+        // A service with an arena is missed for that.
+        inner.bereft = written.keepers.into_iter().filter(|name| !written.services.contains_key(name)).collect();
+        inner.ledger = ledger;
+    }
+
+    /// No program of this name comes back; says if one was waited for.
+    pub fn give_up(&self, name: &str) -> Result<bool> {
+        let mut inner = self.lock();
+        let was = inner.bereft.remove(name);
+        inner.note()?;
+        Ok(was)
     }
 
     /// The lists, once they are complete.
@@ -180,7 +198,8 @@ impl Store {
         }
         tracing::info!(service, name, len, "kept in {}", Ranges(&kept.pieces));
         inner.kept.push(kept);
-        Ok(())
+        inner.bereft.remove(service);
+        inner.note()
     }
 
     /// Forgets all files of this name; says how many there were. Their pages are given back when nobody has them open.
@@ -197,6 +216,7 @@ impl Store {
             inner.leaving.extend(kept.pieces);
         }
         inner.release(device);
+        inner.note()?;
         Ok(before - inner.kept.len())
     }
 
@@ -310,6 +330,8 @@ impl Store {
     fn stand_by(&self, name: &str, program: Program) -> Result<Vec<(String, OwnedFd)>> {
         let mut inner = self.lock();
         inner.programs.insert(name.to_owned(), program);
+        inner.bereft.remove(name);
+        inner.note()?;
         self.changed.notify_all();
         while !inner.running {
             inner = self.changed.wait(inner).unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -342,14 +364,15 @@ impl Store {
             (false, false) => "frozen",
         };
         let kept = |name: &str| inner.kept.iter().filter(|kept| kept.service == name).map(|kept| kept.len).sum();
-        let row = |(name, program): (&String, &Program)| ServiceStatus {
+        let row = |name: &String, state: &str| ServiceStatus {
             name: name.clone(),
-            state: state(program).to_owned(),
+            state: state.to_owned(),
             arena_bytes: kept(name),
             schema_kind: 0,
             schema_version: 0,
         };
-        inner.programs.iter().map(row).collect()
+        let programs = inner.programs.iter().map(|(name, program)| row(name, state(program)));
+        programs.chain(inner.bereft.iter().map(|name| row(name, "absent"))).collect()
     }
 
     /// Makes the files that a predecessor's record tells of, on their pages.
@@ -369,6 +392,12 @@ impl Store {
 }
 
 impl Inner {
+    /// Writes down whose files are kept. Nothing is written where nothing has changed.
+    fn note(&self) -> Result<()> {
+        let keepers = self.kept.iter().map(|kept| &kept.service).chain(&self.bereft).cloned().collect();
+        self.ledger.change(|pages| pages.keepers = keepers)
+    }
+
     fn ranges(&self) -> RangeSet {
         self.kept.iter().flat_map(|kept| &kept.pieces).chain(&self.leaving).copied().collect()
     }
@@ -579,4 +608,29 @@ pub fn check_owner(crossings: &[Crossing], program: &str) -> Result<()> {
 /// For those who only look.
 pub fn borrowed(files: &[(String, OwnedFd)]) -> impl Iterator<Item = (&str, BorrowedFd<'_>)> {
     files.iter().map(|(name, file)| (name.as_str(), file.as_fd()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Its own programs are known to batond by name alone, and their files died with it.
+    #[test]
+    fn who_kept_files_with_an_earlier_batond_is_absent_until_it_is_back_or_given_up() -> Result<()> {
+        let path = std::env::temp_dir().join(format!("baton-keepers-{}.json", std::process::id()));
+        let _ = std::fs::remove_file(&path);
+        let ledger = Arc::new(Ledger::open(&path)?);
+        ledger.change(|pages| pages.keepers = ["gone".to_owned(), "memo".to_owned()].into())?;
+        let files = Store::default();
+        files.begin(Arc::new(Ledger::open(&path)?));
+        let states = || files.status().into_iter().map(|row| (row.name, row.state)).collect::<Vec<_>>();
+        let row = |name: &str, state: &str| (name.to_owned(), state.to_owned());
+        assert_eq!(states(), [row("gone", "absent"), row("memo", "absent")]);
+        assert!(files.give_up("gone")? && !files.give_up("gone")?);
+        files.lock().bereft.remove("memo");
+        files.lock().note()?;
+        assert_eq!(states(), []);
+        assert!(Ledger::open(&path)?.pages().keepers.is_empty());
+        Ok(std::fs::remove_file(path)?)
+    }
 }
