@@ -302,3 +302,50 @@ impl Drop for Seen {
         debug_assert_eq!(unmapped, 0, "it was mapped by us");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+    use std::sync::mpsc::channel;
+
+    use super::seccomp::{Answer, answer, divert_ioctls, give, is_valid, receive};
+    use super::{io, liveupdate};
+
+    /// What a call on /dev/null came to, which knows nothing of LUO.
+    fn ask() -> io::Result<()> {
+        liveupdate::retrieve_session(File::open("/dev/null")?, "state").map(drop)
+    }
+
+    #[test]
+    fn calls_of_one_type_wait_for_an_answer_and_no_others() {
+        let (send, sent) = channel();
+        // A filter is its thread's, which ends with the test.
+        let caller = std::thread::spawn(move || {
+            match divert_ioctls(0xba) {
+                Ok(listener) => send.send(listener).unwrap(),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return None,
+                Err(error) => panic!("{error}"),
+            }
+            let terminal = io::IsTerminal::is_terminal(&File::open("/dev/null").unwrap());
+            assert!(!terminal, "an ioctl of another type is the kernel's");
+            Some([ask(), ask(), ask()].map(|result| result.map_err(|error| error.raw_os_error())))
+        });
+        let Ok(listener) = sent.recv() else {
+            assert!(caller.join().unwrap().is_none());
+            return println!("SKIPPED: a seccomp filter needs root");
+        };
+        for n in 0..3 {
+            let notice = receive(listener.as_fd()).unwrap();
+            assert_eq!(notice.arguments[1], 0xba01, "LIVEUPDATE_IOCTL_RETRIEVE_SESSION");
+            assert!(is_valid(listener.as_fd(), notice.id) && !is_valid(listener.as_fd(), notice.id + 1));
+            let given = give(listener.as_fd(), notice.id, File::open("/dev/zero").unwrap().as_fd()).unwrap();
+            assert!(given > 2);
+            let with = [Answer::Failed(libc::ENOENT), Answer::GoOn, Answer::Done][n];
+            answer(listener.as_fd(), notice.id, with).unwrap();
+        }
+        let results = caller.join().unwrap().unwrap();
+        // Done without a descriptor in the structure: it is not believed.
+        assert_eq!(results, [Err(Some(libc::ENOENT)), Err(Some(libc::ENOTTY)), Err(None)]);
+    }
+}
