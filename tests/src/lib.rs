@@ -65,11 +65,19 @@ pub struct Played {
 
 /// Opens a stage when it is its turn.
 pub fn open(series: &str, shape: &Shape) -> Result<Played> {
+    open_with(series, shape, &[])
+}
+
+/// The same, with more words for QEMU.
+pub fn open_with(series: &str, shape: &Shape, more: &[&str]) -> Result<Played> {
     let lab = lab();
+    let mut spec = Stage::spec(lab, kernel(series), shape)?;
+    spec.extra.extend(more.iter().map(|&word| word.to_owned()));
     let turn = Turn::take();
-    let stage = Stage::open(lab, kernel(series), shape)
-        .with_context(|| format!("a machine with {series}, {} CPUs, {} MiB", shape.vcpus, shape.memory_mib))?;
+    let opening = || format!("a machine with {series}, {} CPUs, {} MiB", shape.vcpus, shape.memory_mib);
+    let stage = Stage::start(lab, &spec, shape).with_context(opening)?;
     eprintln!("machine's logs: {}", stage.machine.folder().display());
+    stage.await_serving().with_context(opening)?;
     Ok(Played { stage, _turn: turn })
 }
 

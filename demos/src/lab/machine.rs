@@ -131,7 +131,7 @@ impl MachineSpec {
         add(&format!("-cpu {} -smp {} -m {}", self.cpu, self.vcpus, self.memory_mib));
         add(&format!("-accel {}", self.accelerator.argument()));
         add("-kernel /mnt/kernel -initrd /mnt/initrd");
-        add("-chardev stdio,id=qmp,signal=off -mon chardev=qmp,mode=control");
+        add("-chardev stdio,id=qmp,signal=off -qmp chardev:qmp");
         for port in PORTS {
             add(&format!("-chardev socket,id={port},path=/mnt/{port}.sock,server=on,wait=off -serial chardev:{port}"));
         }

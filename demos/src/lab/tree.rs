@@ -22,9 +22,13 @@ const SUITE: &str = "trixie";
 const SUITES: &[&str] = &["trixie", "trixie-updates", "trixie-backports"];
 /// The meta package whose newest version in a suite says which kernel that suite runs in clouds.
 const KERNEL_META: &str = "linux-image-cloud-amd64";
+/// QEMU comes from backports: trixie's own 10.0 loses writes to devices while another CPU changes the memory map
+/// (`tests/cases/the_emulator_is_sound.rs`).
 const PACKAGES: &[&str] = &[
-    "qemu-system-x86",
-    "seabios",
+    "qemu-system-x86/trixie-backports",
+    "qemu-system-common/trixie-backports",
+    "qemu-system-data/trixie-backports",
+    "seabios/trixie-backports",
     "gcc-14",
     "libc6-dev",
     "make",
