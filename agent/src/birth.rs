@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use kexec_core::cmdline::control_block_of;
-use kexec_core::device::{Access, Device, Mapping, SELF, TakeMemory};
+use kexec_core::device::{Access, Device, DeviceError, Mapping, SELF, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet};
 use state_schemas::Payload;
 use state_schemas::control_block::{self, words};
@@ -42,13 +42,17 @@ pub fn phys(range: Range) -> PhysRange {
 }
 
 impl Birth {
-    /// Reads and checks control block and record; nothing when the firmware booted this kernel.
-    pub fn find() -> Result<Option<(Birth, Device)>> {
+    /// Reads and checks control block and record; nothing when the firmware booted this kernel. `again`: an earlier batond
+    /// of this kernel has taken the control block already.
+    pub fn find(again: bool) -> Result<Option<(Birth, Device)>> {
         let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
         let Some(base) = control_block_of(&cmdline) else { return Ok(None) };
         let device = Device::open()?;
         let block = Range::with_len(base, control_block::SIZE).context("the control block passes the end of memory")?;
-        device.take_memory(SELF, block, TakeMemory::Outside).context("cannot take the control block")?;
+        match device.take_memory(SELF, block, TakeMemory::Outside) {
+            Err(DeviceError::Exists { .. }) if again => {}
+            taken => taken.context("cannot take the control block")?,
+        }
         let control = Arc::new(device.map(block, Access::ReadWrite).context("cannot map the control block")?);
         let magic = control.load(words::MAGIC_AT);
         if magic != words::MAGIC {
@@ -86,16 +90,17 @@ impl Birth {
         }
     }
 
-    /// What there is to tell of the update at the beginning.
-    pub fn update_status(&self, release: &str) -> UpdateStatus {
+    /// What there is to tell of the update at the beginning, or long after it.
+    pub fn update_status(&self, release: &str, drained: bool) -> UpdateStatus {
         let record = &self.record;
+        let cpus_total = u32::try_from(record.machine.cpus.len()).unwrap_or(u32::MAX);
         UpdateStatus {
             id: record.update.to_string(),
-            phase: "booting".to_owned(),
+            phase: if drained { "drained" } else { "booting" }.to_owned(),
             incumbent_release: record.incumbent.release.clone(),
             successor_release: release.to_owned(),
-            cpus_total: u32::try_from(record.machine.cpus.len()).unwrap_or(u32::MAX),
-            cpus_moved: 1,
+            cpus_total,
+            cpus_moved: if drained { cpus_total } else { 1 },
             left_undone: Vec::new(),
             timeline: Timeline::continue_from(record.journal.clone()).spans(record.clock.tsc_khz),
             zero: None,

@@ -62,36 +62,39 @@ impl Kernel {
         let netlink = Netlink::open()?;
         let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
         let device = OnceLock::new();
-        let birth = Birth::find()?.map(|(birth, opened)| {
+        let ledger = Ledger::open(Path::new(ledger::PATH))
+            .context("what an earlier batond knew of arenas is lost; remove that file to begin without them")?;
+        let written = ledger.pages();
+        let birth = Birth::find(written.drained)?.map(|(birth, opened)| {
             device.get_or_init(|| opened);
             birth
         });
-        let (facts, update, ledger) = match &birth {
-            // Its batond cannot be started again, so nothing is written down for one.
-            Some(birth) => (birth.facts(), Some(birth.update_status(&release)), Ledger::default()),
+        // Before anything is looked at: a CPU or an interface may be missing. Without the module, nothing can be.
+        let settled = birth.is_none() || written.drained;
+        if let (None, Ok(opened)) = (device.get(), Device::open()) {
+            device.get_or_init(|| opened);
+        }
+        if let Some(opened) = device.get().filter(|_| settled) {
+            recover::recover(opened, &netlink, &config, birth.is_some());
+        }
+        let (mut facts, update) = match &birth {
+            Some(birth) => (birth.facts(), Some(birth.update_status(&release, written.drained))),
             None => {
-                // Before anything is looked at: a CPU or an interface may be missing. Without the module, nothing can be.
-                if let Ok(opened) = Device::open() {
-                    recover::recover(device.get_or_init(|| opened), &netlink, &config);
-                }
                 if config.network.configure {
                     configure_network(&config, &netlink)?;
                 }
-                let ledger = Ledger::open(Path::new(ledger::PATH))
-                    .context("what an earlier batond knew of arenas is lost; remove that file to begin without them")?;
-                let mut facts = Facts::explore(&config, &netlink)?;
-                facts.epoch = facts.epoch.max(ledger.pages().epoch);
-                (facts, None, ledger)
+                (Facts::explore(&config, &netlink)?, None)
             }
         };
-        let successor = birth.is_some();
+        facts.epoch = facts.epoch.max(written.epoch);
+        let successor = !settled;
         let state = Mutex::new(State { successor, facts, update });
         let ledger = Arc::new(ledger);
         let services = Services::of_ledger(ledger.clone(), device.get());
         let updating = Mutex::new(());
-        let files = Store::default();
+        let files = Store::of_ledger(ledger);
         if !successor {
-            files.begin(ledger);
+            files.begin();
             services.all_inherited();
         }
         Ok(Kernel { config, config_path, netlink, services, files, birth, updating, device, release, state })

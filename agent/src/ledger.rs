@@ -70,6 +70,8 @@ pub struct Pages {
     version: u32,
     /// Which kernel this is, and which time it runs (`/proc/sys/kernel/random/boot_id`).
     boot: String,
+    /// A predecessor has handed over to this kernel, and has gone.
+    pub drained: bool,
     /// In which epoch this kernel's services answer; 0 as long as only the first was.
     pub epoch: u64,
     /// Services by name.
@@ -78,7 +80,7 @@ pub struct Pages {
     pub keepers: BTreeSet<String>,
 }
 
-/// The file. One without a path is not written: batond's in a kernel that takes over, and a test's.
+/// The file. One without a path, as a test has it, is not written.
 #[derive(Debug, Default)]
 pub struct Ledger {
     path: Option<PathBuf>,
@@ -163,7 +165,7 @@ mod tests {
         let again = Ledger::open(&path).unwrap().pages();
         assert_eq!((again.epoch, again.services.get("kv")), (3, Some(&entry())));
         assert_eq!(read(&path, "another boot").unwrap(), None);
-        fs::write(&path, r#"{"version":9,"boot":"","epoch":0,"services":{},"keepers":[]}"#).unwrap();
+        fs::write(&path, r#"{"version":9,"boot":"","drained":false,"epoch":0,"services":{},"keepers":[]}"#).unwrap();
         assert!(Ledger::open(&path).unwrap_err().to_string().contains("has version 9"));
         fs::write(&path, "{").unwrap();
         assert!(Ledger::open(&path).unwrap_err().to_string().contains("is no ledger"));
@@ -174,11 +176,18 @@ mod tests {
     #[test]
     fn it_is_written_as_ever() {
         let services = BTreeMap::from([("kv".to_owned(), entry())]);
-        let pages =
-            Pages { version: VERSION, boot: "b".into(), epoch: 1, services, keepers: ["memo".to_owned()].into() };
+        let pages = Pages {
+            version: VERSION,
+            boot: "b".into(),
+            drained: false,
+            epoch: 1,
+            services,
+            keepers: ["memo".to_owned()].into(),
+        };
         assert_eq!(
             serde_json::to_string(&pages).unwrap(),
-            r#"{"version":1,"boot":"b","epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#.to_owned()
+            r#"{"version":1,"boot":"b","drained":false,"epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#
+                .to_owned()
                 + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}},"keepers":["memo"]}"#
         );
     }

@@ -22,7 +22,7 @@ use crate::report::{self, JOURNAL};
 use crate::sysfs;
 
 /// Takes back what an earlier batond left, and says in log and journal what it found.
-pub fn recover(device: &Device, netlink: &Netlink, config: &Config) {
+pub fn recover(device: &Device, netlink: &Netlink, config: &Config, was_successor: bool) {
     let journal = Journal::read(Path::new(JOURNAL)).unwrap_or_else(|error| {
         tracing::warn!("the last update's journal cannot be read: {error:#}");
         Journal::default()
@@ -33,7 +33,14 @@ pub fn recover(device: &Device, netlink: &Netlink, config: &Config) {
         Next::End(_) => "its end",
     };
     tracing::warn!(update = last.update, phase = last.phase.name(), during, "an earlier batond died in an update");
-    let left = match take_back(device, netlink, config, &journal) {
+    let taken_back = match was_successor {
+        // To online a CPU that was fenced, such a kernel would wait for it at its mailbox for ever.
+        true => Err(anyhow::anyhow!(
+            "this kernel was a successor itself, and cannot take CPUs back without the batond that gave them"
+        )),
+        false => take_back(device, netlink, config, &journal),
+    };
+    let left = match taken_back {
         Ok(()) => Vec::new(),
         Err(error) => {
             tracing::error!("what an earlier batond left could not be taken back: {error:#}");

@@ -120,6 +120,11 @@ impl Services {
         self.ledger.change(|pages| pages.epoch = epoch)
     }
 
+    /// This kernel's predecessor has gone: from now on a batond that dies can be followed by another.
+    pub fn note_drained(&self, epoch: u64) -> Result<()> {
+        self.ledger.change(|pages| (pages.drained, pages.epoch) = (true, epoch))
+    }
+
     /// Writes down who has which arena.
     fn note(&self, slots: &BTreeMap<String, Slot>) -> Result<()> {
         self.ledger.change(|pages| {

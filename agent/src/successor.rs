@@ -278,6 +278,10 @@ impl<'k> Heir<'k> {
         self.timeline.add("drained", started, tsc());
         let khz = self.birth.record.clock.tsc_khz;
         let (timeline, zero) = (self.timeline.spans(khz), self.timeline.zero(khz));
+        // Before anybody is told: from then on this batond may be ended.
+        if let Err(error) = self.kernel.services.note_drained(self.kernel.facts().epoch) {
+            left.push(format!("what a batond that is started again must know: {error:#}"));
+        }
         let mut state = self.kernel.state();
         state.successor = false;
         if let Some(update) = &mut state.update {

@@ -123,14 +123,18 @@ impl Store {
         self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// A kernel that firmware booted: nothing comes from anywhere, and programs may run.
-    pub fn begin(&self, ledger: Arc<Ledger>) {
-        let mut inner = self.lock();
-        (inner.complete, inner.running) = (true, true);
+    /// Nothing kept yet; but an earlier batond of this kernel may have kept something.
+    pub fn of_ledger(ledger: Arc<Ledger>) -> Store {
         let written = ledger.pages();
         // A service with an arena is missed for that.
-        inner.bereft = written.keepers.into_iter().filter(|name| !written.services.contains_key(name)).collect();
-        inner.ledger = ledger;
+        let bereft = written.keepers.into_iter().filter(|name| !written.services.contains_key(name)).collect();
+        Store { inner: Mutex::new(Inner { bereft, ledger, ..Inner::default() }), changed: Condvar::new() }
+    }
+
+    /// Nothing comes from any predecessor, or not to this batond, and programs may run.
+    pub fn begin(&self) {
+        let mut inner = self.lock();
+        (inner.complete, inner.running) = (true, true);
     }
 
     /// No program of this name comes back; says if one was waited for.
@@ -385,7 +389,10 @@ impl Store {
                 .with_context(|| format!("file {:?} of {}", file.name, file.service))?;
             self.lock().kept.push(kept);
         }
-        self.lock().complete = true;
+        let mut inner = self.lock();
+        inner.complete = true;
+        inner.note()?;
+        drop(inner);
         self.changed.notify_all();
         Ok(())
     }
@@ -621,8 +628,7 @@ mod tests {
         let _ = std::fs::remove_file(&path);
         let ledger = Arc::new(Ledger::open(&path)?);
         ledger.change(|pages| pages.keepers = ["gone".to_owned(), "memo".to_owned()].into())?;
-        let files = Store::default();
-        files.begin(Arc::new(Ledger::open(&path)?));
+        let files = Store::of_ledger(Arc::new(Ledger::open(&path)?));
         let states = || files.status().into_iter().map(|row| (row.name, row.state)).collect::<Vec<_>>();
         let row = |name: &str, state: &str| (name.to_owned(), state.to_owned());
         assert_eq!(states(), [row("gone", "absent"), row("memo", "absent")]);
