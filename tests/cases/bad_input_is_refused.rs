@@ -147,7 +147,9 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
     for (what, config, image, words) in cases {
         guest.put("/tmp/other.toml", 0o644, toml::to_string(&config)?.as_bytes())?;
         let daemon = "batond --config /tmp/other.toml --socket /run/other.sock --services /run/other-services.sock";
-        guest.check(&["sh", "-c", &format!("{daemon} >/tmp/other.log 2>&1 & echo $! > /tmp/other.pid")])?;
+        // With a folder of its own for what a batond leaves to the next one: it is none of the first one's.
+        let alone = format!("unshare -m sh -c 'mount -t tmpfs own /run/baton && exec {daemon}'");
+        guest.check(&["sh", "-c", &format!("{alone} >/tmp/other.log 2>&1 & echo $! > /tmp/other.pid")])?;
         let ready = "until grep -q 'batond is ready' /tmp/other.log; do kill -0 $(cat /tmp/other.pid) || exit 1; done";
         guest.check(&["sh", "-c", ready]).context("a second agent")?;
         let ran = baton(&guest, &["--socket", "/run/other.sock", "upgrade", "--kernel", image])?;
