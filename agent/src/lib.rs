@@ -16,6 +16,7 @@ pub mod initrd;
 pub mod kernel;
 pub mod kernels;
 pub mod kho;
+pub mod known_images;
 pub mod launch;
 pub mod ledger;
 pub mod line;

@@ -19,6 +19,7 @@ use crate::facts::{Facts, available_memory, managed_memory};
 use crate::kernel::{Kernel, unusable};
 use crate::kernels;
 use crate::kho::{self, Spoken};
+use crate::known_images;
 use crate::mkinitrd;
 use crate::net::{Mac, parse_mac};
 use crate::outcome::{Class, Failure};
@@ -197,7 +198,7 @@ fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
 }
 
 fn wakeup(image: &BzImage<'_>) -> Result<(KernelFacts, String)> {
-    let facts = KernelFacts::of(image)
+    let facts = known_images::facts(image)
         .map_err(|e| Failure::precondition(format!("cannot look into the image: {e}"), "name an intact image"))?;
     if !facts.mailbox_reset_vector {
         return Err(Failure::precondition(

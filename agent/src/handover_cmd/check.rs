@@ -10,6 +10,7 @@ use kexec_core::image::{BzImage, KernelFacts};
 
 use super::show::kind_name;
 use crate::control::{self, Finding, Reply, Request};
+use crate::known_images;
 use crate::mkinitrd;
 use crate::outcome::{Class, Failure};
 use crate::plan::Findings;
@@ -40,7 +41,7 @@ fn facts(path: &Path) -> Result<((String, KernelFacts), String)> {
     }
     let bytes = fs::read(path).map_err(|error| refuse(error.to_string()))?;
     let parsed = BzImage::parse(&bytes).map_err(|error| refuse(error.to_string()))?;
-    let facts = KernelFacts::of(&parsed).map_err(|error| refuse(error.to_string()))?;
+    let facts = known_images::facts(&parsed).map_err(|error| refuse(error.to_string()))?;
     let release = parsed.release().to_owned();
     let found = format!("kernel {release}");
     Ok(((release, facts), found))

@@ -92,8 +92,8 @@ pub fn choose(tree: &Tree, progress: Progress) -> Result<Accelerator> {
         Ok(()) => (Accelerator::Kvm, "works".to_owned()),
         Err(why) => {
             let why = why.to_string();
-            let last = why.lines().last().unwrap_or_default().to_owned();
-            (Accelerator::Tcg, format!("does not work here ({last}); machines are emulated"))
+            let first = why.lines().next().unwrap_or_default().to_owned();
+            (Accelerator::Tcg, format!("does not work here ({first}); machines are emulated"))
         }
     };
     fs::write(&verdict, accelerator.name()).doing(format_args!("writing {}", verdict.display()))?;
