@@ -129,12 +129,13 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
             good,
             &["65536 MiB are needed", "available", "update.region_mib"],
         ),
-        // Between the low memory and the holes below 4 GiB, or above them, there is never that much without the kernel in it.
+        // Of the machine's 3 GiB two lie below 4 GiB, with holes at both ends, and one above: wherever KASLR has put the kernel, no place has
+        // that much. (1792 MiB can be had when the kernel lies above.)
         (
             "not enough contiguous memory",
-            update(|update| update.region_mib = 1792),
+            update(|update| update.region_mib = 2048),
             good,
-            &["no 1792 MiB of contiguous memory", "places tried", "memmap="],
+            &["no 2048 MiB of contiguous memory", "places tried", "memmap="],
         ),
         (
             "service that is not there",
@@ -191,7 +192,6 @@ export PATH=/usr/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs run /run
 mount -t securityfs none /sys/kernel/security
 for m in $(cat /etc/baton/modules.$(uname -r)); do case $m in *baton.ko) ;; *) insmod $m;; esac; done
-until [ -e /sys/class/net/eth0 -a -e /sys/class/net/eth1 ]; do sleep 0.1; done
 for n in /sys/class/net/eth*; do
   case $(cat $n/address) in *:0b) ip addr add 10.77.0.11/24 dev ${n##*/}; ip link set ${n##*/} up;; esac
 done
@@ -205,7 +205,9 @@ fn a_module_that_is_missing_other_or_locked_down_is_named() -> Result<()> {
     let _turn = Turn::take();
     let (lab, old) = (lab(), kernel(OLD));
     let mut initrd = Initrd::new();
-    incumbent::fill(&mut initrd, lab, &Config::default())?;
+    // No services and no addresses, but the drivers of every machine of the lab.
+    let config = Config { initrd: incumbent::configuration().initrd, ..Config::default() };
+    incumbent::fill(&mut initrd, lab, &config)?;
     initrd.file("/bare", 0o755, BARE);
     let other = other_version()?;
     initrd.file("/other.ko", 0o644, std::fs::read(kmod::module_from(lab.tree(), old, other.path(), lab.progress())?)?);
