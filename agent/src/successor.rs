@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use handover::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
-use kexec_core::device::{Device, PciFunction, SELF, TakeMemory};
+use kexec_core::device::{Device, PciFunction};
 use kexec_core::memory_map::division::keep_movable;
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::sys::time::TimeSpec;
@@ -313,11 +313,7 @@ impl<'k> Heir<'k> {
             }
         }
         for free in crate::kho::free_fragments(record).iter() {
-            let released = self
-                .device
-                .take_memory(SELF, free, TakeMemory::Reserved)
-                .and_then(|()| self.device.give_back_memory(SELF, free));
-            if let Err(error) = released {
+            if let Err(error) = self.device.adopt_memory(free) {
                 left.push(format!("memory fragment {free}: {error}"));
             }
         }

@@ -404,6 +404,21 @@ int baton_mem_file(struct baton_call *call)
 	return ret;
 }
 
+/*
+ * Nobody has these pages from us, so nobody is asked whether they are idle: a passing reference only delays one.
+ * It is told: there should be none.
+ */
+static int adopt_reserved(u64 start, u64 len)
+{
+	if (take_reserved(start, len))
+		return -EEXIST;
+	for_each_pfn(pfn, start, len)
+		if (page_count(pfn_to_page(pfn)) != 1)
+			pr_notice("baton: adopted page %lx has %d users\n", pfn, page_count(pfn_to_page(pfn)));
+	give_back_pages(start, len);
+	return 0;
+}
+
 int baton_mem_adopt(struct baton_call *call)
 {
 	const struct baton_adopt *arg = call->arg;
@@ -412,11 +427,15 @@ int baton_mem_adopt(struct baton_call *call)
 	/* The resource tree points to it for ever, and is never freed: the module can be exchanged for a newer one. */
 	static const char *name;
 
-	if (arg->reserved || !IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain) || ret)
+	if (arg->reserved || ret)
 		return ret ?: -EINVAL;
 	guard(mutex)(&baton_lock);
-	if (ram_bytes(arg->start, arg->len) || overlaps_any(arg->start, arg->len))
+	if (overlaps_any(arg->start, arg->len))
 		return -EEXIST;
+	if (ram_bytes(arg->start, arg->len))
+		return adopt_reserved(arg->start, arg->len);
+	if (!IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain))
+		return -EINVAL;
 	name = name ?: kstrdup("System RAM (baton)", GFP_KERNEL);
 	if (!name)
 		return -ENOMEM;

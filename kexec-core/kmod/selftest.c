@@ -448,7 +448,7 @@ static void test_reserved(void)
 	uint32_t id;
 	long total = meminfo("MemTotal"), available;
 
-	if (!iomem("Crash kernel", 0, &start, &end) || end - start < len)
+	if (!iomem("Crash kernel", 0, &start, &end) || end - start < 2 * len)
 		return skip("RESERVED", "no crashkernel= to take for it");
 	create("reserved", &id);
 	is("TAKE RESERVED", take(id, BATON_MEM_RESERVED, start, len), 0);
@@ -461,6 +461,20 @@ static void test_reserved(void)
 	available = free_kib(id);
 	is("GIVE_BACK", give_back(id, start, len), 0);
 	truth("the allocator has it", free_kib(id) - available > (long)(len >> 10) - 1024);
+	struct baton_adopt adopt = { .size = sizeof(adopt), .start = start, .len = 2 * len };
+	is("ADOPT: a part of it is no longer reserved", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EEXIST);
+	adopt.start += len;
+	adopt.len = len;
+	is("TAKE RESERVED: of what is to be adopted", take(id, BATON_MEM_RESERVED, adopt.start, PAGE), 0);
+	is("ADOPT: it holds an object", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EEXIST);
+	is("GIVE_BACK", give_back(id, adopt.start, PAGE), 0);
+	adopt.start += PAGE;
+	adopt.len -= PAGE;
+	available = free_kib(id);
+	is("ADOPT: reserved pages", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), 0);
+	truth("the allocator has them", free_kib(id) - available > (long)(len >> 10) - 1024);
+	truth("MemTotal counts them", meminfo("MemTotal") == total + 2 * (long)(len >> 10));
+	is("ADOPT: once only", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EEXIST);
 	is("TAKE RESERVED: no longer reserved", take(id, BATON_MEM_RESERVED, start, len), EINVAL);
 	is("TAKE ALLOC: like any memory", take(id, BATON_MEM_ALLOC, start, len), 0);
 	is("DESTROY", destroy(id), 0);
@@ -507,9 +521,9 @@ static void test_adopt(uint64_t pa)
 	long total = meminfo("MemTotal");
 	uint32_t id;
 
-	is("ADOPT: not a whole block", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EINVAL);
-	arg.len = info.memory_block_size;
 	if (pa) {
+		is("ADOPT: not a whole block", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EINVAL);
+		arg.len = info.memory_block_size;
 		create("holder", &id);
 		is("TAKE OUTSIDE: to be adopted", take(id, BATON_MEM_OUTSIDE, pa + arg.len - PAGE, PAGE), 0);
 		is("ADOPT: it holds an object", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EEXIST);
@@ -520,6 +534,7 @@ static void test_adopt(uint64_t pa)
 	} else {
 		skip("ADOPT", "--adopt was not given");
 	}
+	arg.len = info.memory_block_size;
 	is("ADOPT: what is RAM already", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EEXIST);
 	arg.start = (1ull << 56) / arg.len * arg.len;
 	is("ADOPT: past what the CPU can form", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), ERANGE);

@@ -211,7 +211,7 @@ pub struct Info {
     pub flags: InfoFlags,
     /// Frequency of its TSC.
     pub tsc_khz: u32,
-    /// Grain of [`Device::adopt_memory`].
+    /// Grain of [`Device::adopt_memory`] for what this kernel does not know.
     pub memory_block_size: u64,
     /// One more than the highest CPU number.
     pub possible_cpus: u32,
@@ -503,7 +503,7 @@ impl Device {
         Mapping::new(&file, range.len(), access).map_err(|errno| self.explain("mmap", format!("of {range}"), errno))
     }
 
-    /// Hot-adds RAM: whole memory blocks. There is no way back.
+    /// Makes RAM this kernel's own, for good: whole memory blocks that it does not know, or pages that are reserved.
     pub fn adopt_memory(&self, range: Range) -> Result<(), DeviceError> {
         let mut m = sys::Adopt { start: range.start(), len: range.len(), ..Default::default() };
         self.call(sys::MEM_ADOPT, &mut m, || format!("of {range}"))

@@ -149,8 +149,9 @@ struct baton_mem_file {
 };
 
 /*
- * BATON_IOC_MEM_ADOPT: hot-add RAM that this kernel has not seen yet; whole memory blocks. Onlined as
- * /sys/devices/system/memory/auto_online_blocks says. There is no way back.
+ * BATON_IOC_MEM_ADOPT: RAM becomes this kernel's own. There is no way back. Either RAM that it has not seen yet, in
+ * whole memory blocks: hot-added, and onlined as /sys/devices/system/memory/auto_online_blocks says. Or pages that are
+ * RESERVED as above: they go to the allocator. EEXIST: RAM that is neither, or holds a memory object.
  */
 struct baton_adopt {
 	__u32 size;
