@@ -39,7 +39,13 @@ impl Piece {
 
     /// What [`take`] takes, with its files.
     pub fn take(device: &Device, kept: &RangeSet, len: u64) -> Result<Vec<Piece>> {
-        take(device, kept, len)?.into_iter().map(|range| Piece::open(device, range)).collect()
+        let ranges = take(device, kept, len)?;
+        // Those that were opened are closed again before the memory goes back.
+        let opened: Result<Vec<_>> = ranges.iter().map(|range| Piece::open(device, *range)).collect();
+        if opened.is_err() {
+            give_back(device, ranges)?;
+        }
+        opened
     }
 }
 
@@ -126,12 +132,14 @@ pub fn take(device: &Device, kept: &RangeSet, len: u64) -> Result<Vec<Range>> {
     match refused {
         None => Ok(taken),
         Some(why) => {
-            for range in taken {
-                device.give_back_memory(SELF, range)?;
-            }
+            give_back(device, taken)?;
             Err(why)
         }
     }
+}
+
+fn give_back(device: &Device, ranges: Vec<Range>) -> Result<()> {
+    ranges.into_iter().try_for_each(|range| Ok(device.give_back_memory(SELF, range)?))
 }
 
 /// The same in one piece, if it can soon be had; nobody counts it.

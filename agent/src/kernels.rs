@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use kexec_core::cpus::parse_cpu_list;
 use kexec_core::image::BzImage;
+use kexec_core::image::bzimage::MAX_IMAGE;
 use kexec_core::memory_map::Range;
 use serde::Serialize;
+
+use crate::outcome::Failure;
 
 /// Where the module lists its instances.
 pub const INSTANCES: &str = "/proc/multikernel";
@@ -55,6 +58,26 @@ pub struct Image {
     pub problem: Option<String>,
     /// Whether baton.ko is installed for it.
     pub module: bool,
+}
+
+/// Reads an image, which is one: [`BzImage::parse`] takes the bytes.
+pub fn read_image(path: &Path) -> Result<Vec<u8>, Failure> {
+    let size = fs::metadata(path).map_err(|error| not_an_image(path, &error))?.len();
+    if size > MAX_IMAGE {
+        let why = format!("{} MiB is too large for an image, at most {} MiB", size >> 20, MAX_IMAGE >> 20);
+        return Err(not_an_image(path, &why));
+    }
+    let bytes = fs::read(path).map_err(|error| not_an_image(path, &error))?;
+    BzImage::parse(&bytes).map_err(|error| not_an_image(path, &error))?;
+    Ok(bytes)
+}
+
+/// What is to be done about a file that is no image.
+pub fn not_an_image(path: &Path, why: &dyn fmt::Display) -> Failure {
+    Failure::precondition(
+        format!("{}: {why}", path.display()),
+        "name a 64-bit Linux bzImage, such as /boot/vmlinuz-* of an amd64 kernel package",
+    )
 }
 
 /// Both lists.

@@ -6,13 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 use kexec_core::image::{BzImage, KernelFacts, PayloadError};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+
+use crate::rewrite::rewrite;
 
 /// Where it is remembered. Root's alone: it is trusted as the image would be.
 pub const PATH: &str = "/var/cache/baton/images.json";
@@ -50,7 +50,7 @@ fn facts_by(
     }
     known.images.insert(key, facts.clone());
     // Two at a time: the last one's images are known, the other's will be asked again.
-    if let Err(error) = write(path, &known) {
+    if let Err(error) = rewrite(path, &known) {
         tracing::debug!("{} is not written: {error}", path.display());
     }
     Ok(facts)
@@ -62,15 +62,6 @@ fn read(path: &Path) -> Option<Known> {
     }
     let known: Known = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
     (known.version == VERSION).then_some(known)
-}
-
-fn write(path: &Path, known: &Known) -> io::Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    }
-    let aside = path.with_extension(format!("new-{}", std::process::id()));
-    fs::write(&aside, serde_json::to_vec(known)?)?;
-    fs::rename(aside, path)
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::rewrite::rewrite;
+
 /// Where it is.
 pub const PATH: &str = "/run/baton/arenas.json";
 /// Grows with every change that an older reader would misread.
@@ -109,7 +111,7 @@ impl Ledger {
         if changed == *pages {
             return Ok(());
         }
-        write(path, &changed).with_context(|| format!("cannot write {}", path.display()))?;
+        rewrite(path, &changed).with_context(|| format!("cannot write {}", path.display()))?;
         *pages = changed;
         Ok(())
     }
@@ -130,15 +132,6 @@ fn read(path: &Path, boot: &str) -> Result<Option<Pages>> {
         bail!("{} has version {}, this batond knows {VERSION}", path.display(), pages.version);
     }
     Ok((pages.boot == boot).then_some(pages))
-}
-
-fn write(path: &Path, pages: &Pages) -> Result<()> {
-    if let Some(folder) = path.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    let aside = path.with_extension("new");
-    fs::write(&aside, serde_json::to_vec(pages)?)?;
-    Ok(fs::rename(aside, path)?)
 }
 
 #[cfg(test)]

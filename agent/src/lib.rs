@@ -29,6 +29,7 @@ pub mod plan;
 pub mod reach;
 pub mod recover;
 pub mod report;
+pub mod rewrite;
 pub mod room;
 pub mod service;
 pub mod services;

@@ -171,19 +171,8 @@ fn no_update_unfinished(kernel: &Kernel) -> Result<((), String)> {
 }
 
 fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
-    let refuse = |cause: String| {
-        Failure::precondition(
-            format!("{}: {cause}", path.display()),
-            "name a 64-bit Linux bzImage, such as /boot/vmlinuz-* of an amd64 kernel package",
-        )
-    };
-    let size = fs::metadata(path).map_err(|e| refuse(e.to_string()))?.len();
-    if size > kexec_core::image::bzimage::MAX_IMAGE {
-        let most = kexec_core::image::bzimage::MAX_IMAGE >> 20;
-        return Err(refuse(format!("{} MiB is too large for an image, at most {most} MiB", size >> 20)).into());
-    }
-    let bytes = fs::read(path).map_err(|e| refuse(e.to_string()))?;
-    let image = BzImage::parse(&bytes).map_err(|e| refuse(e.to_string()))?;
+    let bytes = kernels::read_image(path)?;
+    let image = BzImage::parse(&bytes)?;
     let policy =
         if kernel.config.update.require_signature { SignaturePolicy::Required } else { SignaturePolicy::Optional };
     image.check_signature(policy).map_err(|e| {

@@ -1,15 +1,14 @@
 //! `baton handover check`: whether what this kernel hands over can be read by that one, and by the agent that will run on
 //! it. Needs neither batond nor the module; a batond that answers is asked for its services.
 
-use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use kexec_core::image::bzimage::MAX_IMAGE;
 use kexec_core::image::{BzImage, KernelFacts};
 
 use super::show::kind_name;
 use crate::control::{self, Finding, Reply, Request};
+use crate::kernels;
 use crate::known_images;
 use crate::mkinitrd;
 use crate::outcome::{Class, Failure};
@@ -29,19 +28,9 @@ pub fn findings(image: &Path, socket: &Path) -> Vec<Finding> {
 }
 
 fn facts(path: &Path) -> Result<((String, KernelFacts), String)> {
-    let refuse = |cause: String| {
-        Failure::precondition(
-            format!("{}: {cause}", path.display()),
-            "name a 64-bit Linux bzImage, such as /boot/vmlinuz-* of an amd64 kernel package",
-        )
-    };
-    let size = fs::metadata(path).map_err(|error| refuse(error.to_string()))?.len();
-    if size > MAX_IMAGE {
-        return Err(refuse(format!("{} MiB is too large for an image", size >> 20)).into());
-    }
-    let bytes = fs::read(path).map_err(|error| refuse(error.to_string()))?;
-    let parsed = BzImage::parse(&bytes).map_err(|error| refuse(error.to_string()))?;
-    let facts = known_images::facts(&parsed).map_err(|error| refuse(error.to_string()))?;
+    let bytes = kernels::read_image(path)?;
+    let parsed = BzImage::parse(&bytes)?;
+    let facts = known_images::facts(&parsed).map_err(|error| kernels::not_an_image(path, &error))?;
     let release = parsed.release().to_owned();
     let found = format!("kernel {release}");
     Ok(((release, facts), found))
