@@ -122,7 +122,12 @@ impl Restarts {
                     method.add(Run { run, ..one });
                 }
                 Err(why) => {
-                    let why = format!("{why:#}");
+                    let why = if series.machine.as_ref().is_some_and(has_ended) {
+                        // Who notices first depends on the moment; what is wrong does not.
+                        format!("the machine ended: {why:#}")
+                    } else {
+                        format!("{why:#}")
+                    };
                     task.done(&format!("FAILED: {why}"));
                     // Nobody knows what state it is in: the next run gets another.
                     let logs = series.machine.take().map(|machine| folder(&machine.stage));
@@ -208,6 +213,10 @@ impl Series<'_> {
     }
 }
 
+fn has_ended(machine: &Running) -> bool {
+    machine.stage.machine.serial(0).wait_closed(Patience::of(LOOK)).is_ok()
+}
+
 fn folder(stage: &Stage) -> String {
     stage.machine.folder().display().to_string()
 }
@@ -251,7 +260,7 @@ fn another_kernel(stage: &Stage, old: &Identity) -> Result<Identity> {
             bail!("no new kernel answers\n{}", stage.machine.logs(60));
         }
         if stage.machine.serial(0).wait_closed(Patience::of(LOOK)).is_ok() {
-            bail!("the machine ended before a new kernel answered\n{}", stage.machine.logs(60));
+            bail!("no new kernel answered\n{}", stage.machine.logs(60));
         }
     }
 }
