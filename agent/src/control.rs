@@ -111,11 +111,12 @@ pub struct Status {
 }
 
 /// One service.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceStatus {
     /// Its name.
     pub name: String,
-    /// `serving`, `standby`, `frozen`, or `absent`.
+    /// `serving`, `standby`, `frozen`, `starting`, `absent`; or `bereft`: it serves, and has not kept again what an earlier batond
+    /// kept for it.
     pub state: String,
     /// Size of its arena in bytes, 0 without one.
     pub arena_bytes: u64,

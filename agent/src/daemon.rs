@@ -23,6 +23,7 @@ use crate::control::{self, Reply, Request};
 use crate::kernel::Kernel;
 use crate::outcome::Failure;
 use crate::service::protocol::DEFAULT_SOCKET as SERVICE_SOCKET;
+use crate::services::Admitted;
 use crate::{check, successor, upgrade};
 
 /// The agent of a live kernel update.
@@ -82,7 +83,8 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
                 let stream = connection?.0.into_std()?;
                 let kernel = kernel.clone();
                 tokio::task::spawn_blocking(move || match kernel.admit(stream) {
-                    Ok(name) => info!(service = name, "admitted"),
+                    Ok(Admitted { name, was_serving: false }) => info!(service = name, "admitted"),
+                    Ok(Admitted { name, was_serving: true }) => info!(service = name, "taken on from an earlier batond"),
                     Err(error) => warn!("a service was not admitted: {error:#}"),
                 });
             }

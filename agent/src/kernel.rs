@@ -15,14 +15,14 @@ use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
 use crate::arenas::{Arena, Piece};
 use crate::birth::Birth;
 use crate::config::Config;
-use crate::control::{Status, UpdateStatus};
+use crate::control::{ServiceStatus, Status, UpdateStatus};
 use crate::facts::{Facts, managed_memory};
 use crate::files::Store;
 use crate::ledger::{self, Ledger};
 use crate::net::Netlink;
 use crate::outcome::Failure;
 use crate::recover;
-use crate::services::Services;
+use crate::services::{Admitted, Services};
 
 /// What changes.
 #[derive(Debug)]
@@ -149,9 +149,22 @@ impl Kernel {
         }
     }
 
+    /// Services, and programs that keep files. A service whose files an earlier batond had is both.
+    pub fn who_serves(&self) -> Vec<ServiceStatus> {
+        let mut all = self.services.status();
+        for program in self.files.status() {
+            match all.iter_mut().find(|service| service.name == program.name) {
+                None => all.push(program),
+                Some(service) if service.state == "serving" => "bereft".clone_into(&mut service.state),
+                Some(_) => {}
+            }
+        }
+        all
+    }
+
     /// How things stand.
     pub fn status(&self) -> Status {
-        let services = [self.services.status(), self.files.status()].concat();
+        let services = self.who_serves();
         let state = self.state();
         Status {
             schema_version: 1,
@@ -165,12 +178,17 @@ impl Kernel {
     }
 
     /// Takes a service in. In a successor it stands by, whatever it asks.
-    pub fn admit(&self, stream: UnixStream) -> Result<String> {
+    pub fn admit(&self, stream: UnixStream) -> Result<Admitted> {
         let epoch = {
             let state = self.state();
             (!state.successor).then_some(state.facts.epoch)
         };
-        self.services.admit(stream, epoch, |len, arenas| self.allocate_arena(len, arenas))
+        let admitted = self.services.admit(stream, epoch, |len, arenas| self.allocate_arena(len, arenas))?;
+        // One that begins anew has seen that it has no files. One that serves on has not, and must keep them again.
+        if !admitted.was_serving {
+            self.files.give_up(&admitted.name)?;
+        }
+        Ok(admitted)
     }
 
     fn allocate_arena(&self, len: u64, arenas: &RangeSet) -> Result<Arena> {
@@ -207,7 +225,7 @@ impl Kernel {
     /// earlier batond is no longer waited for.
     pub fn release_arena(&self, service: &str) -> Result<u64> {
         let _held = self.between_updates()?;
-        if self.files.give_up(service)? {
+        if self.files.give_up(service)? && !self.services.has_arena(service) {
             return Ok(0);
         }
         let arena = self.services.remove(service)?;

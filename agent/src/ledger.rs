@@ -80,6 +80,9 @@ pub struct Pages {
     pub services: BTreeMap<String, Entry>,
     /// Whose files are kept.
     pub keepers: BTreeSet<String>,
+    /// Start and length of what the module holds for them: their pages.
+    #[serde(default)]
+    pub files: Vec<(u64, u64)>,
 }
 
 /// The file. One without a path, as a test has it, is not written.
@@ -176,13 +179,15 @@ mod tests {
             epoch: 1,
             services,
             keepers: ["memo".to_owned()].into(),
+            files: vec![(1 << 21, 4096)],
         };
-        assert_eq!(
-            serde_json::to_string(&pages).unwrap(),
+        let first =
             r#"{"version":1,"boot":"b","drained":false,"epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#
                 .to_owned()
-                + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}},"keepers":["memo"]}"#
-        );
+                + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}},"keepers":["memo"]"#;
+        assert_eq!(serde_json::to_string(&pages).unwrap(), format!(r#"{first},"files":[[2097152,4096]]}}"#));
+        let before: Pages = serde_json::from_str(&format!("{first}}}")).unwrap();
+        assert_eq!(before, Pages { files: Vec::new(), ..pages }, "as it was before files were written down");
     }
 
     #[test]

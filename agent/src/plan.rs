@@ -337,7 +337,7 @@ fn network(kernel: &Kernel) -> Result<(Option<GrantedNic>, String)> {
 }
 
 fn services(kernel: &Kernel) -> Result<((), String)> {
-    let services = [kernel.services.status(), kernel.files.status()].concat();
+    let services = kernel.who_serves();
     let absent: Vec<_> = services.iter().filter(|s| s.state != "serving").collect();
     if let Some(service) = absent.first() {
         return Err(Failure::precondition(

@@ -2,8 +2,8 @@
 //! what it was doing. What has not passed the cutover is taken back, as an update that fails would; what serves is left
 //! alone, because only its own agent may stop it.
 //!
-//! What is not taken back: the services' connections. They serve on without an agent, and the next update is refused until
-//! they have been started again; then they get the arenas that they had ([`crate::ledger`]).
+//! What is not taken back: the services' connections. They come by themselves ([`crate::service`]) for the arenas that they
+//! have ([`crate::ledger`]).
 
 use std::fs;
 use std::path::Path;

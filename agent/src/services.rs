@@ -29,10 +29,8 @@ struct Slot {
     end: Option<AgentEnd>,
     hello: Option<Hello>,
     arena: Option<Arena>,
-    /// Who has the arena mapped.
+    /// Who has the arena mapped, be it from an earlier batond.
     process: Option<Process>,
-    /// It has it from an earlier batond, and takes no orders from this one.
-    orphaned: bool,
     /// Why it was not admitted when it last tried.
     refusal: Option<String>,
 }
@@ -42,9 +40,9 @@ impl Slot {
         self.end.as_ref().is_some_and(|end| end.standing() != Standing::Over && !end.is_gone())
     }
 
-    /// The process that writes to the arena without an agent, if one does.
-    fn orphan(&self) -> Option<Process> {
-        self.process.filter(|process| self.orphaned && process.lives())
+    /// The process that has the arena, as long as it lives: whatever became of its connection, it may write there.
+    fn holder(&self) -> Option<Process> {
+        self.process.filter(Process::lives)
     }
 }
 
@@ -68,6 +66,15 @@ pub struct Crossing {
     pub schema_version: u32,
     /// Where its arena lies: these pieces in this order.
     pub ranges: Vec<Range>,
+}
+
+/// A service that was taken in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Admitted {
+    /// Its name.
+    pub name: String,
+    /// It had an agent before this one, and serves on.
+    pub was_serving: bool,
 }
 
 /// All services of this kernel.
@@ -108,9 +115,7 @@ impl Services {
                 }
                 Err(error) => tracing::error!("the arena of service {name} is lost: {error:#}"),
             }
-            let mut slots = services.lock();
-            let slot = slots.entry(name).or_default();
-            (slot.process, slot.orphaned) = (entry.process, true);
+            services.lock().entry(name).or_default().process = entry.process;
         }
         Services { ledger, ..services }
     }
@@ -177,19 +182,23 @@ impl Services {
     }
 
     /// Takes a service in: greeting, arena (made by `allocate` when there is none yet), readiness; then tells it to serve
-    /// in `epoch`, or to stand by when there is none.
+    /// in `epoch`, or to stand by when there is none. One that serves already, with an earlier batond's arena, goes on.
     pub fn admit(
         &self,
         socket: UnixStream,
         epoch: Option<u64>,
         allocate: impl FnOnce(u64, &RangeSet) -> Result<Arena>,
-    ) -> Result<String> {
+    ) -> Result<Admitted> {
         let process = getsockopt(&socket, sockopt::PeerCredentials).ok().and_then(|peer| Process::find(peer.pid()));
         let end = AgentEnd::accept(socket, PATIENCE)?;
         // A service may be quicker than the taking of large arenas; it must not get a new one meanwhile.
         self.inherited.wait();
         let name = end.hello().name.clone();
-        let admitted = self.prepare(end, process, epoch, allocate);
+        let was_serving = end.hello().serving.is_some();
+        let admitted = match end.hello().serving {
+            None => self.prepare(end, process, epoch, allocate),
+            Some(held) => self.welcome_back(end, process, epoch, held),
+        };
         let mut slots = self.lock();
         let slot = slots.entry(name.clone()).or_default();
         let live = slot.end.as_ref().is_some_and(|end| end.standing() != Standing::Over);
@@ -204,7 +213,34 @@ impl Services {
         slot.hello = Some(end.hello().clone());
         slot.end = Some(end);
         self.note(&slots)?;
-        Ok(name)
+        Ok(Admitted { name, was_serving })
+    }
+
+    /// It proves by its process that it is the one which an earlier batond gave this arena; nothing is sent to it again.
+    fn welcome_back(
+        &self,
+        mut end: AgentEnd,
+        process: Option<Process>,
+        epoch: Option<u64>,
+        held: u64,
+    ) -> Result<AgentEnd> {
+        let name = &end.hello().name;
+        self.understands(end.hello())?;
+        if epoch != Some(held) {
+            let ours = epoch.map_or("not yet".to_owned(), |epoch| format!("in epoch {epoch}"));
+            bail!("service {name} says that it serves in epoch {held}, and this kernel's services serve {ours}");
+        }
+        let slots = self.lock();
+        let slot = slots.get(name).filter(|slot| slot.arena.is_some());
+        let slot = slot.with_context(|| format!("service {name} says that it serves, and has no arena here"))?;
+        if slot.is_connected() {
+            bail!("service {name} is connected already");
+        }
+        if slot.holder() != process {
+            bail!("service {name} says that it serves, and is not the process that has its arena");
+        }
+        end.order(&ToService::Welcome { epoch: held })?;
+        Ok(end)
     }
 
     fn prepare(
@@ -224,10 +260,10 @@ impl Services {
             if slot.is_connected() {
                 bail!("service {name} is connected already");
             }
-            if let Some(other) = slot.orphan().filter(|other| Some(*other) != process) {
-                bail!("process {} still has the arena of {name}, and no agent: end it first", other.pid);
+            if let Some(other) = slot.holder().filter(|other| Some(*other) != process) {
+                bail!("process {} still has the arena of {name}: end it first", other.pid);
             }
-            (slot.process, slot.orphaned) = (process, false);
+            slot.process = process;
             let arena = match &mut slot.arena {
                 Some(arena) => arena,
                 none => none.insert(allocate(hello.wanted_arena_len, &arenas)?),
@@ -248,6 +284,11 @@ impl Services {
             }
         }
         Ok(end)
+    }
+
+    /// Whether there is an arena of this service.
+    pub fn has_arena(&self, name: &str) -> bool {
+        self.lock().get(name).is_some_and(|slot| slot.arena.is_some())
     }
 
     /// Where all arenas lie.
@@ -273,8 +314,8 @@ impl Services {
         if slot.is_connected() {
             bail!("service {name} is connected: it has to leave first");
         }
-        if let Some(process) = slot.orphan() {
-            bail!("process {} still has the arena of {name}, and no agent: end it first", process.pid);
+        if let Some(process) = slot.holder() {
+            bail!("process {} still has the arena of {name}: end it first", process.pid);
         }
         let arena = slots.remove(name).and_then(|slot| slot.arena);
         self.note(&slots)?;
@@ -439,19 +480,48 @@ fn expect_report<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::service::protocol::{Inbox, encode, receive, send_with_fd};
 
     #[test]
-    fn who_writes_to_an_arena_without_an_agent_keeps_others_from_it() {
+    fn who_has_an_arena_keeps_others_from_it() {
         let parent = Process::find(std::os::unix::process::parent_id().cast_signed());
         assert!(parent.is_some());
-        let slot = |process, orphaned| Slot { process, orphaned, ..Slot::default() };
-        assert_eq!(slot(parent, true).orphan(), parent);
-        assert_eq!(slot(parent, false).orphan(), None, "it came to this batond");
-        assert_eq!(slot(None, true).orphan(), None);
+        let slot = |process| Slot { process, ..Slot::default() };
+        assert_eq!((slot(parent).holder(), slot(None).holder()), (parent, None));
         let services = Services::default();
-        services.lock().insert("kv".into(), slot(parent, true));
+        services.lock().insert("kv".into(), slot(parent));
         let refused = services.remove("kv").unwrap_err().to_string();
-        assert!(refused.contains("still has the arena of kv, and no agent"), "{refused}");
+        assert!(refused.contains("still has the arena of kv: end it first"), "{refused}");
+    }
+
+    /// The process is this test's own at both ends.
+    fn says_that_it_serves(services: &Services, epoch: u64) -> Result<Admitted> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let hello = Hello { serving: Some(3), ..Hello::new("kv", 7, 1, 4096) };
+        let _ = send_with_fd(theirs.as_fd(), &encode(&ToAgent::Hello(hello))?, None)?;
+        let admitted = services.admit(ours, Some(epoch), |_, _| bail!("it asked for an arena"))?;
+        let mut inbox = Inbox::default();
+        let order = receive::<ToService>(theirs.as_fd(), &mut inbox, Some(PATIENCE))?;
+        assert_eq!(order, ToService::Welcome { epoch: 3 });
+        Ok(admitted)
+    }
+
+    #[test]
+    fn a_service_that_serves_is_taken_on_if_the_arena_and_the_epoch_are_its() {
+        let services = Services::default();
+        services.all_inherited();
+        let refused = |epoch| says_that_it_serves(&services, epoch).unwrap_err().to_string();
+        assert!(refused(3).contains("has no arena here"));
+        let own = Process::find(std::process::id().cast_signed());
+        let parent = Process::find(std::os::unix::process::parent_id().cast_signed());
+        let arena = Some(Arena { pieces: Vec::new(), fresh: false });
+        services.lock().insert("kv".into(), Slot { process: parent, arena, ..Slot::default() });
+        assert!(refused(3).contains("is not the process that has its arena"));
+        services.lock().get_mut("kv").unwrap().process = own;
+        assert!(refused(4).contains("in epoch 3, and this kernel's services serve in epoch 4"));
+        let admitted = says_that_it_serves(&services, 3).unwrap();
+        assert_eq!(admitted, Admitted { name: "kv".into(), was_serving: true });
+        assert_eq!(services.status()[0].state, "absent", "its other end was closed");
     }
 
     #[test]

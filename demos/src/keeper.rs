@@ -54,7 +54,7 @@ pub fn keep(mib: u64) -> io::Result<()> {
     while let Some(order) = agent.wait(None).map_err(io::Error::other)? {
         match order {
             Order::Serve(held) => serve(&mut agent, &mut arena, held, &door)?,
-            Order::StandBy | Order::Freeze { .. } => {}
+            Order::StandBy | Order::Freeze { .. } | Order::AgentIsBack => {}
             Order::Stop => break,
         }
     }
@@ -83,7 +83,6 @@ fn serve(agent: &mut Client, arena: &mut Arena, held: Held, door: &UnixListener)
                 // Whoever asked and went away does not hear it.
                 let _ = door.accept().and_then(|(mut asker, _)| asker.write_all(&serde_json::to_vec(&found)?));
             }
-            _ if agent.agent_gone() => return Ok(()),
             _ => {}
         }
     }

@@ -232,6 +232,7 @@ fn by_library(options: &Options, name: &str) -> Result<()> {
         loop {
             match client.poll_order()? {
                 Some(Order::Freeze { .. }) => break,
+                Some(Order::AgentIsBack) => keeper.keep(NAME, &file)?,
                 Some(other) => bail!("{other:?} while it serves"),
                 None => memo.step()?,
             }

@@ -1,20 +1,20 @@
-//! batond is killed in a kernel that was itself a successor, and started again; its service, too. It finds what it had: the service goes on
-//! with its arena, and the next update is like any other. Nothing that was acknowledged is lost.
+//! batond is killed in a kernel that was itself a successor, and started again. The services come to it by themselves, with what they
+//! have; the next update is like any other. Then a service is ended and started anew: it finds its memory. Nothing that was
+//! acknowledged is lost.
 
-use std::time::Duration;
-
-use anyhow::{Context, Result, bail, ensure};
+use agent::outcome::Class;
+use anyhow::{Context, Result, bail};
 use baton_tests::clients::Clients;
-use baton_tests::{NEW, OLD, console, kernel, open, snapshot};
+use baton_tests::memo::{self, assert_crossed, is_kept, report};
+use baton_tests::refusal::{assert_refused, baton};
+use baton_tests::{NEW, OLD, agents, console, kernel, open, snapshot};
 use demos::story::stage::{Shape, Stage, Upgraded, status_of};
 
-const RESTART: &str = "p=$(pidof batond); kill -9 $p; while kill -0 $p 2>/dev/null; do usleep 20000; done; \
-                       batond >/dev/kmsg 2>&1 </dev/null & \
-                       for n in $(seq 600); do baton status >/dev/null 2>&1 && exit 0; usleep 50000; done; exit 1";
-
-/// The first has to be gone: both want the same port.
-const ANOTHER_SERVICE: &str = "p=$(pidof baton-kv); kill $p; while kill -0 $p 2>/dev/null; do usleep 20000; done; \
-                               /usr/sbin/baton-kv --listen 10.77.0.10:6379 >/dev/kmsg 2>&1 </dev/null &";
+/// It keeps a file by the library.
+const MEMO: &str = "memo-sdk";
+const END_SERVICE: &str = "p=$(pidof baton-kv); kill $p; while kill -0 $p 2>/dev/null; do usleep 20000; done";
+const ANOTHER_SERVICE: &str = "/usr/sbin/baton-kv --listen 10.77.0.10:6379 >/dev/kmsg 2>&1 </dev/null &";
+const LEDGER: &str = "/run/baton/arenas.json";
 
 fn upgrade(stage: &mut Stage, series: &str) -> Result<()> {
     let release = &kernel(series).release;
@@ -27,31 +27,59 @@ fn upgrade(stage: &mut Stage, series: &str) -> Result<()> {
     }
 }
 
+/// How many separate memories are written down for kept files.
+fn memories_of_files(stage: &Stage) -> Result<usize> {
+    let ledger: serde_json::Value = serde_json::from_str(&stage.guest().check(&["cat", LEDGER])?)?;
+    Ok(ledger["files"].as_array().with_context(|| format!("{ledger}"))?.len())
+}
+
 #[test]
 fn a_batond_started_again_in_a_successor_makes_the_next_update() -> Result<()> {
-    let mut played = open(OLD, &Shape::default())?;
+    let mut shape = Shape::default();
+    shape.services.push(memo::service(MEMO, true));
+    let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;
     let clients = Clients::start(stage, 40)?;
     let arena = snapshot::arena_of_service(&stage.guest())?;
+    report(stage, MEMO, is_kept)?;
     upgrade(stage, NEW)?;
-    let before = status_of(&stage.guest())?;
+    let before = agents::await_services(stage, "serving")?;
 
-    let restarted = stage.guest().command(&["sh", "-c", RESTART]).timeout(Duration::from_secs(60)).check();
-    restarted.with_context(|| stage.machine.logs(40))?;
+    agents::kill(stage)?;
     clients.await_more(40).context("the service needs no agent to serve")?;
-    let after = status_of(&stage.guest())?;
+    agents::start(stage)?;
+    let after = agents::await_services(stage, "serving").context("all come back by themselves")?;
     assert_eq!((after.role.as_str(), after.hops, after.epoch), ("incumbent", 1, before.epoch));
-    ensure!(after.services.iter().all(|service| service.state == "absent"), "{:?}", after.services);
-    stage.guest().check(&["sh", "-c", ANOTHER_SERVICE])?;
-    stage.await_serving()?;
-    assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "it has the memory that it had");
+    assert_eq!(after.services, before.services);
+    assert_eq!(memories_of_files(stage)?, 1, "the file has been kept again, and its earlier pages are given back");
     clients.await_more(40)?;
+    let wrote = report(stage, MEMO, is_kept)?.writes;
+    let kept = report(stage, MEMO, |found| found.writes > wrote)?;
 
     upgrade(stage, OLD)?;
     clients.await_more(40)?;
+    assert_crossed(stage, MEMO, &kept)?;
+    assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "it has the memory that it had");
+
+    agents::kill(stage)?;
+    stage.guest().check(&["sh", "-c", END_SERVICE])?;
+    agents::start(stage)?;
+    // Its data would not cross: refused, and said why.
+    let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
+    let refused = baton(&stage.guest(), &["upgrade", "--kernel", &image])?;
+    assert_refused("an update without its service", &refused, Class::Precondition, &["service baton-kv is absent"])?;
+    stage.guest().check(&["sh", "-c", ANOTHER_SERVICE])?;
+    stage.await_serving()?;
+    clients.await_more(40).context("the service goes on with what it had")?;
+    assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "it has the memory that it had");
+    agents::await_services(stage, "serving")?;
+
+    upgrade(stage, NEW)?;
+    clients.await_more(40)?;
     let report = clients.finish()?;
-    ensure!(report.is_clean(), "{report:?}");
+    anyhow::ensure!(report.is_clean(), "{report:?}");
     assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "and so has the next kernel's");
+    assert_eq!(status_of(&stage.guest())?.hops, 3);
     let after = snapshot::of(stage)?;
     assert_eq!((after.online.as_str(), after.instances.len()), ("0-3", 1));
     assert_eq!(console::complaints(&stage.machine), [""; 0], "logs in {}", stage.machine.folder().display());

@@ -4,6 +4,7 @@
 //! patience follows what the guest says, not the clock; a test that cannot be made says so with [`skip`], which `.ci/run`
 //! collects, and never passes in silence. They need root, and fail with one line where they have none.
 
+pub mod agents;
 pub mod clients;
 pub mod console;
 pub mod images;

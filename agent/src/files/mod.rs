@@ -126,9 +126,9 @@ impl Store {
     /// Nothing kept yet; but an earlier batond of this kernel may have kept something.
     pub fn of_ledger(ledger: Arc<Ledger>) -> Store {
         let written = ledger.pages();
-        // A service with an arena is missed for that.
-        let bereft = written.keepers.into_iter().filter(|name| !written.services.contains_key(name)).collect();
-        Store { inner: Mutex::new(Inner { bereft, ledger, ..Inner::default() }), changed: Condvar::new() }
+        let leaving = written.files.iter().filter_map(|&(start, len)| Range::with_len(start, len)).collect();
+        let inner = Inner { bereft: written.keepers, leaving, ledger, ..Inner::default() };
+        Store { inner: Mutex::new(inner), changed: Condvar::new() }
     }
 
     /// Nothing comes from any predecessor, or not to this batond, and programs may run.
@@ -203,6 +203,8 @@ impl Store {
         tracing::info!(service, name, len, "kept in {}", Ranges(&kept.pieces));
         inner.kept.push(kept);
         inner.bereft.remove(service);
+        // Of a file that an earlier batond kept, these were the pages until now.
+        inner.release(device);
         inner.note()
     }
 
@@ -251,6 +253,7 @@ impl Store {
             settle(device, kept, &crossing).with_context(|| format!("file {:?} of {}", kept.name, kept.service))?;
         }
         (inner.closed, inner.missed) = (true, None);
+        inner.note()?;
         inner.crossings()
     }
 
@@ -402,7 +405,9 @@ impl Inner {
     /// Writes down whose files are kept. Nothing is written where nothing has changed.
     fn note(&self) -> Result<()> {
         let keepers = self.kept.iter().map(|kept| &kept.service).chain(&self.bereft).cloned().collect();
-        self.ledger.change(|pages| pages.keepers = keepers)
+        let held = self.kept.iter().flat_map(|kept| &kept.pieces).chain(&self.leaving);
+        let files = held.map(|range| (range.start(), range.len())).collect();
+        self.ledger.change(|pages| (pages.keepers, pages.files) = (keepers, files))
     }
 
     fn ranges(&self) -> RangeSet {
@@ -627,16 +632,20 @@ mod tests {
         let path = std::env::temp_dir().join(format!("baton-keepers-{}.json", std::process::id()));
         let _ = std::fs::remove_file(&path);
         let ledger = Arc::new(Ledger::open(&path)?);
-        ledger.change(|pages| pages.keepers = ["gone".to_owned(), "memo".to_owned()].into())?;
+        ledger.change(|pages| {
+            (pages.keepers, pages.files) = (["gone".to_owned(), "memo".to_owned()].into(), vec![(1 << 21, PAGE)]);
+        })?;
         let files = Store::of_ledger(Arc::new(Ledger::open(&path)?));
         let states = || files.status().into_iter().map(|row| (row.name, row.state)).collect::<Vec<_>>();
         let row = |name: &str, state: &str| (name.to_owned(), state.to_owned());
         assert_eq!(states(), [row("gone", "absent"), row("memo", "absent")]);
+        assert_eq!(files.ranges().to_string(), "0x200000-0x200fff", "not to be given to anybody while it may be open");
         assert!(files.give_up("gone")? && !files.give_up("gone")?);
         files.lock().bereft.remove("memo");
         files.lock().note()?;
         assert_eq!(states(), []);
-        assert!(Ledger::open(&path)?.pages().keepers.is_empty());
+        let written = Ledger::open(&path)?.pages();
+        assert!(written.keepers.is_empty() && written.files == [(1 << 21, PAGE)]);
         Ok(std::fs::remove_file(path)?)
     }
 }

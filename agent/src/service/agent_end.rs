@@ -26,7 +26,7 @@ impl AgentEnd {
     /// A time-out, a socket that fails, a greeting that is none or out of bounds.
     pub fn accept(socket: UnixStream, patience: Duration) -> Result<Self, Error> {
         socket.set_nonblocking(true)?;
-        let hello = Hello { protocol: 0, name: String::new(), schema_kind: 0, schema_version: 0, wanted_arena_len: 0 };
+        let hello = Hello::new("", 0, 0, 0); // until it has come
         let mut end = Self { socket, inbox: Inbox::default(), standing: Standing::Unknown, hello };
         match end.report(patience)? {
             ToAgent::Hello(hello) => {

@@ -1,8 +1,10 @@
 //! The service's end: blocking where it may be, pollable where it must be, no runtime.
 //!
 //! A program with an event loop registers the [`Client`]'s descriptor for reading and calls [`Client::poll_order`] until it
-//! gives `None` (that makes edge-triggered loops safe too). The way from an order to its report allocates nothing.
+//! gives `None` (that makes edge-triggered loops safe too). It is the same descriptor for as long as the service lives, whichever
+//! agent is at the other end. The way from an order to its report allocates nothing.
 
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -11,6 +13,7 @@ use std::time::Duration;
 use nix::poll::PollFlags;
 
 use super::Error;
+use super::door::{Door, Events};
 use super::mapping::Arena;
 use super::protocol::{
     Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, receive, send_all, wait,
@@ -43,6 +46,9 @@ pub enum Order {
         /// The epoch that ends.
         epoch: u64,
     },
+    /// The agent had gone, and another has taken this service on as it is: orders come again. Files that the earlier one
+    /// kept for it are not kept any more: keep them again ([`super::files`]).
+    AgentIsBack,
     /// Leave.
     Stop,
 }
@@ -50,7 +56,12 @@ pub enum Order {
 /// A connection to the agent.
 #[derive(Debug)]
 pub struct Client {
-    socket: UnixStream,
+    /// None while the agent is gone and no other is there.
+    socket: Option<UnixStream>,
+    events: Events,
+    /// Where another agent would be; none where there is no way back.
+    door: Option<Door>,
+    hello: Hello,
     inbox: Inbox,
     outbox: Vec<u8>,
     standing: Standing,
@@ -64,10 +75,12 @@ impl Client {
     /// # Errors
     /// No agent there, an agent that closes (its log says why), an arena that cannot be mapped.
     pub fn connect(path: &Path, hello: Hello) -> Result<(Self, Arena), Error> {
-        Self::over(UnixStream::connect(path)?, hello)
+        let (mut client, arena) = Self::over(UnixStream::connect(path)?, hello)?;
+        client.door = Some(Door::new(path.to_owned()));
+        Ok((client, arena))
     }
 
-    /// The same over a socket that is already connected.
+    /// The same over a socket that is already connected. When its agent has gone, no other is looked for.
     ///
     /// # Errors
     /// As [`Client::connect`].
@@ -75,7 +88,10 @@ impl Client {
         hello.check()?;
         socket.set_nonblocking(true)?;
         let mut client = Self {
-            socket,
+            events: Events::of(&socket).map_err(io::Error::from)?,
+            socket: Some(socket),
+            door: None,
+            hello: hello.clone(),
             inbox: Inbox::default(),
             outbox: Vec::with_capacity(256),
             standing: Standing::Unknown,
@@ -119,7 +135,7 @@ impl Client {
         self.standing
     }
 
-    /// The next order, waiting for it. `None`: the agent has gone while this service serves, and no order will come.
+    /// The next order, waiting for it. `None`: the agent has gone while this service serves, and there is no way to another.
     ///
     /// # Errors
     /// A time-out, a socket that fails, an order out of place, or an agent gone while this service is silent.
@@ -128,10 +144,10 @@ impl Client {
             if let Some(order) = self.poll_order()? {
                 return Ok(Some(order));
             }
-            if self.agent_gone {
+            if self.agent_gone && self.door.is_none() {
                 return Ok(None);
             }
-            wait(self.socket.as_fd(), PollFlags::POLLIN, timeout)?;
+            wait(self.events.as_fd(), PollFlags::POLLIN, timeout)?;
         }
     }
 
@@ -140,34 +156,82 @@ impl Client {
     /// # Errors
     /// As [`Client::wait`], without the time-out.
     pub fn poll_order(&mut self) -> Result<Option<Order>, Error> {
-        let message = match self.inbox.poll(self.socket.as_fd()) {
-            Ok(None) => return Ok(None),
-            Ok(Some(message)) => message,
-            Err(Error::Closed) if self.serving().is_some() => {
-                self.agent_gone = true;
-                return Ok(None);
+        loop {
+            let Some(socket) = &self.socket else {
+                match &self.door {
+                    Some(door) if door.has_moved() => self.knock(),
+                    _ => return Ok(None),
+                }
+                continue;
+            };
+            match (self.inbox.poll(socket.as_fd()), self.standing) {
+                (Ok(None), _) => return Ok(None),
+                // Whatever that is that it has asked, it does not take it: it serves on without.
+                (Ok(Some(message)), Standing::Returning(epoch)) if self.standing.ordered(&message).is_err() => {
+                    self.lose_agent(epoch);
+                }
+                (Ok(Some(message)), _) => return self.order(message).map(Some),
+                (Err(Error::Closed), Standing::Serving(epoch)) | (Err(_), Standing::Returning(epoch)) => {
+                    self.lose_agent(epoch);
+                }
+                (Err(error), _) => return Err(error),
             }
-            Err(error) => return Err(error),
-        };
+        }
+    }
+
+    fn order(&mut self, message: ToService) -> Result<Order, Error> {
         let before = self.standing;
         self.standing = before.ordered(&message)?;
-        let order = match message {
+        Ok(match message {
             ToService::StandBy => Order::StandBy,
             ToService::Serve { epoch } | ToService::Activate { epoch } => {
                 Order::Serve(Held { epoch, fresh: std::mem::take(&mut self.fresh), resumed: false })
             }
             ToService::Unfreeze { epoch } => Order::Serve(Held { epoch, fresh: false, resumed: true }),
             ToService::Freeze { epoch } => Order::Freeze { epoch },
+            ToService::Welcome { .. } => {
+                self.agent_gone = false;
+                if let Some(door) = &mut self.door {
+                    door.leave(&self.events);
+                }
+                Order::AgentIsBack
+            }
             ToService::Stop => Order::Stop,
             // The table of legal steps lets it through only inside `over`.
             memory @ (ToService::Arena { .. } | ToService::Piece { .. }) => {
                 return Err(Error::OutOfOrder { message: format!("{memory:?}"), standing: before });
             }
-        };
-        Ok(Some(order))
+        })
     }
 
-    /// Whether the agent has closed the connection.
+    fn lose_agent(&mut self, serving: u64) {
+        if let Some(socket) = self.socket.take() {
+            self.events.remove(socket.as_fd());
+        }
+        (self.agent_gone, self.standing) = (true, Standing::Serving(serving));
+        self.inbox = Inbox::default();
+        match self.door.as_mut().map(|door| door.watch(&self.events)) {
+            Some(Ok(true)) => self.knock(),
+            Some(Err(_)) => self.door = None, // it will not be told of another
+            Some(Ok(false)) | None => {}
+        }
+    }
+
+    /// Tells an agent, if there is one, that this service serves already. What it says to that comes as any message.
+    fn knock(&mut self) {
+        let (Some(epoch), Some(door)) = (self.serving(), &self.door) else { return };
+        let Ok(socket) = door.knock() else { return };
+        if self.events.add(socket.as_fd()).is_err() {
+            return;
+        }
+        (self.socket, self.standing) = (Some(socket), Standing::Unknown);
+        let hello = Hello { serving: Some(epoch), ..self.hello.clone() };
+        if self.report(&ToAgent::Hello(hello)).is_err() {
+            self.lose_agent(epoch);
+        }
+    }
+
+    /// Whether the agent has closed the connection, and no other has taken this service on.
     #[must_use]
     pub fn agent_gone(&self) -> bool {
         self.agent_gone
@@ -201,24 +265,26 @@ impl Client {
         let next = self.standing.reported(report)?;
         self.outbox.clear();
         encode_into(report, &mut self.outbox)?;
-        send_all(self.socket.as_fd(), &self.outbox, None)?;
+        let socket = self.socket.as_ref().ok_or(Error::Closed)?;
+        send_all(socket.as_fd(), &self.outbox, None)?;
         self.standing = next;
         Ok(())
     }
 
     fn await_message(&mut self) -> Result<ToService, Error> {
-        receive(self.socket.as_fd(), &mut self.inbox, Some(ARENA_PATIENCE))
+        let socket = self.socket.as_ref().ok_or(Error::Closed)?;
+        receive(socket.as_fd(), &mut self.inbox, Some(ARENA_PATIENCE))
     }
 }
 
 impl AsFd for Client {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
+        self.events.as_fd()
     }
 }
 
 impl AsRawFd for Client {
     fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
+        self.events.as_fd().as_raw_fd()
     }
 }

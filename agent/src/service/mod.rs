@@ -44,7 +44,7 @@
 //!             while !matches!(agent.wait(None)?, Some(Order::Freeze { .. })) {}
 //!             agent.frozen(held, 1, 0)?;
 //!         }
-//!         Order::StandBy | Order::Freeze { .. } => {}
+//!         Order::StandBy | Order::Freeze { .. } | Order::AgentIsBack => {}
 //!         Order::Stop => break,
 //!     }
 //! }
@@ -53,11 +53,20 @@
 //!
 //! # When the agent goes away
 //! A service that serves goes on serving (the daemon may be upgraded; without it no update can begin, because nobody can
-//! freeze the service). A service that stands by or is frozen stays silent.
+//! freeze the service), and presents itself to the next agent by itself, over a connection that replaces the lost one:
+//!
+//! ```text
+//!   service                            the next batond of this kernel
+//!      │── Hello{serving: 1} ──────────►│  it has this arena, by its process; the epoch is this kernel's
+//!      │◄─ Welcome{1} ──────────────────│  [`client::Order::AgentIsBack`]
+//! ```
+//! One that is refused serves on alone until yet another agent comes. A service that stands by or is frozen stays silent, and
+//! its [`client::Client`] fails.
 
 pub mod agent_end;
 pub mod ask;
 pub mod client;
+mod door;
 pub mod files;
 pub mod mapping;
 pub mod protocol;

@@ -43,13 +43,17 @@ pub struct Hello {
     pub schema_version: u32,
     /// How large an arena it would like, should there be none yet.
     pub wanted_arena_len: u64,
+    /// The epoch in which it serves already, on the arena that an earlier batond of this kernel gave it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serving: Option<u64>,
 }
 
 impl Hello {
     /// A greeting in this release's protocol.
     #[must_use]
     pub fn new(name: &str, schema_kind: u32, schema_version: u32, wanted_arena_len: u64) -> Self {
-        Self { protocol: PROTOCOL_VERSION, name: name.to_owned(), schema_kind, schema_version, wanted_arena_len }
+        let (protocol, name) = (PROTOCOL_VERSION, name.to_owned());
+        Self { protocol, name, schema_kind, schema_version, wanted_arena_len, serving: None }
     }
 
     /// Checks every bound, once. The agent calls it before it uses any field as a file name, a size or a log line.
@@ -134,6 +138,11 @@ pub enum ToService {
         /// Its size, a multiple of 4096.
         len: u64,
     },
+    /// Go on as you are: this agent has taken the service on from one that has gone.
+    Welcome {
+        /// The epoch that the service holds.
+        epoch: u64,
+    },
     /// Wait, silent: another kernel serves. The arena's content is that kernel's.
     StandBy,
     /// Serve (nobody else does).
@@ -175,6 +184,8 @@ pub enum Standing {
     Unknown,
     /// Has said who it is; its arena has not come yet.
     Greeted,
+    /// Answers clients in this epoch, and has told so to an agent that is new to it.
+    Returning(u64),
     /// Maps its arena, binds its sockets.
     Preparing,
     /// Ready, no orders yet.
@@ -198,7 +209,7 @@ impl Standing {
     #[must_use]
     pub fn serving(self) -> Option<u64> {
         match self {
-            Self::Serving(epoch) => Some(epoch),
+            Self::Serving(epoch) | Self::Returning(epoch) => Some(epoch),
             _ => None,
         }
     }
@@ -212,6 +223,7 @@ impl Standing {
         match (self, *order) {
             (S::Greeted, O::Arena { .. }) => Ok(S::Preparing),
             (S::Preparing, O::Piece { .. }) => Ok(S::Preparing),
+            (S::Returning(held), O::Welcome { epoch }) if epoch == held => Ok(S::Serving(held)),
             (S::Ready, O::StandBy) => Ok(S::StandingBy),
             (S::Ready, O::Serve { epoch }) if epoch > 0 => Ok(S::Activating(epoch)),
             (S::StandingBy, O::Activate { epoch }) if epoch > 0 => Ok(S::Activating(epoch)),
@@ -229,7 +241,7 @@ impl Standing {
     pub fn reported(self, report: &ToAgent) -> Result<Self, Error> {
         use {Standing as S, ToAgent as R};
         match (self, report) {
-            (S::Unknown, R::Hello(_)) => Ok(S::Greeted),
+            (S::Unknown, R::Hello(hello)) => Ok(hello.serving.map_or(S::Greeted, S::Returning)),
             (S::Preparing, R::Ready) => Ok(S::Ready),
             (S::Activating(held), R::Activated { epoch, .. }) if *epoch == held => Ok(S::Serving(held)),
             (S::Freezing(held), R::Frozen { epoch, .. }) if *epoch == held => Ok(S::Frozen(held)),

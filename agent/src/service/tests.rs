@@ -2,18 +2,20 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
 use std::thread;
 use std::time::Duration;
 
+use nix::poll::PollFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 
 use super::Error;
 use super::agent_end::AgentEnd;
-use super::client::{Client, Order};
+use super::client::{Client, Held, Order};
 use super::protocol::{
     Hello, Inbox, MAX_CAUSE, MAX_FRAME, Standing, ToAgent, ToService, bounded_cause, encode, send_with_fd,
 };
@@ -58,6 +60,7 @@ fn counter(socket: UnixStream) -> Result<Vec<Activation>, Error> {
             Order::Freeze { .. } => {
                 unreachable!("the table of legal steps lets it through only while serving")
             }
+            Order::AgentIsBack => unreachable!("there is no way back to a socket that was given"),
             Order::Stop => break,
         }
     }
@@ -204,6 +207,94 @@ fn a_service_that_serves_outlives_its_agent_and_a_silent_one_does_not() {
     agent.report(PATIENCE).expect("ready");
     drop(agent);
     assert!(matches!(service.join().expect("no panic"), Err(Error::Closed)));
+}
+
+/// An agent at a path, as `batond` makes one (`crate::listen`).
+fn agent_at(path: &Path) -> UnixListener {
+    crate::listen::listen(path, 0o600).expect("listens")
+}
+
+fn next_at(listener: &UnixListener) -> AgentEnd {
+    AgentEnd::accept(listener.accept().expect("connected").0, PATIENCE).expect("greeting")
+}
+
+/// A service that serves in epoch 1, and the agent that told it to.
+fn serving_at(path: &Path) -> (Client, Held, AgentEnd) {
+    let listener = agent_at(path);
+    let agent = thread::spawn(move || {
+        let mut agent = next_at(&listener);
+        agent.give_arena(&[(memory_file(LEN).as_fd(), LEN)], true).expect("arena");
+        agent.report(PATIENCE).expect("ready");
+        agent.order(&ToService::Serve { epoch: 1 }).expect("serve");
+        agent.report(PATIENCE).expect("serves");
+        agent
+    });
+    let (mut client, _arena) = Client::connect(path, hello()).expect("arena");
+    client.ready().expect("sent");
+    let Some(Order::Serve(held)) = client.wait(Some(PATIENCE)).expect("order") else { panic!("another order") };
+    client.activated(&held, 0, 0).expect("sent");
+    (client, held, agent.join().expect("no panic"))
+}
+
+/// Waits until there is something to look at, as a program with an event loop does; looks; no order was there.
+fn look_without_an_order(client: &mut Client) {
+    super::protocol::wait(client.as_fd(), PollFlags::POLLIN, Some(PATIENCE)).expect("readable");
+    assert!(client.poll_order().expect("no error").is_none());
+    assert_eq!((client.serving(), client.agent_gone()), (Some(1), true));
+}
+
+#[test]
+fn a_service_that_serves_finds_the_next_agent_by_itself() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("services.sock");
+    let (mut client, held, agent) = serving_at(&path);
+    let descriptor = client.as_raw_fd();
+    drop(agent);
+    look_without_an_order(&mut client);
+    assert!(
+        matches!(client.wait(Some(Duration::from_millis(20))), Err(Error::TimedOut(_))),
+        "quiet while nobody comes"
+    );
+
+    // One that does not know it, and one of a release that takes it for a new service.
+    let refuses = agent_at(&path);
+    look_without_an_order(&mut client);
+    drop(next_at(&refuses));
+    look_without_an_order(&mut client);
+    let misunderstands = agent_at(&path);
+    look_without_an_order(&mut client);
+    let mut agent = next_at(&misunderstands);
+    assert_eq!(agent.hello(), &Hello { serving: Some(1), ..hello() });
+    assert!(agent.give_arena(&[(memory_file(LEN).as_fd(), LEN)], true).is_err());
+    drop(agent);
+    look_without_an_order(&mut client);
+
+    let listener = agent_at(&path);
+    look_without_an_order(&mut client);
+    let mut agent = next_at(&listener);
+    assert!(agent.order(&ToService::Welcome { epoch: 2 }).is_err(), "another epoch than it holds");
+    agent.order(&ToService::Welcome { epoch: 1 }).expect("welcome");
+    assert!(matches!(client.wait(Some(PATIENCE)), Ok(Some(Order::AgentIsBack))));
+    assert_eq!((client.serving(), client.agent_gone(), client.as_raw_fd()), (Some(1), false, descriptor));
+    agent.order(&ToService::Freeze { epoch: 1 }).expect("freeze");
+    assert!(matches!(client.wait(Some(PATIENCE)), Ok(Some(Order::Freeze { epoch: 1 }))));
+    client.frozen(held, 5, 6).expect("sent");
+    assert_eq!(agent.report(PATIENCE).expect("frozen"), ToAgent::Frozen { epoch: 1, items: 5, seal: 6 });
+    // Frozen, it has no right to go on alone.
+    drop(agent);
+    assert!(matches!(client.wait(Some(PATIENCE)), Err(Error::Closed)));
+}
+
+#[test]
+fn an_agent_that_is_there_before_the_loss_is_noticed_is_found_at_once() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("services.sock");
+    let (mut client, _held, agent) = serving_at(&path);
+    drop(agent);
+    let listener = agent_at(&path);
+    look_without_an_order(&mut client);
+    next_at(&listener).order(&ToService::Welcome { epoch: 1 }).expect("welcome");
+    assert!(matches!(client.wait(Some(PATIENCE)), Ok(Some(Order::AgentIsBack))));
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn serve(arguments: &Arguments) -> Result<(), Error> {
                 while !matches!(agent.wait(None)?, Some(Order::Freeze { .. }) | None) {}
                 agent.frozen(held, 0, 0)?;
             }
-            Order::StandBy | Order::Freeze { .. } => {}
+            Order::StandBy | Order::Freeze { .. } | Order::AgentIsBack => {}
             Order::Stop => break,
         }
     }

@@ -83,7 +83,7 @@ pub fn under_agent(options: &Options) -> Result<(), Error> {
                 }
             },
             // `serve` takes it where it belongs; the protocol's table refuses it anywhere else.
-            Order::Freeze { .. } => {}
+            Order::Freeze { .. } | Order::AgentIsBack => {}
             Order::Stop => break,
         }
     }
@@ -97,12 +97,9 @@ fn serve(server: &mut Server, agent: &mut Client, arena: &mut Arena, held: Held)
     agent.activated(&held, store.len()?, seal)?;
     // An order that came with the one to serve has left the socket already: no readiness will tell of it.
     let mut order = agent.poll_order()?;
-    while order.is_none() {
-        if server.turn(&mut store, None)? == Turn::Control {
+    while matches!(order, None | Some(Order::AgentIsBack)) {
+        if order.is_some() || server.turn(&mut store, None)? == Turn::Control {
             order = agent.poll_order()?;
-            if agent.agent_gone() {
-                server.unwatch(agent.as_raw_fd())?;
-            }
         }
     }
     let receipt = store.seal(held.epoch)?;

@@ -112,14 +112,6 @@ impl Server {
         self.poll.registry().register(&mut SourceFd(&control), CONTROL, Interest::READABLE)
     }
 
-    /// Stops watching it.
-    ///
-    /// # Errors
-    /// As epoll_ctl(2).
-    pub fn unwatch(&mut self, control: RawFd) -> io::Result<()> {
-        self.poll.registry().deregister(&mut SourceFd(&control))
-    }
-
     /// To be called when the right to serve was given: from now on turns may be taken. All sockets are looked at afresh.
     ///
     /// # Errors
