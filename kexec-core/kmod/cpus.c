@@ -146,9 +146,7 @@ int baton_cpu_take(struct baton_call *call)
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
 	guard(cpus_read_lock)();
-	ret = check_cpu(arg);
-	if (!ret && given_to(arg->apic_id) == BATON_SELF)
-		ret = -ENOENT;
+	ret = check_cpu(arg) ?: given_to(arg->apic_id) == BATON_SELF ? -ENOENT : 0;
 	if (!ret && arg->how == BATON_CPU_FENCE)
 		ret = send_init(arg->apic_id);
 	if (!ret)
@@ -306,9 +304,7 @@ int baton_panic_notice_set(struct baton_call *call)
 	if (!word)
 		return -ENOMEM;
 	memory->users++;
-	notice.arg = *arg;
-	notice.memory = memory;
-	notice.word = word;
+	notice = (typeof(notice)) { .arg = *arg, .memory = memory, .word = word };
 	call->file->has_notice = true;
 	return atomic_notifier_chain_register(&panic_notifier_list, &notice_block);
 }

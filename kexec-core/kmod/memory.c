@@ -178,16 +178,11 @@ int baton_mem_take(struct baton_call *call)
 	struct baton_memory *memory __free(kfree) = kzalloc(sizeof(*memory), GFP_KERNEL);
 	if (!memory)
 		return -ENOMEM;
-	memory->start = arg->start;
-	memory->len = arg->len;
-	memory->instance = arg->instance;
-	memory->has_pages = arg->how == BATON_MEM_ALLOC || arg->how == BATON_MEM_RESERVED;
+	*memory = (struct baton_memory) { .start = arg->start, .len = arg->len, .instance = arg->instance,
+		.has_pages = arg->how == BATON_MEM_ALLOC || arg->how == BATON_MEM_RESERVED };
 	guard(mutex)(&baton_lock);
-	if (!baton_instance_exists(arg->instance))
-		return -ENOENT;
-	if (overlaps_any(arg->start, arg->len))
-		return -EEXIST;
-	ret = ways[arg->how](arg->start, arg->len);
+	ret = !baton_instance_exists(arg->instance) ? -ENOENT : overlaps_any(arg->start, arg->len) ? -EEXIST :
+	      ways[arg->how](arg->start, arg->len);
 	if (ret)
 		return ret;
 	list_add_tail(&no_free_ptr(memory)->node, &memories);
@@ -404,21 +399,6 @@ int baton_mem_file(struct baton_call *call)
 	return ret;
 }
 
-/*
- * Nobody has these pages from us, so nobody is asked whether they are idle: a passing reference only delays one.
- * It is told: there should be none.
- */
-static int adopt_reserved(u64 start, u64 len)
-{
-	if (take_reserved(start, len))
-		return -EEXIST;
-	for_each_pfn(pfn, start, len)
-		if (page_count(pfn_to_page(pfn)) != 1)
-			pr_notice("baton: adopted page %lx has %d users\n", pfn, page_count(pfn_to_page(pfn)));
-	give_back_pages(start, len);
-	return 0;
-}
-
 int baton_mem_adopt(struct baton_call *call)
 {
 	const struct baton_adopt *arg = call->arg;
@@ -432,8 +412,16 @@ int baton_mem_adopt(struct baton_call *call)
 	guard(mutex)(&baton_lock);
 	if (overlaps_any(arg->start, arg->len))
 		return -EEXIST;
-	if (ram_bytes(arg->start, arg->len))
-		return adopt_reserved(arg->start, arg->len);
+	if (ram_bytes(arg->start, arg->len)) {
+		ret = take_reserved(arg->start, arg->len);
+		if (ret)
+			return ret;
+		for_each_pfn(pfn, arg->start, arg->len)	/* told, but no reason to refuse: nobody has them from us */
+			if (page_count(pfn_to_page(pfn)) != 1)
+				pr_notice("baton: page %lx has %d users\n", pfn, page_count(pfn_to_page(pfn)));
+		give_back_pages(arg->start, arg->len);
+		return 0;
+	}
 	if (!IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain))
 		return -EINVAL;
 	name = name ?: kstrdup("System RAM (baton)", GFP_KERNEL);

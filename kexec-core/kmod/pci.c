@@ -103,10 +103,8 @@ int baton_pci_add(struct baton_call *call)
 	struct baton_root *root __free(kfree) = kzalloc(sizeof(*root), GFP_KERNEL);
 	if (!root)
 		return -ENOMEM;
-	root->granted = *arg;
-	root->sysdata.domain = arg->domain;
-	root->sysdata.node = NUMA_NO_NODE;
-	root->busn = (struct resource) { .name = "baton", .end = arg->bus_end, .flags = IORESOURCE_BUS };
+	*root = (struct baton_root) { .granted = *arg, .sysdata = { .domain = arg->domain, .node = NUMA_NO_NODE },
+		.busn = { .name = "baton", .end = arg->bus_end, .flags = IORESOURCE_BUS } };
 
 	guard(pci_rescan_remove)();
 	if (pci_find_bus(arg->domain, 0))

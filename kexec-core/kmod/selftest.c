@@ -462,7 +462,7 @@ static void test_reserved(void)
 	is("GIVE_BACK", give_back(id, start, len), 0);
 	truth("the allocator has it", free_kib(id) - available > (long)(len >> 10) - 1024);
 	struct baton_adopt adopt = { .size = sizeof(adopt), .start = start, .len = 2 * len };
-	is("ADOPT: a part of it is no longer reserved", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EEXIST);
+	is("ADOPT: a part of it is no longer reserved", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EINVAL);
 	adopt.start += len;
 	adopt.len = len;
 	is("TAKE RESERVED: of what is to be adopted", take(id, BATON_MEM_RESERVED, adopt.start, PAGE), 0);
@@ -474,7 +474,7 @@ static void test_reserved(void)
 	is("ADOPT: reserved pages", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), 0);
 	truth("the allocator has them", free_kib(id) - available > (long)(len >> 10) - 1024);
 	truth("MemTotal counts them", meminfo("MemTotal") == total + 2 * (long)(len >> 10));
-	is("ADOPT: once only", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EEXIST);
+	is("ADOPT: once only", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EINVAL);
 	is("TAKE RESERVED: no longer reserved", take(id, BATON_MEM_RESERVED, start, len), EINVAL);
 	is("TAKE ALLOC: like any memory", take(id, BATON_MEM_ALLOC, start, len), 0);
 	is("DESTROY", destroy(id), 0);
@@ -535,7 +535,7 @@ static void test_adopt(uint64_t pa)
 		skip("ADOPT", "--adopt was not given");
 	}
 	arg.len = info.memory_block_size;
-	is("ADOPT: what is RAM already", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EEXIST);
+	is("ADOPT: what is RAM already", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EINVAL);
 	arg.start = (1ull << 56) / arg.len * arg.len;
 	is("ADOPT: past what the CPU can form", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), ERANGE);
 }

@@ -151,7 +151,7 @@ struct baton_mem_file {
 /*
  * BATON_IOC_MEM_ADOPT: RAM becomes this kernel's own. There is no way back. Either RAM that it has not seen yet, in
  * whole memory blocks: hot-added, and onlined as /sys/devices/system/memory/auto_online_blocks says. Or pages that are
- * RESERVED as above: they go to the allocator. EEXIST: RAM that is neither, or holds a memory object.
+ * RESERVED as above: they go to the allocator. EINVAL: RAM that is neither; EEXIST: there is a memory object.
  */
 struct baton_adopt {
 	__u32 size;
