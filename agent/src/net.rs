@@ -15,8 +15,8 @@
 //! addresses only (`arp_ignore`, Documentation/networking/ip-sysctl.rst).
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
 use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::TryStreamExt;
@@ -24,6 +24,7 @@ use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
 use rtnetlink::{Handle, LinkUnspec};
+use serde::{Deserialize, Serialize};
 
 use crate::config::Cidr;
 use crate::sys;
@@ -84,7 +85,9 @@ impl ArpAnswers {
     }
 
     fn set(&self, value: &str) -> Result<()> {
-        (&self.file).write_all(value.as_bytes()).with_context(|| format!("cannot set arp_ignore to {value}"))
+        // At the start each time: anywhere else the kernel takes a number, says nothing and leaves all as it was
+        // (Documentation/admin-guide/sysctl/kernel.rst, `sysctl_writes_strict`).
+        self.file.write_all_at(value.as_bytes(), 0).with_context(|| format!("cannot set arp_ignore to {value}"))
     }
 
     fn restore(&self) -> Result<()> {
@@ -278,7 +281,7 @@ impl Netlink {
 /// Two interfaces on one network need the strict rules: by default Linux answers on either for the addresses of both
 /// (net/ipv4/arp.c, `arp_ignore` and `arp_announce`), and clients would send to the interface that is about to be given
 /// away. The stricter of an interface's own rule and that of `all` counts (include/linux/inetdevice.h, `IN_DEV_MAXCONF`).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArpRules {
     ignore: String,
     announce: String,
@@ -364,6 +367,16 @@ fn gratuitous_arp(mac: Mac, address: Ipv4Addr) -> [u8; 42] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_setting_is_written_at_its_start_each_time() {
+        let file = tempfile::tempfile().unwrap();
+        let answers = ArpAnswers { file, before: "1\n".into() };
+        answers.set(ArpAnswers::NONE).unwrap();
+        answers.restore().unwrap();
+        let mut written = [0; 2];
+        assert_eq!((answers.file.read_at(&mut written, 0).unwrap(), written), (1, *b"1\0"));
+    }
 
     #[test]
     fn a_gratuitous_arp_names_the_address_twice_and_the_sender_once() {
