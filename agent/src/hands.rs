@@ -28,6 +28,7 @@ use state_schemas::shared::SharedMemory;
 use self::memory::Site;
 use crate::config::Cidr;
 use crate::files::sessions::Place;
+use crate::functions;
 use crate::kernel::Kernel;
 use crate::line::{Incumbent, Line, Unanswered};
 use crate::net::{ArpRules, Held, Link, Mac};
@@ -207,6 +208,7 @@ impl<'k> Hands<'k> {
         let Kernel { netlink, config, .. } = self.kernel;
         if let Some(cidr) = config.network.service_address.filter(|cidr| cidr.network() == own.network()) {
             self.arp_rules = netlink.part(&netlink.held(cidr)?, going)?;
+            self.kernel.services.note_arp_rules(&self.arp_rules)?;
         }
         Ok(())
     }
@@ -220,9 +222,15 @@ impl<'k> Hands<'k> {
                 self.unbound = None;
                 Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
             }
+            // The successor ran with it: its memory is not given to anybody before.
+            (None, Some(granted)) if self.site.is_some() => {
+                functions::stop_unseen(self.device, self.plan.facts.ecam, granted.bdf)?;
+                None
+            }
             _ => None,
         };
         netlink.restore(std::mem::take(&mut self.arp_rules))?;
+        self.kernel.services.note_arp_rules(&[])?;
         let Some((link, address)) = back else { return Ok(()) };
         netlink.link_up(&link)?;
         netlink.add(&link, address)

@@ -75,7 +75,7 @@ impl Kernel {
             device.get_or_init(|| opened);
         }
         if let Some(opened) = device.get().filter(|_| settled) {
-            recover::recover(opened, &netlink, &config, birth.is_some());
+            recover::recover(opened, &netlink, &config, birth.as_ref(), &ledger);
         }
         let (mut facts, update) = match &birth {
             Some(birth) => (birth.facts(), Some(birth.update_status(&release, written.drained))),

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::net::{ArpRules, Mac};
 use crate::rewrite::rewrite;
 
 /// Where it is.
@@ -83,6 +84,9 @@ pub struct Pages {
     /// Start and length of what the module holds for them: their pages.
     #[serde(default)]
     pub files: Vec<(u64, u64)>,
+    /// Interfaces whose rules an update under way has changed, with the rules as they were.
+    #[serde(default)]
+    pub arp_rules: Vec<(Mac, ArpRules)>,
 }
 
 /// The file. One without a path, as a test has it, is not written.
@@ -180,12 +184,16 @@ mod tests {
             services,
             keepers: ["memo".to_owned()].into(),
             files: vec![(1 << 21, 4096)],
+            arp_rules: Vec::new(),
         };
         let first =
             r#"{"version":1,"boot":"b","drained":false,"epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#
                 .to_owned()
                 + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}},"keepers":["memo"]"#;
-        assert_eq!(serde_json::to_string(&pages).unwrap(), format!(r#"{first},"files":[[2097152,4096]]}}"#));
+        assert_eq!(
+            serde_json::to_string(&pages).unwrap(),
+            format!(r#"{first},"files":[[2097152,4096]],"arp_rules":[]}}"#)
+        );
         let before: Pages = serde_json::from_str(&format!("{first}}}")).unwrap();
         assert_eq!(before, Pages { files: Vec::new(), ..pages }, "as it was before files were written down");
     }

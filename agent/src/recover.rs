@@ -7,22 +7,32 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use handover::error::{Blame, Cause, Left, Outcome};
 use handover::machine::{Event, JournalLine, Next};
 use handover::phase::Phase;
 use handover::undo::Effect;
-use kexec_core::device::{Device, TakeCpu};
+use kexec_core::device::{Access, Device, TakeCpu};
+use kexec_core::layout::{PAGE, SIPI_PAGE};
+use kexec_core::memory_map::Range;
 
+use crate::birth::Birth;
 use crate::config::Config;
+use crate::functions;
+use crate::home::Home;
 use crate::kernels::{self, Instance};
+use crate::ledger::Ledger;
 use crate::net::{Netlink, parse_mac};
 use crate::report::{self, JOURNAL};
 use crate::sysfs;
 
+/// How long a CPU may take to its park page: it runs some dozen instructions.
+const HOMECOMING: Duration = Duration::from_secs(5);
+
 /// Takes back what an earlier batond left, and says in log and journal what it found.
-pub fn recover(device: &Device, netlink: &Netlink, config: &Config, was_successor: bool) {
+pub fn recover(device: &Device, netlink: &Netlink, config: &Config, birth: Option<&Birth>, ledger: &Ledger) {
     let journal = Journal::read(Path::new(JOURNAL)).unwrap_or_else(|error| {
         tracing::warn!("the last update's journal cannot be read: {error:#}");
         Journal::default()
@@ -33,13 +43,11 @@ pub fn recover(device: &Device, netlink: &Netlink, config: &Config, was_successo
         Next::End(_) => "its end",
     };
     tracing::warn!(update = last.update, phase = last.phase.name(), during, "an earlier batond died in an update");
-    let taken_back = match was_successor {
-        // To online a CPU that was fenced, such a kernel would wait for it at its mailbox for ever.
-        true => Err(anyhow::anyhow!(
-            "this kernel was a successor itself, and cannot take CPUs back without the batond that gave them"
-        )),
-        false => take_back(device, netlink, config, &journal),
-    };
+    let taken_back = take_back(device, netlink, config, &journal, birth);
+    let taken_back = taken_back.and_then(|()| {
+        netlink.restore(ledger.pages().arp_rules)?;
+        ledger.change(|pages| pages.arp_rules.clear())
+    });
     let left = match taken_back {
         Ok(()) => Vec::new(),
         Err(error) => {
@@ -100,33 +108,77 @@ impl Journal {
     }
 }
 
-fn take_back(device: &Device, netlink: &Netlink, config: &Config, journal: &Journal) -> Result<()> {
+fn take_back(
+    device: &Device,
+    netlink: &Netlink,
+    config: &Config,
+    journal: &Journal,
+    birth: Option<&Birth>,
+) -> Result<()> {
+    let home = birth.map(Home::of);
     let left: Vec<Instance> = kernels::list()?.instances.into_iter().filter(|instance| instance.id != 0).collect();
     if let Some(serving) = left.iter().find(|instance| instance.state == "serving") {
         bail!("instance {} ({}) serves: its own agent has to finish the update", serving.id, serving.image);
+    }
+    let bsp = birth.and_then(|birth| birth.facts().bsp);
+    if let Some(apic_id) = left.iter().flat_map(|instance| &instance.cpus).find(|apic_id| bsp == Some(**apic_id)) {
+        bail!("the CPU with APIC id {apic_id:#x} booted the machine: it cannot be stopped, and is with the successor");
     }
     for instance in &left {
         for apic_id in &instance.cpus {
             device.take_cpu(instance.id, *apic_id, TakeCpu::Fence)?;
         }
+        if let Some(home) = home {
+            bring_home(device, home, instance)?;
+        }
+    }
+    // Before its memory is anybody's: a device that it had may still write there.
+    take_devices_back(device, netlink, config, birth)?;
+    for instance in &left {
         device.destroy_instance(instance.id)?;
     }
     let theirs = |apic_id| left.iter().any(|instance| instance.cpus.contains(&apic_id));
     for cpu in device.cpus()?.iter().filter(|cpu| !cpu.online) {
         if theirs(cpu.apic_id) || journal.cpus().any(|number| number == cpu.cpu) {
+            if home.is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
+                bail!("CPU {} does not wait at this kernel's mailbox: onlining it would never end", cpu.cpu);
+            }
             sysfs::online_cpu(cpu.cpu)?;
         }
     }
-    let missing = |mac| Ok::<_, anyhow::Error>(netlink.find(mac)?.is_none());
+    Ok(())
+}
+
+/// An interface that is not here was granted. Its driver gets it back; one that this kernel never saw is only stopped.
+fn take_devices_back(device: &Device, netlink: &Netlink, config: &Config, birth: Option<&Birth>) -> Result<()> {
     for nic in &config.network.nic {
         let mac = parse_mac(&nic.mac)?;
-        if missing(mac)? {
-            probe_drivers()?;
-            if let Some(link) = netlink.find(mac)? {
-                netlink.link_up(&link)?;
-                netlink.add(&link, nic.address)?;
-            }
+        if netlink.find(mac)?.is_some() {
+            continue;
         }
+        probe_drivers()?;
+        if let Some(link) = netlink.find(mac)? {
+            netlink.link_up(&link)?;
+            netlink.add(&link, nic.address)?;
+        } else if let Some(facts) = birth.map(Birth::facts)
+            && let Some(bdf) = facts.nics.get(&mac)
+        {
+            functions::stop_unseen(device, facts.ecam, *bdf)?;
+        }
+    }
+    Ok(())
+}
+
+/// A former successor's CPUs that got INIT go to its own park page; as long as the instance has the page they start at.
+fn bring_home(device: &Device, home: Home<'_>, instance: &Instance) -> Result<()> {
+    if instance.cpus.is_empty() {
+        return Ok(());
+    }
+    let sipi = device.map(Range::new(SIPI_PAGE, SIPI_PAGE + PAGE), Access::ReadWrite)?;
+    for apic_id in &instance.cpus {
+        // That it waited there may not have been struck out yet.
+        home.mailbox().forget(*apic_id);
+        home.bring(device, instance.id, &sipi, *apic_id, Instant::now() + HOMECOMING)?;
     }
     Ok(())
 }

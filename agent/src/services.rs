@@ -17,6 +17,7 @@ use nix::sys::socket::{getsockopt, sockopt};
 use crate::arenas::{Arena, Piece};
 use crate::control::ServiceStatus;
 use crate::ledger::{Entry, Ledger, Process};
+use crate::net::{ArpRules, Mac};
 use crate::service::agent_end::AgentEnd;
 use crate::service::protocol::{Hello, Standing, ToAgent, ToService};
 
@@ -123,6 +124,11 @@ impl Services {
     /// From now on services answer in this epoch.
     pub fn note_epoch(&self, epoch: u64) -> Result<()> {
         self.ledger.change(|pages| pages.epoch = epoch)
+    }
+
+    /// These rules are to be restored when the update under way is undone.
+    pub fn note_arp_rules(&self, rules: &[(Mac, ArpRules)]) -> Result<()> {
+        self.ledger.change(|pages| pages.arp_rules = rules.to_vec())
     }
 
     /// This kernel's predecessor has gone: from now on a batond that dies can be followed by another.

@@ -6,7 +6,7 @@
 //!                                                  ├─ Activate ─► services, address ─► Activated     the blackout ends
 //!                                                  ├─ CpuParked ► online it ─► CpuOnline             undo: ReleaseCpu
 //!                                                  ├─ (StandDown ► services, address ─► StoodDown)   undo of Activate
-//!                                                  ├─ Commit ───► Committed
+//!                                                  ├─ Commit ───► Committed, programs
 //!                                                  └─ LastCpu ──► online it, adopt memory ─► incumbent
 //! ```
 //! Which word may come when is `handover`'s to say ([`handover::successor`]); here each is carried out.
@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use handover::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
-use kexec_core::device::{Device, PciFunction};
+use kexec_core::device::Device;
 use kexec_core::memory_map::division::keep_movable;
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::sys::time::TimeSpec;
@@ -29,6 +29,7 @@ use state_schemas::shared::SharedMemory;
 
 use crate::arenas::Arena;
 use crate::birth::{Birth, range};
+use crate::functions;
 use crate::kernel::Kernel;
 use crate::line::{Line, Successor};
 use crate::liveupdate;
@@ -42,6 +43,8 @@ const PCI_DOMAIN: u32 = 1;
 const LINK_PATIENCE: Duration = Duration::from_secs(20);
 /// How long an incumbent may be silent before its last word, before it counts as gone.
 const INCUMBENT_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long programs may take to begin.
+const PROGRAMS_PATIENCE: Duration = Duration::from_secs(10);
 /// How long the last CPU may take to leave the incumbent.
 const LAST_CPU_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -66,6 +69,8 @@ struct Heir<'k> {
     sessions: Option<File>,
     /// What could not be done after the service answered; the next order fails with it.
     unsettled: Option<anyhow::Error>,
+    /// What could not be done after the commit; the update is told of it when it has ended.
+    left_undone: Vec<String>,
     timeline: Timeline,
 }
 
@@ -99,7 +104,7 @@ impl<'k> Heir<'k> {
         mark(birth, BootMark::Network);
         let mut timeline = Timeline::continue_from(birth.record.journal.clone());
         timeline.add("successor: prepare", started, tsc());
-        Ok(Heir { kernel, birth, device, line, address, sessions, unsettled: None, timeline })
+        Ok(Heir { kernel, birth, device, line, address, sessions, unsettled: None, left_undone: Vec::new(), timeline })
     }
 
     /// Does what the incumbent says, until its last word: the order to take the rest.
@@ -121,11 +126,11 @@ impl<'k> Heir<'k> {
             };
             let Some(answer) = answer else { continue };
             self.line.send(&answer)?;
-            if let ToIncumbent::Activated { .. } = answer {
-                self.unsettled = self.settle_address().err();
-            }
-            if let ToIncumbent::Failed { what, cause } = answer {
-                tracing::error!("cannot {what}: {cause}");
+            match answer {
+                ToIncumbent::Activated { .. } => self.unsettled = self.settle_address().err(),
+                ToIncumbent::Committed => self.start_programs(),
+                ToIncumbent::Failed { what, cause } => tracing::error!("cannot {what}: {cause}"),
+                _ => {}
             }
         }
     }
@@ -194,12 +199,19 @@ impl<'k> Heir<'k> {
             }
             address.announcer.announce()?;
         }
-        self.kernel.files.serve(self.cutover_patience())?;
         let announced = tsc();
         self.kernel.state().facts.epoch = epoch;
         self.timeline.add("successor: services", started, serving);
         self.timeline.add("successor: address", serving, announced);
         Ok(Answer::AnsweringSince(announced))
+    }
+
+    /// Not before the incumbent cannot go on any more: its own programs, which cannot be asked to look at their memory anew, would
+    /// go on with what they knew of it, and these would have written there.
+    fn start_programs(&mut self) {
+        if let Err(error) = self.kernel.files.serve(PROGRAMS_PATIENCE) {
+            self.left_undone.push(format!("{error:#}"));
+        }
     }
 
     /// After the blackout: the interface answers for the address from now on.
@@ -265,7 +277,7 @@ impl<'k> Heir<'k> {
             // A parked CPU writes a word, and no interrupt tells of it.
             std::thread::sleep(Duration::from_millis(1));
         }
-        let mut left = Vec::new();
+        let mut left = std::mem::take(&mut self.left_undone);
         if let Err(error) = sysfs::grant_panic_wish() {
             left.push(format!("panic=: {error:#}"));
         }
@@ -366,7 +378,7 @@ fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> 
 fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Option<Address>> {
     let Some((bdf, mac)) = birth.service_function() else { return Ok(None) };
     let ecam = birth.record.ecam.context("a PCI function is granted, but no configuration space")?;
-    let function = PciFunction { bus: (bdf >> 8) as u8, device: (bdf >> 3) as u8 & 0x1f, function: bdf as u8 & 7 };
+    let function = functions::of_bdf(bdf);
     device.add_pci(PCI_DOMAIN, ecam.address, ecam.bus_end, &[function])?;
     let deadline = Instant::now() + LINK_PATIENCE;
     let link = loop {

@@ -85,14 +85,45 @@ impl Unbound {
 const PCI_COMMAND: u64 = 0x04;
 const PCI_COMMAND_MASTER: u8 = 1 << 2;
 
-/// Stops every PCI function of this kernel: drivers off, bus mastering off. For a kernel that is about to leave the
-/// machine: what DMA wrote afterwards would hit its heir's memory. Bridges are left alone; they start nothing themselves.
-/// So is `granted`: this kernel still sees the heir's functions, and must not touch them.
-pub fn quiesce_pci(granted: &[Bdf]) -> Result<Vec<String>> {
+/// All PCI functions that this kernel sees.
+const PCI_DEVICES: &str = "/sys/bus/pci/devices";
+
+/// Where a function is that this kernel sees in this segment.
+pub fn function_folder(segment: u32, bdf: Bdf) -> PathBuf {
+    Path::new(PCI_DEVICES).join(format!("{segment:04x}{}", &bdf_name(bdf)[4..]))
+}
+
+/// Whether this kernel sees a function, in whichever segment.
+pub fn sees_function(bdf: Bdf) -> Result<bool> {
+    let folders = fs::read_dir(PCI_DEVICES).context("cannot list PCI functions")?;
+    let mut names = folders.filter_map(|folder| folder.ok()?.file_name().into_string().ok());
+    Ok(names.any(|name| parse_bdf(&name) == Some(bdf)))
+}
+
+/// Stops a PCI function: driver off, bus mastering off.
+pub fn stop_function(folder: &Path) -> Result<()> {
     use std::os::unix::fs::FileExt;
+    unbind(folder)?;
+    let config = fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(folder.join("config"))
+        .with_context(|| format!("cannot open the configuration space of {}", folder.display()))?;
+    let mut command = [0u8; 1];
+    config.read_exact_at(&mut command, PCI_COMMAND)?;
+    if command[0] & PCI_COMMAND_MASTER != 0 {
+        config.write_all_at(&[command[0] & !PCI_COMMAND_MASTER], PCI_COMMAND)?;
+    }
+    Ok(())
+}
+
+/// Stops every PCI function of this kernel, for one that is about to leave the machine: what DMA wrote afterwards would hit its
+/// heir's memory. Bridges are left alone; they start nothing themselves. So is `granted`: this kernel still sees the heir's
+/// functions, and must not touch them.
+pub fn quiesce_pci(granted: &[Bdf]) -> Result<Vec<String>> {
     const BRIDGE_CLASS: &str = "0x06";
     let mut stopped = Vec::new();
-    let Ok(folders) = fs::read_dir("/sys/bus/pci/devices") else { return Ok(stopped) };
+    let Ok(folders) = fs::read_dir(PCI_DEVICES) else { return Ok(stopped) };
     for folder in folders {
         let folder = folder?.path();
         let folder = fs::canonicalize(&folder).with_context(|| format!("cannot follow {}", folder.display()))?;
@@ -101,17 +132,7 @@ pub fn quiesce_pci(granted: &[Bdf]) -> Result<Vec<String>> {
         if is_granted || fs::read_to_string(folder.join("class"))?.starts_with(BRIDGE_CLASS) {
             continue;
         }
-        unbind(&folder)?;
-        let config = fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(folder.join("config"))
-            .with_context(|| format!("cannot open the configuration space of {}", folder.display()))?;
-        let mut command = [0u8; 1];
-        config.read_exact_at(&mut command, PCI_COMMAND)?;
-        if command[0] & PCI_COMMAND_MASTER != 0 {
-            config.write_all_at(&[command[0] & !PCI_COMMAND_MASTER], PCI_COMMAND)?;
-        }
+        stop_function(&folder)?;
         stopped.push(name);
     }
     Ok(stopped)
@@ -166,6 +187,8 @@ mod tests {
     fn pci_addresses_round_trip() {
         for bdf in [0u16, 0x0018, 0x0120, 0xffff] {
             assert_eq!(parse_bdf(&bdf_name(bdf)), Some(bdf));
+            let elsewhere = function_folder(2, bdf).file_name().unwrap().to_string_lossy().into_owned();
+            assert!(elsewhere.starts_with("0002:") && parse_bdf(&elsewhere) == Some(bdf), "{elsewhere}");
         }
         assert_eq!(parse_bdf("virtio0"), None);
         assert_eq!(parse_bdf("0000:00:20.0"), None);

@@ -22,6 +22,10 @@ const PAGE: usize = 4096;
 /// Where it is asked.
 const SOCKET: &str = "/run/keeper";
 
+/// Where there is a file of this name, the kernel panics as soon as the service has said that it serves: for a test of what becomes
+/// of a cutover then.
+pub const PANIC_WHEN_SERVING: &str = "/panic-when-serving";
+
 /// What it found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
@@ -71,6 +75,9 @@ fn serve(agent: &mut Client, arena: &mut Arena, held: Held, door: &UnixListener)
     }
     let pages = (arena.len() / PAGE) as u64;
     agent.activated(&held, pages, 0).map_err(io::Error::other)?;
+    if Path::new(PANIC_WHEN_SERVING).exists() {
+        std::fs::write("/proc/sysrq-trigger", "c")?;
+    }
     loop {
         let mut ready = [PollFd::new(agent.as_fd(), PollFlags::POLLIN), PollFd::new(door.as_fd(), PollFlags::POLLIN)];
         poll(&mut ready, PollTimeout::NONE)?;

@@ -317,9 +317,16 @@ fn the_epoch_decides_who_may_write() {
     let mut successor = Store::attach(&mut memory).unwrap();
     successor.unseal(8).unwrap();
     assert!(matches!(successor.unseal(7), Err(StoreError::Arena(ArenaError::NotOwner { given: 7, owner: 8 }))));
+    assert!(matches!(successor.reclaim(7), Err(StoreError::Arena(ArenaError::NotOwner { given: 7, owner: 8 }))));
     assert!(successor.seal(7).is_err());
     successor.set(b"k", b"x").unwrap();
     assert_eq!(successor.epoch(), 8);
+
+    // The successor was stopped before it could seal: only who says that it knows so gets the arena.
+    let mut incumbent = Store::attach(&mut memory).unwrap();
+    assert!(matches!(incumbent.unseal(9), Err(StoreError::Arena(ArenaError::NotOwner { given: 9, owner: 8 }))));
+    incumbent.reclaim(9).unwrap();
+    assert_eq!((incumbent.epoch(), incumbent.is_sealed()), (9, false));
 }
 
 #[test]

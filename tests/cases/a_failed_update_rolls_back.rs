@@ -1,5 +1,6 @@
 //! An update that fails gives everything back: the old kernel serves on, with its CPUs, memory, interfaces, arenas and kept files,
-//! and the next update works, and takes them along. From a kernel that the firmware booted, and from one that was itself a successor.
+//! and the next update works, and takes them along. So it does when the successor serves already, up to the commit. From a kernel that
+//! the firmware booted, and from one that was itself a successor.
 
 use agent::config::Service;
 use agent::initrd::Initrd;
@@ -35,7 +36,7 @@ struct Failure {
     said: &'static str,
 }
 
-const FAILURES: [Failure; 4] = [
+const FAILURES: [Failure; 6] = [
     Failure {
         what: "a successor that never answers",
         words: "rdinit=/nonexistent",
@@ -57,6 +58,22 @@ const FAILURES: [Failure; 4] = [
         initrd: None,
         meanwhile: Some("touch /run/memo.late"),
         said: "it would be lost",
+    },
+    // That is found when the successor serves already, and has one more: it gives that one back, and the cutover is made backwards.
+    Failure {
+        what: "a kernel with room for two CPUs of four",
+        words: "nr_cpus=2",
+        initrd: None,
+        meanwhile: None,
+        said: "this kernel has no CPU with APIC id",
+    },
+    // It can be asked for nothing any more, and is stopped.
+    Failure {
+        what: "a successor that panics when it serves",
+        words: "",
+        initrd: Some("/tmp/serves-and-panics"),
+        meanwhile: None,
+        said: "the successor panicked",
     },
     Failure {
         what: "a successor that panics under its agent",
@@ -100,7 +117,7 @@ fn a_failed_update_gives_everything_back_and_the_next_one_works() -> Result<()> 
     succeed(stage, NEW)?;
     // The kernel that serves now was a successor: its CPUs come back through a mailbox, its memory was adopted.
     before = ready(stage)?;
-    for failure in &FAILURES[..3] {
+    for failure in &FAILURES[..5] {
         before = fail(stage, OLD, failure, &before, &clients)?;
     }
     succeed(stage, OLD)?;
@@ -120,6 +137,9 @@ fn ready(stage: &Stage) -> Result<Snapshot> {
     let guest = stage.guest();
     guest.put("/tmp/exits", 0o644, &trap("exit 1")?)?;
     guest.put("/tmp/panics", 0o644, &trap("echo c > /proc/sysrq-trigger")?)?;
+    let mut initrd = Initrd::new();
+    initrd.file(keeper::PANIC_WHEN_SERVING, 0o644, "");
+    guest.put("/tmp/serves-and-panics", 0o644, &initrd.bytes()?)?;
     let release = &kernel(OLD).release;
     let checked = baton(&guest, &["check", "--kernel", &format!("/boot/vmlinuz-{release}")])?;
     ensure!(checked.success(), "{} {}", checked.text(), String::from_utf8_lossy(&checked.stderr));

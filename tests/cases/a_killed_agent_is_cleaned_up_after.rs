@@ -1,6 +1,6 @@
-//! batond is killed in mid-update, while the successor boots. The service serves on; the next batond takes CPU, memory and interface
-//! back and says so in the journal; the service presents itself to it, an update works, and nothing that was acknowledged before, between
-//! or after is lost.
+//! batond is killed in mid-update, while the successor boots: once in a kernel that the firmware booted, once in one that was a successor
+//! itself. The service serves on; the next batond takes CPU, memory and interface back and says so in the journal; the service presents
+//! itself to it, an update works, and nothing that was acknowledged before, between or after is lost.
 
 use agent::outcome::Class;
 use anyhow::{Context, Result, bail, ensure};
@@ -9,22 +9,19 @@ use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::snapshot::{self, Snapshot};
 use baton_tests::{NEW, OLD, agents, console, kernel, open};
 use demos::lab::Patience;
-use demos::story::stage::{Shape, Upgraded};
+use demos::story::stage::{Shape, Stage, Upgraded};
 
-#[test]
-fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_back() -> Result<()> {
-    let mut played = open(OLD, &Shape::default())?;
-    let stage = &mut played.stage;
-    let clients = Clients::start(stage, 40)?;
-    let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
+/// An update that would lead to a kernel which talks on this serial port.
+fn kill_in_mid_update(stage: &Stage, clients: &Clients, image: &str, port: usize) -> Result<()> {
     let guest = stage.guest();
     // What an update leaves to the agent is there from the first check on.
-    ensure!(baton(&guest, &["check", "--kernel", &image])?.success());
+    ensure!(baton(&guest, &["check", "--kernel", image])?.success());
     let before = snapshot::of(stage)?;
 
-    let line = "console=ttyS1,115200 printk.devkmsg=on panic=0";
-    let begun = guest.command(&["baton", "upgrade", "--kernel", &image, "--cmdline", line]).begin()?;
-    stage.machine.wait_for(1, "Linux version", 0, Patience::BOOT)?;
+    let line = format!("console=ttyS{port},115200 printk.devkmsg=on panic=0");
+    let said = stage.machine.serial(port).position();
+    let begun = guest.command(&["baton", "upgrade", "--kernel", image, "--cmdline", &line]).begin()?;
+    stage.machine.wait_for(port, "Linux version", said, Patience::BOOT)?;
     agents::kill(stage)?;
     drop(begun);
     clients.await_more(40).context("the service needs no agent to serve")?;
@@ -38,18 +35,37 @@ fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_
     assert_eq!(of_machine(&after), of_machine(&before), "logs in {}", stage.machine.folder().display());
     let journal = guest.check(&["tail", "-n", "1", "/var/lib/baton/journal.jsonl"])?;
     ensure!(journal.contains("rolled_back") && journal.contains("batond died during `await hello`"), "{journal}");
-    clients.await_more(40)?;
+    clients.await_more(40)
+}
 
-    let refused = baton(&guest, &["release", "baton-kv"])?;
-    assert_refused("the arena of a service that runs", &refused, Class::Failed, &["is connected"])?;
-    match stage.upgrade(&kernel(NEW).release, &[])? {
-        Upgraded::Drained(status) => assert_eq!(status.update.context("an update")?.left_undone, [""; 0]),
-        Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
+fn upgrade(stage: &mut Stage, release: &str) -> Result<()> {
+    match stage.upgrade(release, &[])? {
+        Upgraded::Drained(status) => {
+            assert_eq!(status.update.context("an update")?.left_undone, [""; 0], "to {release}");
+            Ok(())
+        }
+        Upgraded::Refused(ran) => bail!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
     }
-    clients.await_more(40)?;
+}
+
+#[test]
+fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_back() -> Result<()> {
+    let mut played = open(OLD, &Shape::default())?;
+    let stage = &mut played.stage;
+    let clients = Clients::start(stage, 40)?;
+    let online = snapshot::of(stage)?.online;
+    for (series, port) in [(NEW, 1), (OLD, 0)] {
+        let release = &kernel(series).release;
+        kill_in_mid_update(stage, &clients, &format!("/boot/vmlinuz-{release}"), port)
+            .with_context(|| format!("under way to {release}"))?;
+        let refused = baton(&stage.guest(), &["release", "baton-kv"])?;
+        assert_refused("the arena of a service that runs", &refused, Class::Failed, &["is connected"])?;
+        upgrade(stage, release)?;
+        clients.await_more(40)?;
+    }
     let report = clients.finish()?;
     ensure!(report.is_clean(), "{report:?}");
-    assert_eq!(snapshot::of(stage)?.online, before.online);
+    assert_eq!(snapshot::of(stage)?.online, online);
     assert_eq!(console::complaints(&stage.machine), [""; 0], "logs in {}", stage.machine.folder().display());
     Ok(())
 }

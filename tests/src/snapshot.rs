@@ -21,7 +21,7 @@ pub struct Snapshot {
     pub mem_available_kib: u64,
     /// `/proc/multikernel`.
     pub instances: Vec<Instance>,
-    /// Interfaces: hardware address, flags (up or not), and addresses.
+    /// Interfaces: hardware address, flags (up or not), how they answer and ask by ARP, and addresses.
     pub links: Vec<String>,
     /// Services and how they are.
     pub services: Vec<(String, String)>,
@@ -40,7 +40,8 @@ fn of_guest(guest: &Guest) -> Result<Snapshot> {
     let script = "uname -r; echo ==; cat /sys/devices/system/cpu/online; echo ==; cat /proc/meminfo; echo ==; \
                   cat /proc/multikernel; echo ==; \
                   for i in /sys/class/net/*; do n=${i##*/}; \
-                  echo $(cat $i/address $i/flags) $(ip -4 -o addr show dev $n | awk '{print $4}' | sort); done | sort; echo ==; \
+                  a=/proc/sys/net/ipv4/conf/$n; \
+                  echo $(cat $i/address $i/flags $a/arp_ignore $a/arp_announce) $(ip -4 -o addr show dev $n | awk '{print $4}' | sort); done | sort; echo ==; \
                   awk '$1 == \"count:\" { n += $2 } END { print 4 * n }' /proc/zoneinfo";
     let text = guest.check(&["sh", "-c", script])?;
     let parts: Vec<&str> = text.split("==\n").collect();

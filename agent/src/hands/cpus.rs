@@ -2,15 +2,14 @@
 //! again where the update ends early.
 
 use std::mem::offset_of;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use handover::plan::Cpu;
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::{GiveCpu, Mapping, TakeCpu, Yield};
-use kexec_core::layout::{LowSlot, SIPI_PAGE};
+use kexec_core::layout::SIPI_PAGE;
 use kexec_core::registry::State;
-use kexec_core::trampoline::{Epitaph, SipiArgs, SipiPage, YieldArgs, sipi_page, step, yield_command};
+use kexec_core::trampoline::{Epitaph, SipiPage, YieldArgs, sipi_page, step, yield_command};
 use state_schemas::control_block::words::BootMark;
 use state_schemas::control_block::{self, Piece, words};
 use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
@@ -18,50 +17,33 @@ use state_schemas::shared::SharedMemory;
 use zerocopy::IntoBytes;
 
 use super::Hands;
+use crate::home::{Home, await_parked, pause};
 use crate::sysfs;
 
 impl<'k> Hands<'k> {
     /// The undo of [`offline_cpu`].
     pub(super) fn online_cpu(&mut self, cpu: Cpu) -> Result<()> {
         self.bring_home(cpu.apic_id)?;
-        if self.own_mailbox().is_some_and(|own| !own.is_parked(cpu.apic_id)) {
+        if self.home().is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
             bail!("{} does not wait at this kernel's mailbox: onlining it would never end", name(cpu));
         }
         sysfs::online_cpu(cpu.number)
     }
 
-    fn own_mailbox(&self) -> Option<ParkedCpus<'k, Mapping>> {
-        let birth = self.kernel.birth.as_ref()?;
-        Some(ParkedCpus::new(&birth.control, control_block::MAILBOX.offset))
+    /// Where CPUs wait that this kernel takes offline; nothing in one that the firmware booted.
+    fn home(&self) -> Option<Home<'k>> {
+        self.kernel.birth.as_ref().map(Home::of)
     }
 
     /// Back to this kernel's own park page, if it was stopped by INIT.
     pub(super) fn bring_home(&mut self, apic_id: u32) -> Result<()> {
         if self.stopped.contains(&apic_id) {
-            self.park_here(apic_id)?;
+            if let (Some(home), Some(site)) = (self.home(), &self.site) {
+                home.bring(self.device, site.instance, &site.low[0].1, apic_id, self.until)?;
+            }
             self.stopped.remove(&apic_id);
         }
         Ok(())
-    }
-
-    /// After a fence: a kernel that was itself a successor onlines its CPUs through its mailbox, and waits there without
-    /// limit. So what was fenced goes back to this kernel's own park page first.
-    fn park_here(&self, apic_id: u32) -> Result<()> {
-        let (Some(birth), Some(own), Some(site)) = (&self.kernel.birth, self.own_mailbox(), &self.site) else {
-            return Ok(());
-        };
-        let slot = LowSlot::holding(birth.record.grant.low_slot.start).context("this kernel has no low slot")?;
-        let args = SipiArgs {
-            cr3: slot.root_page().start(),
-            entry: birth.base + control_block::PARK_PAGE.offset,
-            arg: 0,
-            stack: birth.base + control_block::STACK.end(),
-        };
-        site.low[0].1.write(0, &sipi_page(&args));
-        self.device.give_cpu(site.instance, apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
-        let arrived = await_parked(&own, apic_id, self.until);
-        self.device.take_cpu(site.instance, apic_id, TakeCpu::Record)?;
-        arrived.context("at this kernel's own park page")
     }
 
     /// Starts a CPU in the successor's kernel.
@@ -120,8 +102,8 @@ impl<'k> Hands<'k> {
 
     /// A CPU that INIT took out of this kernel's own park page waits there no longer.
     fn forget_parked(&self, apic_id: u32) {
-        if let Some(own) = self.own_mailbox() {
-            own.forget(apic_id);
+        if let Some(home) = self.home() {
+            home.mailbox().forget(apic_id);
         }
     }
 
@@ -129,7 +111,7 @@ impl<'k> Hands<'k> {
     pub(super) fn park_cpu(&mut self, cpu: Cpu) -> Result<()> {
         let park = self.placed()?.park;
         let site = self.site()?;
-        match self.own_mailbox() {
+        match self.home().map(Home::mailbox) {
             Some(own) if own.is_parked(cpu.apic_id) => {
                 self.device.give_cpu(site.instance, cpu.apic_id, GiveCpu::Record)?;
                 self.given.insert(cpu.apic_id);
@@ -157,13 +139,13 @@ impl<'k> Hands<'k> {
         let until = self.until;
         let placed = self.placed.as_ref().context("the successor is not placed")?;
         let theirs = ParkedCpus::new(placed.line.memory(), control_block::MAILBOX.offset);
-        match (&self.kernel.birth, self.own_mailbox()) {
-            (Some(_), Some(own)) if own.is_parked(apic_id) => {
+        match self.home() {
+            Some(home) if home.mailbox().is_parked(apic_id) => {
                 self.device.take_cpu(instance, apic_id, TakeCpu::Record)?;
             }
-            (Some(birth), Some(own)) if theirs.is_parked(apic_id) => {
-                theirs.wake(apic_id, birth.base + control_block::PARK_PAGE.offset, || pause(until))?;
-                await_parked(&own, apic_id, until)?;
+            Some(home) if theirs.is_parked(apic_id) => {
+                theirs.wake(apic_id, home.entry(), || pause(until))?;
+                await_parked(&home.mailbox(), apic_id, until)?;
                 self.device.take_cpu(instance, apic_id, TakeCpu::Record)?;
             }
             _ if self.is_firmware_bsp(apic_id) => bail!("{} is at no mailbox", name(cpu)),
@@ -242,20 +224,4 @@ fn how_far_without_agent(sipi: &Mapping) -> String {
         [0, 0, 0, 0] => "its CPU never began to run".to_owned(),
         other => format!("its CPU came no further than `{}` on its way into the kernel", other.escape_ascii()),
     }
-}
-
-fn await_parked<M: SharedMemory + ?Sized>(mailbox: &ParkedCpus<'_, M>, apic_id: u32, until: Instant) -> Result<()> {
-    while !mailbox.is_parked(apic_id) {
-        if !pause(until) {
-            bail!("CPU with APIC id {apic_id:#x} was sent there and has not arrived in time");
-        }
-    }
-    Ok(())
-}
-
-/// Looks away for a moment; says whether there is time left. What is waited for is a word that another CPU writes, with
-/// no interrupt to announce it.
-fn pause(deadline: Instant) -> bool {
-    std::thread::sleep(Duration::from_micros(50));
-    Instant::now() < deadline
 }

@@ -30,7 +30,8 @@ pub struct Held {
     pub epoch: u64,
     /// The arena is blank: create, do not attach. False after the first time.
     pub fresh: bool,
-    /// The service was frozen before and goes on: connections and their unsent replies are still good.
+    /// The service was frozen before and goes on: connections and their unsent replies are still good. The arena may have been
+    /// another's meanwhile, which does not run any more, and may not have sealed it.
     pub resumed: bool,
 }
 

@@ -138,7 +138,12 @@ fn open<'m>(memory: &'m mut [u8], held: &Held) -> Result<(Store<'m>, u64), Store
     // Only alleged here; attaching checks it.
     let seal = ArenaHeader::read(memory).map_err(ArenaError::from)?.alleged().seal.get();
     let mut store = Store::attach(memory)?;
-    store.unseal(held.epoch)?;
+    if held.resumed {
+        // A successor may have had it, and have been stopped.
+        store.reclaim(held.epoch)?;
+    } else {
+        store.unseal(held.epoch)?;
+    }
     Ok((store, seal.into()))
 }
 

@@ -149,7 +149,20 @@ impl<'m> Arena<'m> {
     pub fn unseal(&mut self, epoch: u64) -> Result<(), ArenaError> {
         let header = self.header()?;
         let owner = header.epoch.get();
-        if epoch < owner || (!header.is_sealed() && epoch != owner) {
+        if !header.is_sealed() && epoch != owner {
+            return Err(ArenaError::NotOwner { given: epoch, owner });
+        }
+        self.reclaim(epoch)
+    }
+
+    /// The same, where an older epoch's owner may have been stopped before it could seal. Only for who knows that it does not run
+    /// any more: a service that is told to go on, since its agent has seen to that.
+    ///
+    /// # Errors
+    /// If the arena belongs to a newer epoch, the page was changed under the seal, or the owner was stopped within a change.
+    pub fn reclaim(&mut self, epoch: u64) -> Result<(), ArenaError> {
+        let owner = self.header()?.epoch.get();
+        if epoch < owner {
             return Err(ArenaError::NotOwner { given: epoch, owner });
         }
         // The epoch first: should this kernel die between the two stores, the older epoch stays locked out.

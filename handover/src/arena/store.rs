@@ -137,6 +137,14 @@ impl<'m> Store<'m> {
         Ok(self.arena.unseal(epoch)?)
     }
 
+    /// The same, where the owner may have been stopped before it could seal ([`Arena::reclaim`]).
+    ///
+    /// # Errors
+    /// If a newer epoch owns the arena, or its owner was stopped within a change.
+    pub fn reclaim(&mut self, epoch: u64) -> Result<()> {
+        Ok(self.arena.reclaim(epoch)?)
+    }
+
     /// Makes all of the memory the store's, when it was given more since it was made; constant time.
     ///
     /// # Errors
