@@ -242,7 +242,7 @@ impl Services {
         if slot.is_connected() {
             bail!("service {name} is connected already");
         }
-        if slot.holder() != process {
+        if process.is_none() || slot.holder() != process {
             bail!("service {name} says that it serves, and is not the process that has its arena");
         }
         end.order(&ToService::Welcome { epoch: held })?;
