@@ -28,11 +28,11 @@ use state_schemas::shared::SharedMemory;
 use self::memory::Site;
 use crate::config::Cidr;
 use crate::files::sessions::Place;
-use crate::functions;
 use crate::kernel::Kernel;
 use crate::line::{Incumbent, Line, Unanswered};
 use crate::net::{ArpRules, Held, Link, Mac};
 use crate::outcome::Failure;
+use crate::pci;
 use crate::plan::Plan;
 use crate::sysfs;
 use crate::timeline::Timeline;
@@ -208,7 +208,7 @@ impl<'k> Hands<'k> {
         let Kernel { netlink, config, .. } = self.kernel;
         if let Some(cidr) = config.network.service_address.filter(|cidr| cidr.network() == own.network()) {
             self.arp_rules = netlink.part(&netlink.held(cidr)?, going)?;
-            self.kernel.services.note_arp_rules(&self.arp_rules)?;
+            self.kernel.ledger.change(|pages| pages.arp_rules.clone_from(&self.arp_rules))?;
         }
         Ok(())
     }
@@ -223,14 +223,14 @@ impl<'k> Hands<'k> {
                 Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
             }
             // The successor ran with it: its memory is not given to anybody before.
-            (None, Some(granted)) if self.site.is_some() => {
-                functions::stop_unseen(self.device, self.plan.facts.ecam, granted.bdf)?;
+            (None, Some(granted)) => {
+                pci::stop_unseen(self.device, self.plan.facts.ecam, granted.bdf)?;
                 None
             }
             _ => None,
         };
         netlink.restore(std::mem::take(&mut self.arp_rules))?;
-        self.kernel.services.note_arp_rules(&[])?;
+        self.kernel.ledger.change(|pages| pages.arp_rules.clear())?;
         let Some((link, address)) = back else { return Ok(()) };
         netlink.link_up(&link)?;
         netlink.add(&link, address)
@@ -322,7 +322,8 @@ impl<'k> Hands<'k> {
         self.kernel.services.unfreeze(epoch, self.left())?;
         self.kernel.files.serve(self.left())?;
         self.kernel.state().facts.epoch = epoch;
-        self.kernel.services.note_epoch(epoch)
+        // From now on services answer in this epoch, also to a batond that comes after this one.
+        self.kernel.ledger.change(|pages| pages.epoch = epoch)
     }
 
     /// This kernel speaks for the service address no longer; [`Hands::drop_address`] does the rest when nobody waits for it.

@@ -47,6 +47,8 @@ pub struct Kernel {
     pub services: Services,
     /// The files that programs keep.
     pub files: Store,
+    /// What a batond that comes after this one must know.
+    pub ledger: Arc<Ledger>,
     /// How this kernel came to be: nothing when the firmware booted it.
     pub birth: Option<Birth>,
     /// Held by the update that runs.
@@ -92,12 +94,12 @@ impl Kernel {
         let ledger = Arc::new(ledger);
         let services = Services::of_ledger(ledger.clone(), device.get());
         let updating = Mutex::new(());
-        let files = Store::of_ledger(ledger);
+        let files = Store::of_ledger(ledger.clone());
         if !successor {
             files.begin();
             services.all_inherited();
         }
-        Ok(Kernel { config, config_path, netlink, services, files, birth, updating, device, release, state })
+        Ok(Kernel { config, config_path, netlink, services, files, ledger, birth, updating, device, release, state })
     }
 
     /// The module. Opened at first use, so that batond runs, and says what is missing, on a machine without it.
@@ -225,7 +227,7 @@ impl Kernel {
     /// earlier batond is no longer waited for.
     pub fn release_arena(&self, service: &str) -> Result<u64> {
         let _held = self.between_updates()?;
-        if self.files.give_up(service)? && !self.services.has_arena(service) {
+        if self.files.give_up(service)? && !self.services.has_left_arena(service) {
             return Ok(0);
         }
         let arena = self.services.remove(service)?;

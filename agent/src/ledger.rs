@@ -184,7 +184,7 @@ mod tests {
             services,
             keepers: ["memo".to_owned()].into(),
             files: vec![(1 << 21, 4096)],
-            arp_rules: Vec::new(),
+            arp_rules: vec![([2, 0, 0, 0, 0, 9], ArpRules::strict())],
         };
         let first =
             r#"{"version":1,"boot":"b","drained":false,"epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#
@@ -192,10 +192,16 @@ mod tests {
                 + r#""pieces":[[1073741824,4096],[2147483648,8192]],"fresh":false,"process":{"pid":4,"started":99}}},"keepers":["memo"]"#;
         assert_eq!(
             serde_json::to_string(&pages).unwrap(),
-            format!(r#"{first},"files":[[2097152,4096]],"arp_rules":[]}}"#)
+            format!(
+                r#"{first},"files":[[2097152,4096]],"arp_rules":[[[2,0,0,0,0,9],{{"ignore":"1","announce":"2"}}]]}}"#
+            )
         );
         let before: Pages = serde_json::from_str(&format!("{first}}}")).unwrap();
-        assert_eq!(before, Pages { files: Vec::new(), ..pages }, "as it was before files were written down");
+        assert_eq!(
+            before,
+            Pages { files: Vec::new(), arp_rules: Vec::new(), ..pages },
+            "as it was before these were written down"
+        );
     }
 
     #[test]

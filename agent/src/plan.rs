@@ -172,7 +172,7 @@ fn no_update_unfinished(kernel: &Kernel) -> Result<((), String)> {
 
 fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
     let bytes = kernels::read_image(path)?;
-    let image = BzImage::parse(&bytes)?;
+    let image = BzImage::parse(&bytes).map_err(|error| kernels::not_an_image(path, &error))?;
     let policy =
         if kernel.config.update.require_signature { SignaturePolicy::Required } else { SignaturePolicy::Optional };
     image.check_signature(policy).map_err(|e| {

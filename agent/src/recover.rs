@@ -20,11 +20,11 @@ use kexec_core::memory_map::Range;
 
 use crate::birth::Birth;
 use crate::config::Config;
-use crate::functions;
 use crate::home::Home;
 use crate::kernels::{self, Instance};
 use crate::ledger::Ledger;
 use crate::net::{Netlink, parse_mac};
+use crate::pci;
 use crate::report::{self, JOURNAL};
 use crate::sysfs;
 
@@ -163,7 +163,7 @@ fn take_devices_back(device: &Device, netlink: &Netlink, config: &Config, birth:
         } else if let Some(facts) = birth.map(Birth::facts)
             && let Some(bdf) = facts.nics.get(&mac)
         {
-            functions::stop_unseen(device, facts.ecam, *bdf)?;
+            pci::stop_unseen(device, facts.ecam, *bdf)?;
         }
     }
     Ok(())

@@ -17,7 +17,6 @@ use nix::sys::socket::{getsockopt, sockopt};
 use crate::arenas::{Arena, Piece};
 use crate::control::ServiceStatus;
 use crate::ledger::{Entry, Ledger, Process};
-use crate::net::{ArpRules, Mac};
 use crate::service::agent_end::AgentEnd;
 use crate::service::protocol::{Hello, Standing, ToAgent, ToService};
 
@@ -119,21 +118,6 @@ impl Services {
             services.lock().entry(name).or_default().process = entry.process;
         }
         Services { ledger, ..services }
-    }
-
-    /// From now on services answer in this epoch.
-    pub fn note_epoch(&self, epoch: u64) -> Result<()> {
-        self.ledger.change(|pages| pages.epoch = epoch)
-    }
-
-    /// These rules are to be restored when the update under way is undone.
-    pub fn note_arp_rules(&self, rules: &[(Mac, ArpRules)]) -> Result<()> {
-        self.ledger.change(|pages| pages.arp_rules = rules.to_vec())
-    }
-
-    /// This kernel's predecessor has gone: from now on a batond that dies can be followed by another.
-    pub fn note_drained(&self, epoch: u64) -> Result<()> {
-        self.ledger.change(|pages| (pages.drained, pages.epoch) = (true, epoch))
     }
 
     /// Writes down who has which arena.
@@ -292,9 +276,9 @@ impl Services {
         Ok(end)
     }
 
-    /// Whether there is an arena of this service.
-    pub fn has_arena(&self, name: &str) -> bool {
-        self.lock().get(name).is_some_and(|slot| slot.arena.is_some())
+    /// Whether there is an arena of this service, and nobody who is connected for it.
+    pub fn has_left_arena(&self, name: &str) -> bool {
+        self.lock().get(name).is_some_and(|slot| slot.arena.is_some() && !slot.is_connected())
     }
 
     /// Where all arenas lie.

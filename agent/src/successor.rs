@@ -29,11 +29,11 @@ use state_schemas::shared::SharedMemory;
 
 use crate::arenas::Arena;
 use crate::birth::{Birth, range};
-use crate::functions;
 use crate::kernel::Kernel;
 use crate::line::{Line, Successor};
 use crate::liveupdate;
 use crate::net::{Announcer, Link};
+use crate::pci;
 use crate::sysfs;
 use crate::timeline::{Timeline, tsc};
 
@@ -290,8 +290,9 @@ impl<'k> Heir<'k> {
         self.timeline.add("drained", started, tsc());
         let khz = self.birth.record.clock.tsc_khz;
         let (timeline, zero) = (self.timeline.spans(khz), self.timeline.zero(khz));
+        let epoch = self.kernel.facts().epoch;
         // Before anybody is told: from then on this batond may be ended.
-        if let Err(error) = self.kernel.services.note_drained(self.kernel.facts().epoch) {
+        if let Err(error) = self.kernel.ledger.change(|pages| (pages.drained, pages.epoch) = (true, epoch)) {
             left.push(format!("what a batond that is started again must know: {error:#}"));
         }
         let mut state = self.kernel.state();
@@ -378,7 +379,7 @@ fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> 
 fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Option<Address>> {
     let Some((bdf, mac)) = birth.service_function() else { return Ok(None) };
     let ecam = birth.record.ecam.context("a PCI function is granted, but no configuration space")?;
-    let function = functions::of_bdf(bdf);
+    let function = pci::of_bdf(bdf);
     device.add_pci(PCI_DOMAIN, ecam.address, ecam.bus_end, &[function])?;
     let deadline = Instant::now() + LINK_PATIENCE;
     let link = loop {

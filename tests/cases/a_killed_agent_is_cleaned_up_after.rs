@@ -3,13 +3,13 @@
 //! itself to it, an update works, and nothing that was acknowledged before, between or after is lost.
 
 use agent::outcome::Class;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::snapshot::{self, Snapshot};
-use baton_tests::{NEW, OLD, agents, console, kernel, open};
+use baton_tests::{NEW, OLD, agents, console, kernel, open, upgrade};
 use demos::lab::Patience;
-use demos::story::stage::{Shape, Stage, Upgraded};
+use demos::story::stage::{Shape, Stage};
 
 /// An update that would lead to a kernel which talks on this serial port.
 fn kill_in_mid_update(stage: &Stage, clients: &Clients, image: &str, port: usize) -> Result<()> {
@@ -26,7 +26,7 @@ fn kill_in_mid_update(stage: &Stage, clients: &Clients, image: &str, port: usize
     drop(begun);
     clients.await_more(40).context("the service needs no agent to serve")?;
     agents::start(stage)?;
-    agents::await_services(stage, "serving").context("the service comes back by itself")?;
+    stage.await_serving().context("the service comes back by itself")?;
     let after = snapshot::of(stage)?;
     let of_machine = |snapshot: &Snapshot| {
         let Snapshot { online, mem_total_kib, instances, links, services, .. } = snapshot;
@@ -36,16 +36,6 @@ fn kill_in_mid_update(stage: &Stage, clients: &Clients, image: &str, port: usize
     let journal = guest.check(&["tail", "-n", "1", "/var/lib/baton/journal.jsonl"])?;
     ensure!(journal.contains("rolled_back") && journal.contains("batond died during `await hello`"), "{journal}");
     clients.await_more(40)
-}
-
-fn upgrade(stage: &mut Stage, release: &str) -> Result<()> {
-    match stage.upgrade(release, &[])? {
-        Upgraded::Drained(status) => {
-            assert_eq!(status.update.context("an update")?.left_undone, [""; 0], "to {release}");
-            Ok(())
-        }
-        Upgraded::Refused(ran) => bail!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    }
 }
 
 #[test]
@@ -60,7 +50,7 @@ fn a_batond_killed_in_mid_update_leaves_nothing_that_the_next_one_does_not_take_
             .with_context(|| format!("under way to {release}"))?;
         let refused = baton(&stage.guest(), &["release", "baton-kv"])?;
         assert_refused("the arena of a service that runs", &refused, Class::Failed, &["is connected"])?;
-        upgrade(stage, release)?;
+        upgrade(stage, series, &[])?;
         clients.await_more(40)?;
     }
     let report = clients.finish()?;

@@ -2,35 +2,23 @@
 //! have; the next update is like any other. Then a service is ended and started anew: it finds its memory. Nothing that was
 //! acknowledged is lost.
 
+use agent::ledger;
 use agent::outcome::Class;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::memo::{self, assert_crossed, is_kept, report};
 use baton_tests::refusal::{assert_refused, baton};
-use baton_tests::{NEW, OLD, agents, console, kernel, open, snapshot};
-use demos::story::stage::{Shape, Stage, Upgraded, status_of};
+use baton_tests::{NEW, OLD, agents, console, kernel, open, snapshot, upgrade};
+use demos::story::stage::{Shape, Stage};
 
 /// It keeps a file by the library.
 const MEMO: &str = "memo-sdk";
-const END_SERVICE: &str = "p=$(pidof baton-kv); kill $p; while kill -0 $p 2>/dev/null; do usleep 20000; done";
 const ANOTHER_SERVICE: &str = "/usr/sbin/baton-kv --listen 10.77.0.10:6379 >/dev/kmsg 2>&1 </dev/null &";
-const LEDGER: &str = "/run/baton/arenas.json";
-
-fn upgrade(stage: &mut Stage, series: &str) -> Result<()> {
-    let release = &kernel(series).release;
-    match stage.upgrade(release, &[])? {
-        Upgraded::Drained(status) => {
-            assert_eq!(status.update.context("an update")?.left_undone, [""; 0], "to {release}");
-            Ok(())
-        }
-        Upgraded::Refused(ran) => bail!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    }
-}
 
 /// How many separate memories are written down for kept files.
 fn memories_of_files(stage: &Stage) -> Result<usize> {
-    let ledger: serde_json::Value = serde_json::from_str(&stage.guest().check(&["cat", LEDGER])?)?;
-    Ok(ledger["files"].as_array().with_context(|| format!("{ledger}"))?.len())
+    let pages: ledger::Pages = serde_json::from_str(&stage.guest().check(&["cat", ledger::PATH])?)?;
+    Ok(pages.files.len())
 }
 
 #[test]
@@ -42,13 +30,15 @@ fn a_batond_started_again_in_a_successor_makes_the_next_update() -> Result<()> {
     let clients = Clients::start(stage, 40)?;
     let arena = snapshot::arena_of_service(&stage.guest())?;
     report(stage, MEMO, is_kept)?;
-    upgrade(stage, NEW)?;
-    let before = agents::await_services(stage, "serving")?;
+    upgrade(stage, NEW, &[])?;
+    stage.await_serving()?;
+    let before = stage.status()?;
 
     agents::kill(stage)?;
     clients.await_more(40).context("the service needs no agent to serve")?;
     agents::start(stage)?;
-    let after = agents::await_services(stage, "serving").context("all come back by themselves")?;
+    stage.await_serving().context("all come back by themselves")?;
+    let after = stage.status()?;
     assert_eq!((after.role.as_str(), after.hops, after.epoch), ("incumbent", 1, before.epoch));
     assert_eq!(after.services, before.services);
     assert_eq!(memories_of_files(stage)?, 1, "the file has been kept again, and its earlier pages are given back");
@@ -56,13 +46,13 @@ fn a_batond_started_again_in_a_successor_makes_the_next_update() -> Result<()> {
     let wrote = report(stage, MEMO, is_kept)?.writes;
     let kept = report(stage, MEMO, |found| found.writes > wrote)?;
 
-    upgrade(stage, OLD)?;
+    upgrade(stage, OLD, &[])?;
     clients.await_more(40)?;
     assert_crossed(stage, MEMO, &kept)?;
     assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "it has the memory that it had");
 
     agents::kill(stage)?;
-    stage.guest().check(&["sh", "-c", END_SERVICE])?;
+    agents::end(stage, "baton-kv", "TERM")?;
     agents::start(stage)?;
     // Its data would not cross: refused, and said why.
     let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
@@ -72,14 +62,13 @@ fn a_batond_started_again_in_a_successor_makes_the_next_update() -> Result<()> {
     stage.await_serving()?;
     clients.await_more(40).context("the service goes on with what it had")?;
     assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "it has the memory that it had");
-    agents::await_services(stage, "serving")?;
 
-    upgrade(stage, NEW)?;
+    upgrade(stage, NEW, &[])?;
     clients.await_more(40)?;
     let report = clients.finish()?;
-    anyhow::ensure!(report.is_clean(), "{report:?}");
+    ensure!(report.is_clean(), "{report:?}");
     assert_eq!(snapshot::arena_of_service(&stage.guest())?, arena, "and so has the next kernel's");
-    assert_eq!(status_of(&stage.guest())?.hops, 3);
+    assert_eq!(stage.status()?.hops, 3);
     let after = snapshot::of(stage)?;
     assert_eq!((after.online.as_str(), after.instances.len()), ("0-3", 1));
     assert_eq!(console::complaints(&stage.machine), [""; 0], "logs in {}", stage.machine.folder().display());

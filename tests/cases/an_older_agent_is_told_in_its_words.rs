@@ -3,12 +3,12 @@
 
 use agent::initrd::Initrd;
 use agent::outcome::Class;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{baton, said};
-use baton_tests::{NEW, OLD, kernel, lab, open};
+use baton_tests::{NEW, OLD, kernel, lab, open, upgrade};
 use demos::lab::guest_programs;
-use demos::story::stage::{Shape, Upgraded};
+use demos::story::stage::Shape;
 use serde_json::Value;
 
 #[test]
@@ -32,10 +32,7 @@ fn an_older_agent_gets_the_record_of_its_version() -> Result<()> {
     ensure!(check.success() && said(&check).contains("reads handover record version 1"), "{}", said(&check));
 
     let clients = Clients::start(stage, 40)?;
-    match stage.upgrade(&kernel(NEW).release, &["--initrd", "/tmp/beside"])? {
-        Upgraded::Drained(_) => {}
-        Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    }
+    upgrade(stage, NEW, &["--initrd", "/tmp/beside"])?;
     clients.await_more(20)?;
     let report = clients.finish()?;
     ensure!(report.is_clean(), "{report:?}");

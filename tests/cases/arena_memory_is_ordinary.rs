@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use agent::config::Service;
 use anyhow::{Context, Result};
-use baton_tests::{NEW, OLD, kernel, open};
+use baton_tests::{NEW, OLD, open, upgrade};
 use demos::lab::{Guest, incumbent};
-use demos::story::stage::{Shape, Stage, Upgraded};
+use demos::story::stage::{Shape, Stage};
 use serde_json::Value;
 
 const KIB: u64 = 1 << 10;
@@ -95,11 +95,7 @@ fn arenas_are_ordinary_memory_in_every_kernel_and_free_when_released() -> Result
     let stage = &mut played.stage;
     assert_ordinary(stage, true)?;
 
-    let release = &kernel(NEW).release;
-    match stage.upgrade(release, &[])? {
-        Upgraded::Drained(status) => assert_eq!(status.update.expect("an update").left_undone, [""; 0]),
-        Upgraded::Refused(ran) => panic!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    }
+    upgrade(stage, NEW, &[])?;
     assert_ordinary(stage, false)?;
     assert_pieces(&stage.guest())?;
 

@@ -3,13 +3,13 @@
 //! and the incumbent goes on as if nothing had been. At the end an honest update works.
 
 use agent::outcome::Class;
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton, said};
 use baton_tests::snapshot::{self, assert_untouched};
-use baton_tests::{NEW, OLD, console, kernel, lab, open};
+use baton_tests::{NEW, OLD, console, kernel, lab, open, upgrade};
 use demos::lab::guest_programs;
-use demos::story::stage::{Shape, Upgraded};
+use demos::story::stage::Shape;
 use serde_json::Value;
 use std::time::Duration;
 
@@ -73,10 +73,7 @@ fn each_lie_is_refused_before_the_freeze_and_the_incumbent_goes_on() -> Result<(
         before = after;
     }
 
-    match stage.upgrade(&kernel(NEW).release, &[])? {
-        Upgraded::Drained(_) => {}
-        Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    }
+    upgrade(stage, NEW, &[])?;
     let live = baton(&stage.guest(), &["handover", "show", "--live", "--json"])?;
     let shown: Value = serde_json::from_slice(&live.stdout).with_context(|| said(&live))?;
     ensure!(live.success(), "what was handed over is not credible: {shown:#}");

@@ -1,9 +1,9 @@
 //! Memory that was reserved for a successor on the incumbent's command line (`memmap=SIZE$ADDRESS`) is where the successor goes: an
 //! operator who cannot rely on free memory sets it aside.
 
-use anyhow::{Result, bail};
-use baton_tests::{NEW, OLD, console, kernel, open, snapshot};
-use demos::story::stage::{Shape, Upgraded};
+use anyhow::Result;
+use baton_tests::{NEW, OLD, console, open, snapshot, upgrade};
+use demos::story::stage::Shape;
 
 /// Four whole memory blocks, away from where this kernel was put and from the end of low memory.
 const RESERVED: &str = "512M$0x30000000";
@@ -16,11 +16,7 @@ fn the_successor_goes_into_memory_that_was_reserved_for_it() -> Result<()> {
     let stage = &mut played.stage;
     let before = snapshot::of(stage)?;
     let from = stage.machine.serial(0).position();
-    let status = match stage.upgrade(&kernel(NEW).release, &[])? {
-        Upgraded::Drained(status) => status,
-        Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    };
-    assert_eq!(status.update.expect("it was an update").left_undone, [""; 0]);
+    upgrade(stage, NEW, &[])?;
     let said = stage.machine.serial(0).text_from(from);
     let line = said.lines().find(|line| line.contains("memory for the successor")).unwrap_or("no such line");
     assert!(line.contains(REGION), "{line}");

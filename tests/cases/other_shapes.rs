@@ -1,9 +1,9 @@
 //! Machines of other shapes than the standard one: few CPUs, many, little memory, the newest CPU that QEMU knows (five-level page
 //! tables, x2APIC). One update each.
 
-use anyhow::{Context, Result, bail};
-use baton_tests::{NEW, OLD, Turn, console, kernel, lab, snapshot};
-use demos::story::stage::{Shape, Stage, Upgraded};
+use anyhow::Result;
+use baton_tests::{NEW, OLD, Turn, console, kernel, lab, snapshot, upgrade};
+use demos::story::stage::{Shape, Stage};
 
 fn one_update(from: &str, to: &str, shape: &Shape, cpu: Option<&str>) -> Result<Stage> {
     let mut spec = Stage::spec(lab(), kernel(from), shape)?;
@@ -13,12 +13,7 @@ fn one_update(from: &str, to: &str, shape: &Shape, cpu: Option<&str>) -> Result<
     let mut stage = Stage::start(lab(), &spec, shape)?;
     stage.await_serving()?;
     let before = snapshot::of(&stage)?;
-    let status = match stage.upgrade(&kernel(to).release, &[])? {
-        Upgraded::Drained(status) => status,
-        Upgraded::Refused(ran) => bail!("{} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
-    };
-    let update = status.update.context("it was an update")?;
-    assert_eq!(update.left_undone, [""; 0]);
+    upgrade(&mut stage, to, &[])?;
     let after = snapshot::of(&stage)?;
     assert_eq!(after.online, before.online);
     assert_eq!(after.online, format!("0-{}", shape.vcpus - 1));

@@ -15,10 +15,11 @@ pub mod snapshot;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use anyhow::{Context, Result};
+use agent::control::Status;
+use anyhow::{Context, Result, bail, ensure};
 use demos::lab::cache::{self, Lock};
 use demos::lab::{Kernel, Lab, Progress};
-use demos::story::stage::{Shape, Stage};
+use demos::story::stage::{Shape, Stage, Upgraded};
 
 /// The series of the lab's two kernels.
 pub const OLD: &str = "6.12";
@@ -80,6 +81,19 @@ pub fn open_with(series: &str, shape: &Shape, more: &[&str]) -> Result<Played> {
     eprintln!("machine's logs: {}", stage.machine.folder().display());
     stage.await_serving().with_context(opening)?;
     Ok(Played { stage, _turn: turn })
+}
+
+/// An update that must work, to the lab's kernel of a series: how things stand after it, with nothing left undone.
+pub fn upgrade(stage: &mut Stage, series: &str, more: &[&str]) -> Result<Status> {
+    let release = &kernel(series).release;
+    match stage.upgrade(release, more)? {
+        Upgraded::Drained(status) => {
+            let left = &status.update.as_ref().context("it was an update")?.left_undone;
+            ensure!(left.is_empty(), "left undone on the way to {release}: {left:?}");
+            Ok(status)
+        }
+        Upgraded::Refused(ran) => bail!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
+    }
 }
 
 /// Says that something is not tested, and why. Counted; `.ci/run` lists these lines.

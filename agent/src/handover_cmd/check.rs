@@ -29,7 +29,7 @@ pub fn findings(image: &Path, socket: &Path) -> Vec<Finding> {
 
 fn facts(path: &Path) -> Result<((String, KernelFacts), String)> {
     let bytes = kernels::read_image(path)?;
-    let parsed = BzImage::parse(&bytes)?;
+    let parsed = BzImage::parse(&bytes).map_err(|error| kernels::not_an_image(path, &error))?;
     let facts = known_images::facts(&parsed).map_err(|error| kernels::not_an_image(path, &error))?;
     let release = parsed.release().to_owned();
     let found = format!("kernel {release}");

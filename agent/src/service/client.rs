@@ -67,7 +67,6 @@ pub struct Client {
     outbox: Vec<u8>,
     standing: Standing,
     fresh: bool,
-    agent_gone: bool,
 }
 
 impl Client {
@@ -97,7 +96,6 @@ impl Client {
             outbox: Vec::with_capacity(256),
             standing: Standing::Unknown,
             fresh: false,
-            agent_gone: false,
         };
         client.report(&ToAgent::Hello(hello))?;
         let order = client.await_message()?;
@@ -145,7 +143,7 @@ impl Client {
             if let Some(order) = self.poll_order()? {
                 return Ok(Some(order));
             }
-            if self.agent_gone && self.door.is_none() {
+            if self.socket.is_none() && self.door.is_none() {
                 return Ok(None);
             }
             wait(self.events.as_fd(), PollFlags::POLLIN, timeout)?;
@@ -191,7 +189,6 @@ impl Client {
             ToService::Unfreeze { epoch } => Order::Serve(Held { epoch, fresh: false, resumed: true }),
             ToService::Freeze { epoch } => Order::Freeze { epoch },
             ToService::Welcome { .. } => {
-                self.agent_gone = false;
                 if let Some(door) = &mut self.door {
                     door.leave(&self.events);
                 }
@@ -209,7 +206,7 @@ impl Client {
         if let Some(socket) = self.socket.take() {
             self.events.remove(socket.as_fd());
         }
-        (self.agent_gone, self.standing) = (true, Standing::Serving(serving));
+        self.standing = Standing::Serving(serving);
         self.inbox = Inbox::default();
         match self.door.as_mut().map(|door| door.watch(&self.events)) {
             Some(Ok(true)) => self.knock(),
@@ -235,7 +232,7 @@ impl Client {
     /// Whether the agent has closed the connection, and no other has taken this service on.
     #[must_use]
     pub fn agent_gone(&self) -> bool {
-        self.agent_gone
+        self.socket.is_none() || matches!(self.standing, Standing::Returning(_))
     }
 
     /// Reports that the service has attached and answers from now on.

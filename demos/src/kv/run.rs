@@ -95,17 +95,18 @@ fn serve(server: &mut Server, agent: &mut Client, arena: &mut Arena, held: Held)
     let (mut store, seal) = open(arena.memory(&held), &held)?;
     server.begin(held.epoch)?;
     agent.activated(&held, store.len()?, seal)?;
-    // An order that came with the one to serve has left the socket already: no readiness will tell of it.
-    let mut order = agent.poll_order()?;
-    while matches!(order, None | Some(Order::AgentIsBack)) {
-        if order.is_some() || server.turn(&mut store, None)? == Turn::Control {
-            order = agent.poll_order()?;
+    // Looked for first: one that came with the order to serve has left the socket already, and no readiness will tell of it.
+    let order = loop {
+        match agent.poll_order()? {
+            Some(Order::AgentIsBack) => {}
+            Some(order) => break order,
+            None => while server.turn(&mut store, None)? != Turn::Control {},
         }
-    }
+    };
     let receipt = store.seal(held.epoch)?;
     let items = store.len()?;
     match order {
-        Some(Order::Freeze { .. }) => {
+        Order::Freeze { .. } => {
             agent.frozen(held, items, seal_word(receipt))?;
             Ok(After::Frozen)
         }

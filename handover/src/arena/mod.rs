@@ -17,7 +17,7 @@
 //!
 //! **Who may write** is a matter of the epoch: [`Arena::seal`] ends the right to write, [`Arena::unseal`] begins it
 //! for an epoch that is not older. A kernel that has been succeeded cannot unseal: the arena's epoch is newer than
-//! its own.
+//! its own. What an owner left unsealed because it was stopped, only [`Arena::reclaim`] gives to another.
 //!
 //! **A change that was not finished** shows: the header's mutation count is odd from the first to the last store of
 //! each change. Whoever attaches after its owner died in between is told ([`ArenaError::Header`] with `Torn`).
