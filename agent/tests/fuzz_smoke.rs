@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use agent::service::protocol::{Hello, Inbox, ToAgent, ToService, encode};
+use baton_sdk::protocol::{Hello, Inbox, ToAgent, ToService, encode};
 
 #[path = "../fuzz/src/lib.rs"]
 mod entries;

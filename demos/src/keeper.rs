@@ -8,9 +8,10 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
-use agent::service::client::{Client, Held, Order};
-use agent::service::mapping::Arena;
-use agent::service::protocol::{DEFAULT_SOCKET, Hello};
+use baton_sdk::client::{Client, Order};
+use baton_sdk::held::Held;
+use baton_sdk::mapping::Arena;
+use baton_sdk::protocol::{DEFAULT_SOCKET, Hello};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 

@@ -14,10 +14,10 @@ use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use agent::service::client::{Client, Order};
-use agent::service::files::Keeper;
-use agent::service::protocol::{DEFAULT_SOCKET, Hello};
 use anyhow::{Context, Result, bail};
+use baton_sdk::client::{Client, Order};
+use baton_sdk::files::Keeper;
+use baton_sdk::protocol::{DEFAULT_SOCKET, Hello};
 use kexec_core::device::{Access, Mapping};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -245,7 +245,7 @@ fn by_library(options: &Options, name: &str) -> Result<()> {
 /// Asks for what must be refused, and prints each answer: what nobody may keep, and one more than there may be.
 pub fn ask_for_the_impossible() -> Result<()> {
     let keeper = Keeper::new("impossible");
-    let refused = |what: &str, result: Result<(), agent::service::Error>| match result {
+    let refused = |what: &str, result: Result<(), baton_sdk::Error>| match result {
         Ok(()) => println!("{what}: kept"),
         Err(error) => println!("{what}: {error}"),
     };

@@ -4,7 +4,7 @@
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use agent::initrd::Initrd;
+use agent::userland::initrd::Initrd;
 use demos::lab::net::NICS;
 use demos::lab::{Kernel, Lab, MachineSpec, Patience, Progress, guest_programs, incumbent, kmod};
 

@@ -2,9 +2,9 @@
 //! and the next update works, and takes them along. So it does when the successor serves already, up to the commit. From a kernel that
 //! the firmware booted, and from one that was itself a successor.
 
-use agent::config::Service;
-use agent::initrd::Initrd;
-use agent::outcome::Class;
+use agent::daemon::config::Service;
+use agent::daemon::outcome::Class;
+use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};

@@ -2,7 +2,7 @@
 //! itself. The service serves on; the next batond takes CPU, memory and interface back and says so in the journal; the service presents
 //! itself to it, an update works, and nothing that was acknowledged before, between or after is lost.
 
-use agent::outcome::Class;
+use agent::daemon::outcome::Class;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};

@@ -2,8 +2,8 @@
 //! have; the next update is like any other. Then a service is ended and started anew: it finds its memory. Nothing that was
 //! acknowledged is lost.
 
-use agent::ledger;
-use agent::outcome::Class;
+use agent::daemon::outcome::Class;
+use agent::recovery::ledger;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::memo::{self, assert_crossed, is_kept, report};

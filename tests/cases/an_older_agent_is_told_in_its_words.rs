@@ -1,8 +1,8 @@
 //! The successor's agent may be older than the incumbent's: then the handover record is written in the version that it reads, and the
 //! update works. What makes an older one here is its answer: it does not know the question which versions it speaks.
 
-use agent::initrd::Initrd;
-use agent::outcome::Class;
+use agent::daemon::outcome::Class;
+use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{baton, said};

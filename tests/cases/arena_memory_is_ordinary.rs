@@ -4,7 +4,7 @@
 
 use std::time::{Duration, Instant};
 
-use agent::config::Service;
+use agent::daemon::config::Service;
 use anyhow::{Context, Result};
 use baton_tests::{NEW, OLD, open, upgrade};
 use demos::lab::{Guest, incumbent};

@@ -6,9 +6,9 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use agent::config::{Config, Service, Update};
-use agent::initrd::Initrd;
-use agent::outcome::Class;
+use agent::daemon::config::{Config, Service, Update};
+use agent::daemon::outcome::Class;
+use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton, said};

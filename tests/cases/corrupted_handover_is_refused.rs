@@ -2,7 +2,7 @@
 //! a real machine, while a successor boots, by a program that any root could run; each is refused before the freeze, in words that name it,
 //! and the incumbent goes on as if nothing had been. At the end an honest update works.
 
-use agent::outcome::Class;
+use agent::daemon::outcome::Class;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton, said};

@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use agent::initrd::Initrd;
+use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::console::{self, NO_WX};
 use baton_tests::{NEW, OLD, Turn, kernel, lab, skip};

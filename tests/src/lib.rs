@@ -15,7 +15,7 @@ pub mod snapshot;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use agent::control::Status;
+use agent::daemon::control::Status;
 use anyhow::{Context, Result, bail, ensure};
 use demos::lab::cache::{self, Lock};
 use demos::lab::{Kernel, Lab, Progress};

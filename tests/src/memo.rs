@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use agent::config::Service;
+use agent::daemon::config::Service;
 use anyhow::{Context, Result, ensure};
 use demos::memo::Found;
 use demos::story::stage::Stage;

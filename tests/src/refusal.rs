@@ -1,6 +1,6 @@
 //! Commands that must fail: with the right exit code, and with words that help.
 
-use agent::outcome::Class;
+use agent::daemon::outcome::Class;
 use anyhow::{Result, ensure};
 use demos::lab::Guest;
 use demos::lab::guest::Ran;

@@ -1,6 +1,6 @@
 //! What a machine is like from inside, so that "as before" can be said in one line.
 
-use agent::kernels::{Instance, parse_instances};
+use agent::userland::kernels::{Instance, parse_instances};
 use anyhow::{Context, Result};
 use demos::lab::Guest;
 use demos::story::stage::{Stage, status_of};

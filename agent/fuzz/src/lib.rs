@@ -1,10 +1,10 @@
 //! What is done with any bytes: the fuzz targets call these, and so does `tests/fuzz_smoke.rs` in `cargo test`.
 
-use agent::handover_cmd::show;
-use agent::kernels::parse_instances;
-use agent::net::parse_mac;
-use agent::service::files::{Ask, Told};
-use agent::service::protocol::{Inbox, Standing, ToAgent, ToService, encode};
+use agent::cli::handover::show;
+use agent::machine::net::parse_mac;
+use agent::userland::kernels::parse_instances;
+use baton_sdk::files::{Ask, Told};
+use baton_sdk::protocol::{Inbox, Standing, ToAgent, ToService, encode};
 
 /// What a service and its agent say to each other, in pieces as a socket may give them, from any standing on.
 pub fn service(bytes: &[u8]) {

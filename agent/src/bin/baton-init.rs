@@ -1,6 +1,6 @@
-//! Process 1 of an initramfs made by `baton mkinitrd`; see [`agent::init`].
+//! Process 1 of an initramfs made by `baton mkinitrd`; see [`agent::userland::init`].
 fn main() {
-    if let Err(error) = agent::init::run() {
-        agent::init::give_up(&error);
+    if let Err(error) = agent::userland::init::run() {
+        agent::userland::init::give_up(&error);
     }
 }

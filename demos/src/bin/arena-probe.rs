@@ -13,11 +13,11 @@ use std::process::ExitCode;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use agent::service::Error;
-use agent::service::client::{Client, Order};
-use agent::service::mapping::Arena;
-use agent::service::protocol::{DEFAULT_SOCKET, Hello};
-use agent::service::room::Room;
+use baton_sdk::Error;
+use baton_sdk::client::{Client, Order};
+use baton_sdk::mapping::Arena;
+use baton_sdk::protocol::{DEFAULT_SOCKET, Hello};
+use baton_sdk::resize::Resizer;
 use clap::Parser;
 use nix::fcntl::{Flock, FlockArg, SpliceFFlags, vmsplice};
 use nix::sys::socket::{MsgFlags, send, setsockopt};
@@ -135,7 +135,7 @@ fn bad_pages(memory: &[u8]) -> u64 {
 }
 
 fn grow(arguments: &Arguments, arena: &mut Arena) -> Result<(), Error> {
-    arena.extend(Room::new(&arguments.name).grow(arguments.grow_kib << 10)?)
+    arena.extend(Resizer::new(&arguments.name).grow(arguments.grow_kib << 10)?)
 }
 
 /// From the arena to a disk and back, without the page cache. The disk is one for all probes: whoever uses it has it locked,

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use agent::service::protocol::DEFAULT_SOCKET;
+use baton_sdk::protocol::DEFAULT_SOCKET;
 use clap::Parser;
 use demos::kv::run::{Options, standalone, under_agent};
 

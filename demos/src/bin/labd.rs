@@ -12,7 +12,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use agent::liveupdate;
+use agent::machine::liveupdate;
 use demos::keeper::{self, Retrieved};
 use demos::lab::wire::{self, Exit, Kind, Request};
 use nix::errno::Errno;
@@ -130,7 +130,7 @@ fn put(stream: &mut TcpStream, path: &str, mode: u32) -> io::Result<Exit> {
 
 fn clock(stream: &mut TcpStream) -> io::Result<Exit> {
     while let (Kind::Data, _) = wire::receive(stream)? {
-        wire::send(stream, Kind::Data, &agent::timeline::tsc().to_le_bytes())?;
+        wire::send(stream, Kind::Data, &agent::update::timeline::tsc().to_le_bytes())?;
     }
     Ok(Exit { code: Some(0), ..Exit::default() })
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use agent::outcome::Class;
+use agent::daemon::outcome::Class;
 use clap::Args;
 use demos::lab::{Lab, Progress};
 use demos::story::report::{self, Outcome, Report};

@@ -7,9 +7,10 @@ use std::net::SocketAddr;
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
-use agent::service::client::{Client, Held, Order};
-use agent::service::mapping::Arena;
-use agent::service::protocol::Hello;
+use baton_sdk::client::{Client, Order};
+use baton_sdk::held::Held;
+use baton_sdk::mapping::Arena;
+use baton_sdk::protocol::Hello;
 use handover::arena::store::{SCHEMA_KIND, SCHEMA_VERSION};
 use handover::arena::{ArenaError, SealReceipt, Store, StoreError};
 use state_schemas::arena::ArenaHeader;
@@ -44,7 +45,7 @@ pub enum Error {
     Loop(#[from] io::Error),
     /// Between service and agent.
     #[error(transparent)]
-    Agent(#[from] agent::service::Error),
+    Agent(#[from] baton_sdk::Error),
     /// The arena's content.
     #[error("the arena: {0}")]
     Store(#[from] StoreError),

@@ -10,8 +10,8 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use agent::service::agent_end::AgentEnd;
-use agent::service::protocol::{ToAgent, ToService};
+use baton_sdk::agent_end::AgentEnd;
+use baton_sdk::protocol::{ToAgent, ToService};
 use handover::arena::Store;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 

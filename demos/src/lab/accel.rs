@@ -4,7 +4,7 @@
 use std::fs;
 use std::time::Duration;
 
-use agent::initrd::Initrd;
+use agent::userland::initrd::Initrd;
 use serde::{Deserialize, Serialize};
 
 use super::cache::{self, Key, Lock};

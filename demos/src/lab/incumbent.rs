@@ -9,8 +9,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::Command;
 
-use agent::config::{self, Cidr, Config};
-use agent::initrd::Initrd;
+use agent::daemon::config::{self, Cidr, Config};
+use agent::userland::initrd::Initrd;
 
 use super::error::{Doing, LabError, Result};
 use super::tree::{Kernel, Tree};

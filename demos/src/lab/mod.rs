@@ -35,7 +35,7 @@ pub use tree::{Kernel, Tree};
 use std::panic::resume_unwind;
 use std::thread;
 
-use agent::config::Config;
+use agent::daemon::config::Config;
 use cache::Lock;
 
 /// Everything that is set up once and then shared by machines; keeps `lab --clean` away while it lives.

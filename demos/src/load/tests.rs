@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::service::protocol::{ToAgent, ToService};
+use baton_sdk::protocol::{ToAgent, ToService};
 use handover::arena::Store;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;

@@ -12,8 +12,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use agent::config::Service;
-use agent::kho;
+use agent::daemon::config::Service;
+use agent::update::kho;
 use anyhow::{Context, Result, bail};
 use handover::luo;
 use serde::Serialize;

@@ -5,8 +5,8 @@ mod scale;
 
 use std::fmt::Write;
 
-use agent::outcome::Class;
-use agent::timeline::Span;
+use agent::daemon::outcome::Class;
+use agent::update::timeline::Span;
 use comfy_table::{Cell, CellAlignment, Table, presets};
 use handover::phase;
 use serde::{Deserialize, Serialize};

@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::io;
 use std::time::{Duration, Instant};
 
-use agent::birth::phys;
+use agent::takeover::birth::phys;
 use anyhow::{Context, Result, ensure};
 use handover::kho::{Abi, Outgoing};
 use handover::phase::Phase;

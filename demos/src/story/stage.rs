@@ -4,8 +4,8 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use agent::config::{Config, Service, Update};
-use agent::control::Status;
+use agent::daemon::config::{Config, Service, Update};
+use agent::daemon::control::Status;
 use anyhow::{Context, Result, bail};
 
 use crate::lab::guest::{GuestCommand, Ran, Stream};

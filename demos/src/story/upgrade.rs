@@ -6,9 +6,9 @@
 
 use std::time::{Duration, Instant};
 
-use agent::control::Status;
-use agent::outcome::{Class, Failure};
-use agent::timeline::Zero;
+use agent::daemon::control::Status;
+use agent::daemon::outcome::{Class, Failure};
+use agent::update::timeline::Zero;
 use anyhow::{Context, Result};
 use handover::phase::Phase;
 

@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use agent::kernels::{INSTANCES, Instance, parse_instances};
+use agent::userland::kernels::{INSTANCES, Instance, parse_instances};
 use anyhow::{Context, Result, bail, ensure};
 use handover::channel::{Channel, Side};
 use kexec_core::device::{Access, Device, Mapping};

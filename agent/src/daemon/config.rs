@@ -1,0 +1,270 @@
+//! `/etc/baton/config.toml`: what the operator decides. Everything else is found out or handed over.
+//!
+//! The same file serves both roles: [`crate::userland::mkinitrd`] carries it into the successor unchanged.
+
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+/// Where the configuration is looked for unless `--config` or `BATON_CONFIG` says otherwise.
+pub const DEFAULT_PATH: &str = "/etc/baton/config.toml";
+
+/// An IPv4 address with its prefix length, written `10.77.0.10/24`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Cidr {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// How many leading bits name the network, 0..=32.
+    pub prefix: u8,
+}
+
+impl Cidr {
+    /// The network that it names: the address's leading bits, and how many.
+    pub fn network(self) -> (u32, u8) {
+        let host_bits = 32 - u32::from(self.prefix.min(32));
+        (u32::from(self.address).checked_shr(host_bits).unwrap_or(0), self.prefix)
+    }
+}
+
+impl TryFrom<String> for Cidr {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        let bad = || format!("`{text}` is not ADDRESS/PREFIX, such as 10.0.0.5/24");
+        let (address, prefix) = text.split_once('/').ok_or_else(bad)?;
+        let cidr = Cidr { address: address.parse().map_err(|_| bad())?, prefix: prefix.parse().map_err(|_| bad())? };
+        if cidr.prefix > 32 { Err(bad()) } else { Ok(cidr) }
+    }
+}
+
+impl From<Cidr> for String {
+    fn from(cidr: Cidr) -> String {
+        format!("{}/{}", cidr.address, cidr.prefix)
+    }
+}
+
+/// A network interface that Baton may give to a successor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nic {
+    /// Its MAC address, by which every kernel finds it again.
+    pub mac: String,
+    /// The address that stays on it, whichever kernel drives it.
+    pub address: Cidr,
+}
+
+/// The addresses that an update moves.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// The address that clients of the services use; it moves at the cutover. None: no address is moved.
+    pub service_address: Option<Cidr>,
+    /// Interfaces, at least two for an update with a service address: the successor gets one that is not in use.
+    #[serde(default)]
+    pub nic: Vec<Nic>,
+    /// Whether batond itself sets the addresses of the interfaces on a kernel that was booted by firmware.
+    #[serde(default)]
+    pub configure: bool,
+    /// The interfaces cannot reach each other, though they are in one network: do not try that in the trial.
+    #[serde(default)]
+    pub skip_reach_check: bool,
+}
+
+/// A service: a program that keeps its state in an arena or in files ([`baton_sdk`]).
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Service {
+    /// Unique; the arena carries it.
+    pub name: String,
+    /// Program and arguments; the successor's initrd carries the program.
+    pub exec: Vec<String>,
+    /// It knows nothing of Baton, and keeps memfds in the fd store that systemd has too: it is started by `baton run`.
+    #[serde(default)]
+    pub fd_store: bool,
+}
+
+/// A program that `baton-init` starts in every kernel, beside the services; it keeps no state across an update.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Program {
+    /// For messages.
+    pub name: String,
+    /// Program and arguments.
+    pub exec: Vec<String>,
+}
+
+/// How updates are made.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Update {
+    /// The successor's own memory until the rest is handed over, MiB; whole memory blocks are taken.
+    pub region_mib: u64,
+    /// Refuse images without a signature block (PE certificate table).
+    pub require_signature: bool,
+    /// Added to the command line of every successor.
+    pub cmdline: String,
+    /// How long the phase `booting` may take, seconds: from writing the image to the hello of the successor's agent.
+    pub boot_timeout_s: u64,
+    /// How long each other phase, each CPU that moves, and each undo may take, seconds.
+    pub step_timeout_s: u64,
+    /// How long the cutover may take before it is undone, milliseconds.
+    pub cutover_timeout_ms: u64,
+}
+
+impl Default for Update {
+    fn default() -> Self {
+        Update {
+            region_mib: 512,
+            require_signature: false,
+            cmdline: String::new(),
+            boot_timeout_s: 120,
+            step_timeout_s: 60,
+            cutover_timeout_ms: 5_000,
+        }
+    }
+}
+
+/// What the successor's initrd carries besides the agent and the services.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Initrd {
+    /// Files and folders, taken whole.
+    pub include: Vec<PathBuf>,
+    /// Modules that the successor loads before its agent starts, such as the driver of its network interface.
+    pub modules: Vec<String>,
+}
+
+/// The whole file.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The addresses that move.
+    pub network: Network,
+    /// Programs that cross.
+    pub service: Vec<Service>,
+    /// Programs that are started anew.
+    pub program: Vec<Program>,
+    /// How updates are made.
+    pub update: Update,
+    /// What the successor's initrd carries.
+    pub initrd: Initrd,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}; create it, or name another with --config")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not what it should be; the source names line and key.
+    #[error("{path} is not a valid configuration")]
+    Parse {
+        /// Which file.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// The values contradict each other.
+    #[error("{path}: {problem}")]
+    Contradiction {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong, and with which entry.
+        problem: String,
+    },
+}
+
+impl Config {
+    /// Reads and checks the file.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let config: Config = toml::from_str(&text)
+            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        match config.contradiction() {
+            None => Ok(config),
+            Some(problem) => Err(ConfigError::Contradiction { path: path.to_owned(), problem }),
+        }
+    }
+
+    /// What is wrong with values that are each well-formed, if anything.
+    fn contradiction(&self) -> Option<String> {
+        let mut names: Vec<&str> = self.service.iter().map(|s| s.name.as_str()).collect();
+        names.sort_unstable();
+        if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Some(format!("service `{}` is listed twice", twice[0]));
+        }
+        let programs = self.program.iter().map(|p| (&p.name, &p.exec));
+        for (name, exec) in self.service.iter().map(|s| (&s.name, &s.exec)).chain(programs) {
+            if exec.first().is_none_or(|program| !program.starts_with('/')) {
+                return Some(format!("`{name}`: exec must begin with the absolute path of a program"));
+            }
+        }
+        if self.network.service_address.is_some() && self.network.nic.len() < 2 {
+            return Some(format!(
+                "a service address needs two network.nic entries to move between, there are {}",
+                self.network.nic.len()
+            ));
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, toml::de::Error> {
+        toml::from_str(text)
+    }
+
+    #[test]
+    fn an_empty_file_is_the_default() {
+        let config = parse("").unwrap();
+        assert_eq!(config.update.region_mib, 512);
+        assert!(config.contradiction().is_none());
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_by_name() {
+        let error = parse("[update]\nregoin_mib = 3").unwrap_err().to_string();
+        assert!(error.contains("regoin_mib"), "{error}");
+    }
+
+    #[test]
+    fn a_network_is_shared_with_the_same_leading_bits_and_no_fewer() {
+        let cidr = |text: &str| Cidr::try_from(text.to_owned()).unwrap();
+        let shares = |one: &str, other: &str| cidr(one).network() == cidr(other).network();
+        assert!(shares("10.77.0.10/24", "10.77.0.12/24") && shares("1.2.3.4/0", "9.9.9.9/0"));
+        assert!(!shares("10.77.0.10/24", "10.77.1.10/24") && !shares("10.77.0.10/24", "10.77.0.12/16"));
+        assert!(shares("10.0.0.1/32", "10.0.0.1/32") && !shares("10.0.0.1/32", "10.0.0.2/32"));
+    }
+
+    #[test]
+    fn a_bad_address_says_what_is_expected() {
+        for bad in ["10.0.0.1", "10.0.0/24", "10.0.0.1/33"] {
+            let error = parse(&format!("[network]\nservice_address = \"{bad}\"")).unwrap_err().to_string();
+            assert!(error.contains("ADDRESS/PREFIX"), "{error}");
+        }
+    }
+
+    #[test]
+    fn contradictions_name_the_entry() {
+        let one_nic =
+            parse("[network]\nservice_address=\"10.0.0.1/24\"\n[[network.nic]]\nmac=\"x\"\naddress=\"10.0.0.2/24\"");
+        assert!(one_nic.unwrap().contradiction().unwrap().contains("there are 1"));
+        let relative = parse("[[service]]\nname=\"kv\"\nexec=[\"baton-kv\"]");
+        assert!(relative.unwrap().contradiction().unwrap().contains("`kv`"));
+        let twice = "[[service]]\nname=\"kv\"\nexec=[\"/a\"]\n";
+        let twice = parse(&format!("{twice}{twice}"));
+        assert!(twice.unwrap().contradiction().unwrap().contains("twice"));
+    }
+}

@@ -1,0 +1,186 @@
+//! What `baton` and `batond` say to each other: JSON lines over a Unix socket that only root can open.
+//!
+//! One connection is one [`Request`] line, answered by any number of [`Reply::Progress`] lines and one last line.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::daemon::outcome::{Class, Failure};
+use crate::update::timeline::{Span, Zero};
+
+/// The agent's socket.
+pub const SOCKET: &str = "/run/baton/control.sock";
+/// No line is longer than this, in bytes.
+pub const LINE_LIMIT: u64 = 1 << 20;
+
+/// What an upgrade is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upgrade {
+    /// The kernel image (bzImage).
+    pub kernel: PathBuf,
+    /// An initrd of the operator's, to which the agent's is appended.
+    pub initrd: Option<PathBuf>,
+    /// Added to the successor's command line.
+    pub cmdline: Option<String>,
+    /// The CPU (Linux's number) on which the successor boots.
+    pub cpu: Option<u32>,
+}
+
+/// What `baton` asks for.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "request")]
+pub enum Request {
+    /// How things stand.
+    Status,
+    /// Replace the kernel.
+    Upgrade(Upgrade),
+    /// Whether an upgrade would be started, and why not; touches nothing.
+    Check(Upgrade),
+    /// The arena of a service that has left for good goes back to the kernel.
+    Release {
+        /// Its name.
+        service: String,
+    },
+}
+
+/// What `batond` answers.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "reply")]
+pub enum Reply {
+    /// The update goes on.
+    Progress {
+        /// The phase (DESIGN.md's names).
+        phase: String,
+        /// What is being done.
+        text: String,
+    },
+    /// How things stand.
+    Status(Box<Status>),
+    /// What a check found.
+    Checked {
+        /// In the order of the checks.
+        findings: Vec<Finding>,
+    },
+    /// An arena's memory is the kernel's again.
+    Released {
+        /// How much it was.
+        bytes: u64,
+    },
+    /// The update is past the point of no return; the successor finishes it.
+    Committed {
+        /// The successor's release.
+        release: String,
+        /// What was measured so far.
+        timeline: Vec<Span>,
+    },
+    /// It did not work.
+    Failed(Failure),
+}
+
+/// One check of `baton check`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// What was checked.
+    pub check: String,
+    /// What was found, with the numbers.
+    pub found: String,
+    /// Why an upgrade is refused because of it, and what to do; nothing when it is fine.
+    pub refusal: Option<Failure>,
+}
+
+/// How things stand.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of this object.
+    pub schema_version: u32,
+    /// This kernel's release.
+    pub kernel_release: String,
+    /// `incumbent` or `successor` (while an update is not finished).
+    pub role: String,
+    /// The epoch in which this kernel's services answer; 0 before the first update.
+    pub epoch: u64,
+    /// How many updates this machine has behind it since its firmware booted it.
+    pub hops: u32,
+    /// Services by name, and how they are.
+    pub services: Vec<ServiceStatus>,
+    /// The update that brought this kernel here, or that runs now.
+    pub update: Option<UpdateStatus>,
+}
+
+/// One service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Its name.
+    pub name: String,
+    /// `serving`, `standby`, `frozen`, `starting`, `absent`; or `bereft`: it serves, and has not kept again what an earlier batond
+    /// kept for it.
+    pub state: String,
+    /// Size of its arena in bytes, 0 without one.
+    pub arena_bytes: u64,
+    /// What it keeps there: kind of its state, 0 while it has not said.
+    pub schema_kind: u32,
+    /// And that kind's version.
+    pub schema_version: u32,
+}
+
+/// An update, as far as it has come.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct UpdateStatus {
+    /// Identifies the update in both kernels' logs.
+    pub id: String,
+    /// The phase (DESIGN.md's names), `drained` when it is over.
+    pub phase: String,
+    /// Release of the kernel that handed over, or hands over.
+    pub incumbent_release: String,
+    /// Release of the kernel that took over, or is to.
+    pub successor_release: String,
+    /// CPUs: how many there are, how many were moved.
+    pub cpus_total: u32,
+    /// See above.
+    pub cpus_moved: u32,
+    /// What was not done, and why: blocks not adopted, CPUs not onlined.
+    pub left_undone: Vec<String>,
+    /// Phases and steps with their times.
+    pub timeline: Vec<Span>,
+    /// Where on the TSC these times begin; nothing before the update is over.
+    #[serde(default)]
+    pub zero: Option<Zero>,
+}
+
+/// Asks batond, shows progress through `progress`, and gives its last word.
+pub fn ask(socket: &Path, request: &Request, mut progress: impl FnMut(&str, &str)) -> Result<Reply, Failure> {
+    let unreachable = |what: &str, error: &std::io::Error| {
+        Failure::new(
+            Class::Unreachable,
+            format!("cannot {what} {}: {error}", socket.display()),
+            "is batond running? (`systemctl status batond`); only root may talk to it",
+        )
+    };
+    let stream = UnixStream::connect(socket).map_err(|e| unreachable("connect to", &e))?;
+    let mut line = serde_json::to_vec(request).expect("a request is plain data");
+    line.push(b'\n');
+    (&stream).write_all(&line).map_err(|e| unreachable("write to", &e))?;
+    for line in BufReader::new(&stream).lines() {
+        let Ok(line) = line else { break };
+        match serde_json::from_str(&line) {
+            Ok(Reply::Progress { phase, text }) => progress(&phase, &text),
+            Ok(Reply::Failed(failure)) => return Err(failure),
+            Ok(last) => return Ok(last),
+            Err(error) => {
+                return Err(Failure::new(
+                    Class::Unknown,
+                    format!("batond answered something that this baton cannot read: {error}"),
+                    "install the same version of baton and batond",
+                ));
+            }
+        }
+    }
+    Err(Failure::new(
+        Class::Unknown,
+        "batond closed the connection before it gave an outcome",
+        "see `baton status` and batond's log",
+    ))
+}

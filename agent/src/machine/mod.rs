@@ -1,0 +1,10 @@
+//! The machine as it is: what the kernel, the firmware and the network say of it, and the few calls that change it.
+
+pub mod facts;
+pub mod liveupdate;
+pub mod net;
+pub mod pci;
+pub mod reach;
+pub mod rewrite;
+pub mod sys;
+pub mod sysfs;

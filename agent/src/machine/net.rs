@@ -1,0 +1,396 @@
+//! Interfaces and addresses, by netlink: found by MAC, brought up, given an address, announced.
+//!
+//! How the service address changes hands. Giving an interface an address, or taking it away, costs milliseconds (notifiers,
+//! routes, a grace period), so neither is done in the blackout:
+//!
+//! ```text
+//!                 trial                cutover                         afterwards
+//! incumbent       on its interface     [`HeldAddress::hush`]: answers         [`Netlink::drop_held`]
+//!                                      no ARP request any more
+//! successor       [`Netlink::reserve`]:                [`Announcer`]:  [`Netlink::settle`]:
+//!                 on lo, so that its                   gratuitous ARP  on its interface
+//!                 sockets may answer
+//! ```
+//! The address of `lo` is this kernel's own for whatever arrives, and nobody hears of it: the interface answers ARP requests for its own
+//! addresses only (`arp_ignore`, Documentation/networking/ip-sysctl.rst).
+
+use std::fs::{File, OpenOptions};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::FileExt;
+
+use anyhow::{Context, Result, anyhow, bail};
+use futures_util::TryStreamExt;
+use rtnetlink::packet_route::AddressFamily;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
+use rtnetlink::{Handle, LinkUnspec};
+use serde::{Deserialize, Serialize};
+
+use crate::daemon::config::Cidr;
+use crate::machine::sys;
+
+/// A MAC address.
+pub type Mac = [u8; 6];
+
+/// Reads `52:54:00:12:34:56`.
+pub fn parse_mac(text: &str) -> Result<Mac> {
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16))
+        .collect::<Result<_, _>>()
+        .with_context(|| format!("`{text}` is not a MAC address"))?;
+    bytes.try_into().map_err(|_| anyhow!("`{text}` is not a MAC address: it needs six bytes"))
+}
+
+/// An open netlink socket with its own small runtime, so that plain threads can use it.
+pub struct Netlink {
+    runtime: tokio::runtime::Runtime,
+    handle: Handle,
+}
+
+/// Index of `lo` in every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
+const LOOPBACK: u32 = 1;
+
+/// An address that an interface of this kernel holds, with all that is needed to drop it and to take it again.
+pub struct HeldAddress {
+    link: Link,
+    cidr: Cidr,
+    message: AddressMessage,
+    announcer: Announcer,
+    arp: ArpAnswers,
+}
+
+impl HeldAddress {
+    /// No ARP request that comes in by this interface is answered any more. In the blackout: one write.
+    pub fn hush(&self) -> Result<()> {
+        self.arp.set(ArpAnswers::NONE)
+    }
+}
+
+/// Which ARP requests an interface answers: `/proc/sys/net/ipv4/conf/IF/arp_ignore`, open.
+struct ArpAnswers {
+    file: File,
+    before: String,
+}
+
+impl ArpAnswers {
+    /// None.
+    const NONE: &'static str = "8";
+
+    fn of(link: &Link) -> Result<ArpAnswers> {
+        let path = arp_setting(link, "arp_ignore");
+        let before = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+        let file = OpenOptions::new().write(true).open(&path).with_context(|| format!("cannot open {path}"))?;
+        Ok(ArpAnswers { file, before })
+    }
+
+    fn set(&self, value: &str) -> Result<()> {
+        // At the start each time: anywhere else the kernel takes a number, says nothing and leaves all as it was
+        // (Documentation/admin-guide/sysctl/kernel.rst, `sysctl_writes_strict`).
+        self.file.write_all_at(value.as_bytes(), 0).with_context(|| format!("cannot set arp_ignore to {value}"))
+    }
+
+    fn restore(&self) -> Result<()> {
+        self.set(self.before.trim())
+    }
+}
+
+fn arp_setting(link: &Link, name: &str) -> String {
+    format!("/proc/sys/net/ipv4/conf/{}/{name}", link.name)
+}
+
+impl Netlink {
+    /// Opens it.
+    pub fn open() -> Result<Netlink> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let (connection, handle, _) = {
+            let _guard = runtime.enter();
+            rtnetlink::new_connection().context("cannot open a netlink socket")?
+        };
+        runtime.spawn(connection);
+        Ok(Netlink { runtime, handle })
+    }
+
+    fn links(&self) -> Result<Vec<LinkMessage>> {
+        self.runtime
+            .block_on(self.handle.link().get().execute().try_collect())
+            .context("cannot list network interfaces")
+    }
+
+    /// The interface with this MAC address, if there is one.
+    pub fn find(&self, mac: Mac) -> Result<Option<Link>> {
+        Ok(self.links()?.into_iter().find_map(|message| {
+            let index = message.header.index;
+            let mut name = None;
+            let mut matches = false;
+            for attribute in message.attributes {
+                match attribute {
+                    LinkAttribute::Address(bytes) => matches = bytes == mac,
+                    LinkAttribute::IfName(text) => name = Some(text),
+                    _ => {}
+                }
+            }
+            matches.then(|| Link { index, name: name.unwrap_or_default(), mac })
+        }))
+    }
+
+    /// Brings an interface up by name.
+    pub fn up(&self, name: &str) -> Result<()> {
+        let index = self
+            .links()?
+            .into_iter()
+            .find(|message| message.attributes.contains(&LinkAttribute::IfName(name.to_owned())))
+            .with_context(|| format!("there is no interface {name}"))?
+            .header
+            .index;
+        self.set_up(index)
+    }
+
+    fn set_up(&self, index: u32) -> Result<()> {
+        let message = LinkUnspec::new_with_index(index).up().build();
+        self.runtime
+            .block_on(self.handle.link().set(message).execute())
+            .with_context(|| format!("cannot bring interface {index} up"))
+    }
+
+    /// Brings a link up.
+    pub fn link_up(&self, link: &Link) -> Result<()> {
+        self.set_up(link.index)
+    }
+
+    /// Gives the link an address; no error when it has it already.
+    pub fn add(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.runtime
+            .block_on(self.handle.address().add(link.index, cidr.address.into(), cidr.prefix).replace().execute())
+            .with_context(|| format!("cannot give {} to {}", cidr.address, link.name))
+    }
+
+    /// Looks up who holds an address, before it has to be dropped.
+    pub fn held(&self, cidr: Cidr) -> Result<HeldAddress> {
+        let message = self.holding(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
+        let link = self.by_index(message.header.index)?;
+        let announcer = Announcer::new(&link, cidr.address)?;
+        let arp = ArpAnswers::of(&link)?;
+        Ok(HeldAddress { link, cidr, message, announcer, arp })
+    }
+
+    /// Drops the address; the interface answers as before for the others.
+    pub fn drop_held(&self, held: &HeldAddress) -> Result<()> {
+        self.delete(&held.message)
+            .with_context(|| format!("cannot take {} off {}", held.cidr.address, held.link.name))?;
+        held.arp.restore()
+    }
+
+    fn delete(&self, message: &AddressMessage) -> Result<()> {
+        Ok(self.runtime.block_on(self.handle.address().del(message.clone()).execute())?)
+    }
+
+    /// Gives interfaces their former rules, those that are there.
+    pub fn restore(&self, rules: Vec<(Mac, ArpRules)>) -> Result<()> {
+        for (mac, rules) in rules {
+            if let Some(link) = self.find(mac)? {
+                rules.set(&link)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a hushed or dropped address again, and announces it. No error when it is there still.
+    pub fn take_again(&self, held: &HeldAddress) -> Result<()> {
+        self.add(&held.link, held.cidr)?;
+        held.arp.restore()?;
+        held.announcer.announce()
+    }
+
+    /// Makes an address this kernel's own, and tells nobody: it is on `lo`, and `link`, by which its clients will come, answers ARP
+    /// requests for its own addresses only, and asks with them.
+    pub fn reserve(&self, link: &Link, address: Ipv4Addr) -> Result<()> {
+        ArpRules::strict().set(link)?;
+        let lo = Link { index: LOOPBACK, name: "lo".to_owned(), mac: [0; 6] };
+        self.add(&lo, Cidr { address, prefix: 32 })
+    }
+
+    /// Moves a reserved address to the interface by which its clients come.
+    pub fn settle(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.add(link, cidr)?;
+        for message in self.addresses(cidr.address)?.iter().filter(|message| message.header.index == LOOPBACK) {
+            self.delete(message).with_context(|| format!("cannot take {} off lo", cidr.address))?;
+        }
+        Ok(())
+    }
+
+    fn by_index(&self, index: u32) -> Result<Link> {
+        let all = self.links()?;
+        all.into_iter()
+            .find(|message| message.header.index == index)
+            .and_then(|message| {
+                let name = message.attributes.iter().find_map(|a| match a {
+                    LinkAttribute::IfName(name) => Some(name.clone()),
+                    _ => None,
+                })?;
+                let mac = message.attributes.iter().find_map(|a| match a {
+                    LinkAttribute::Address(bytes) => Mac::try_from(bytes.as_slice()).ok(),
+                    _ => None,
+                })?;
+                Some(Link { index, name, mac })
+            })
+            .with_context(|| format!("interface {index} is gone"))
+    }
+
+    /// The link that holds `address` now. (A reserved address is held by none.)
+    pub fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>> {
+        Ok(self.holding(address)?.map(|message| message.header.index))
+    }
+
+    fn holding(&self, address: Ipv4Addr) -> Result<Option<AddressMessage>> {
+        Ok(self.addresses(address)?.into_iter().find(|message| message.header.index != LOOPBACK))
+    }
+
+    fn addresses(&self, address: Ipv4Addr) -> Result<Vec<AddressMessage>> {
+        let local = AddressAttribute::Local(address.into());
+        Ok(self.all_addresses()?.into_iter().filter(|message| message.attributes.contains(&local)).collect())
+    }
+
+    fn all_addresses(&self) -> Result<Vec<AddressMessage>> {
+        let all: Vec<_> = self
+            .runtime
+            .block_on(self.handle.address().get().execute().try_collect())
+            .context("cannot list addresses")?;
+        Ok(all.into_iter().filter(|message: &AddressMessage| message.header.family == AddressFamily::Inet).collect())
+    }
+
+    /// Before an interface goes that is on the network of `held`: it may have answered for the addresses of the one that stays, and does
+    /// not any more, and whoever sends to them is told which one does. Gives both interfaces' former rules.
+    pub fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
+        let both = [&held.link, going];
+        let before = both.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect::<Result<_>>()?;
+        both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
+        for message in self.all_addresses()?.iter().filter(|message| message.header.index == held.link.index) {
+            for attribute in &message.attributes {
+                if let AddressAttribute::Local(std::net::IpAddr::V4(address)) = attribute {
+                    Announcer::new(&held.link, *address)?.announce()?;
+                }
+            }
+        }
+        Ok(before)
+    }
+}
+
+/// How one interface answers ARP, and whose address it names when it asks.
+///
+/// Two interfaces on one network need the strict rules: by default Linux answers on either for the addresses of both
+/// (net/ipv4/arp.c, `arp_ignore` and `arp_announce`), and clients would send to the interface that is about to be given
+/// away. The stricter of an interface's own rule and that of `all` counts (include/linux/inetdevice.h, `IN_DEV_MAXCONF`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ArpRules {
+    ignore: String,
+    announce: String,
+}
+
+impl ArpRules {
+    /// Answer for the interface's own addresses only; name the one that fits the network.
+    pub fn strict() -> ArpRules {
+        ArpRules { ignore: "1".to_owned(), announce: "2".to_owned() }
+    }
+
+    /// The rules of an interface.
+    pub fn of(link: &Link) -> Result<ArpRules> {
+        let read = |rule| {
+            let path = arp_setting(link, rule);
+            std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+        };
+        Ok(ArpRules { ignore: read("arp_ignore")?, announce: read("arp_announce")? })
+    }
+
+    /// Gives an interface these rules.
+    pub fn set(&self, link: &Link) -> Result<()> {
+        for (rule, value) in [("arp_ignore", &self.ignore), ("arp_announce", &self.announce)] {
+            let path = arp_setting(link, rule);
+            std::fs::write(&path, value.trim()).with_context(|| format!("cannot set {path} to {}", value.trim()))?;
+        }
+        Ok(())
+    }
+}
+
+/// One interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The kernel's number.
+    pub index: u32,
+    /// The kernel's name.
+    pub name: String,
+    /// Its hardware address.
+    pub mac: Mac,
+}
+
+/// Says to everyone on the link who holds the service's address now (gratuitous ARP, RFC 5227 section 3).
+pub struct Announcer {
+    socket: sys::PacketSocket,
+    frame: [u8; 42],
+}
+
+impl Announcer {
+    /// Prepares socket and frame.
+    pub fn new(link: &Link, address: Ipv4Addr) -> Result<Announcer> {
+        if link.index == 0 {
+            bail!("{} has no interface number", link.name);
+        }
+        Ok(Announcer {
+            socket: sys::PacketSocket::open(link.index)
+                .with_context(|| format!("cannot open a packet socket on {}", link.name))?,
+            frame: gratuitous_arp(link.mac, address),
+        })
+    }
+
+    /// Sends one announcement.
+    pub fn announce(&self) -> Result<()> {
+        self.socket.send(&self.frame).context("cannot announce the service's address")
+    }
+}
+
+/// The Ethernet frame of an ARP request whose sender and target are both `address` at `mac`.
+fn gratuitous_arp(mac: Mac, address: Ipv4Addr) -> [u8; 42] {
+    const ETHERTYPE_ARP: [u8; 2] = [0x08, 0x06];
+    // Hardware type 1 (Ethernet), protocol IPv4, lengths 6 and 4, operation 1 (request).
+    const FIXED: [u8; 8] = [0, 1, 0x08, 0x00, 6, 4, 0, 1];
+    let mut frame = [0u8; 42];
+    frame[0..6].fill(0xff);
+    frame[6..12].copy_from_slice(&mac);
+    frame[12..14].copy_from_slice(&ETHERTYPE_ARP);
+    frame[14..22].copy_from_slice(&FIXED);
+    frame[22..28].copy_from_slice(&mac);
+    frame[28..32].copy_from_slice(&address.octets());
+    frame[38..42].copy_from_slice(&address.octets());
+    frame
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_is_written_at_its_start_each_time() {
+        let file = tempfile::tempfile().unwrap();
+        let answers = ArpAnswers { file, before: "1\n".into() };
+        answers.set(ArpAnswers::NONE).unwrap();
+        answers.restore().unwrap();
+        let mut written = [0; 2];
+        assert_eq!((answers.file.read_at(&mut written, 0).unwrap(), written), (1, *b"1\0"));
+    }
+
+    #[test]
+    fn a_gratuitous_arp_names_the_address_twice_and_the_sender_once() {
+        let frame = gratuitous_arp([2, 0, 0, 0, 0, 9], Ipv4Addr::new(10, 77, 0, 10));
+        assert_eq!(frame[..6], [0xff; 6]);
+        assert_eq!(frame[28..32], frame[38..42]);
+        assert_eq!(frame[22..28], [2, 0, 0, 0, 0, 9]);
+        assert_eq!(frame[32..38], [0; 6]);
+    }
+
+    #[test]
+    fn mac_addresses_are_six_hex_bytes() {
+        assert_eq!(parse_mac("52:54:00:ba:70:0a").unwrap()[5], 0x0a);
+        assert!(parse_mac("52:54:00:ba:70").is_err());
+        assert!(parse_mac("52:54:00:ba:70:zz").is_err());
+    }
+}

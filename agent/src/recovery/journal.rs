@@ -1,0 +1,122 @@
+//! The last update's journal: one line a step ([`JournalLine`]), on the disk before the effect that it announces is carried out.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use handover::machine::{JournalLine, Next};
+use handover::phase::Phase;
+use handover::undo::Effect;
+
+/// Where it is.
+pub const JOURNAL: &str = "/var/lib/baton/journal.jsonl";
+
+/// Begins a journal anew.
+pub fn create(path: &Path) -> Result<File> {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    }
+    File::create(path).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Adds a line to the journal of an update that somebody else began.
+pub fn append(path: &Path, line: &JournalLine) -> Result<()> {
+    let mut file =
+        File::options().append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    write(&mut file, std::slice::from_ref(line))
+}
+
+/// Writes lines, and waits until they are on the disk.
+pub fn write(file: &mut File, lines: &[JournalLine]) -> Result<()> {
+    let mut text = Vec::new();
+    for line in lines {
+        serde_json::to_writer(&mut text, line)?;
+        text.push(b'\n');
+    }
+    tracing::debug!("{}", String::from_utf8_lossy(&text).trim_end());
+    file.write_all(&text)?;
+    Ok(file.sync_data()?)
+}
+
+/// The lines of the last update.
+#[derive(Debug, Default)]
+pub struct Journal {
+    lines: Vec<JournalLine>,
+}
+
+impl Journal {
+    /// Reads the journal; one that is not there is empty.
+    pub fn read(path: &Path) -> Result<Journal> {
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Journal::default()),
+            text => text.with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        Journal::parse(&text).with_context(|| format!("in {}", path.display()))
+    }
+
+    /// Reads its text.
+    fn parse(text: &str) -> Result<Journal> {
+        // The last line may have been under way: what it would have announced was not begun.
+        let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
+        let lines = lines.map(serde_json::from_str).collect::<Result<_, _>>();
+        Ok(Journal { lines: lines.context("a line does not read")? })
+    }
+
+    /// The last line, if the update was under way. One that has passed the commit ends without a word: this kernel left.
+    pub fn unfinished(&self) -> Option<&JournalLine> {
+        let committed = |phase| matches!(phase, Phase::Commit | Phase::Drained);
+        self.lines.last().filter(|line| matches!(line.next, Next::Do(_)) && !committed(line.phase))
+    }
+
+    /// CPUs that the update took offline, or was about to.
+    pub fn cpus(&self) -> impl Iterator<Item = u32> + '_ {
+        self.lines.iter().filter_map(|line| match &line.next {
+            Next::Do(Effect::OfflineCpu { cpu }) => Some(cpu.number),
+            _ => None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use handover::error::Outcome;
+    use handover::machine::{Event, Serves};
+    use handover::plan::Cpu;
+
+    use super::*;
+
+    fn line(seq: u32, next: Next) -> String {
+        let line = JournalLine {
+            journal_version: 1,
+            update: "u".into(),
+            seq,
+            at_ns: 0,
+            phase: Phase::Granted,
+            serves: Serves::Incumbent,
+            event: Event::Done,
+            next,
+        };
+        serde_json::to_string(&line).unwrap() + "\n"
+    }
+
+    #[test]
+    fn an_update_without_an_end_is_unfinished_and_names_its_cpus() {
+        let offline = line(1, Next::Do(Effect::OfflineCpu { cpu: Cpu { number: 3, apic_id: 3 } }));
+        let begun = line(0, Next::Do(Effect::TakeMemory)) + &offline;
+        let found = Journal::parse(&begun).unwrap();
+        assert_eq!(found.unfinished().map(|line| line.seq), Some(1));
+        assert_eq!(found.cpus().collect::<Vec<_>>(), [3]);
+        // A line that was cut off announced something that was never begun.
+        assert_eq!(
+            Journal::parse(&(begun.clone() + "{\"journal_ver")).unwrap().unfinished().map(|line| line.seq),
+            Some(1)
+        );
+        let ended = begun.clone() + &line(2, Next::End(Outcome::Committed { left: Vec::new() }));
+        assert!(Journal::parse(&ended).unwrap().unfinished().is_none());
+        let left = begun.replace("\"granted\"", "\"commit\"");
+        assert!(left != begun && Journal::parse(&left).unwrap().unfinished().is_none());
+        assert!(Journal::parse("no journal\n").is_err());
+        assert!(Journal::read(Path::new("/nonexistent")).unwrap().unfinished().is_none());
+    }
+}

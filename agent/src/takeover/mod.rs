@@ -1,0 +1,5 @@
+//! The other side of an update: how a kernel that was started by another one takes the machine over.
+
+pub mod birth;
+pub mod home;
+pub mod successor;

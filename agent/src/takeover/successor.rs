@@ -1,0 +1,410 @@
+//! The successor's side of an update: what this kernel does from its agent's first moment until the machine is its own.
+//!
+//! ```text
+//! attach ─► clock ─► arenas ─► interface ─► Hello ─┬─ StandBy ──► Standing
+//!                                                  ├─ CheckHealth ► Healthy
+//!                                                  ├─ Activate ─► services, address ─► Activated     the blackout ends
+//!                                                  ├─ CpuParked ► online it ─► CpuOnline             undo: ReleaseCpu
+//!                                                  ├─ (StandDown ► services, address ─► StoodDown)   undo of Activate
+//!                                                  ├─ Commit ───► Committed, programs
+//!                                                  └─ LastCpu ──► online it, adopt memory ─► incumbent
+//! ```
+//! Which word may come when is `handover`'s to say ([`handover::successor`]); here each is carried out.
+
+use std::fs::File;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use handover::successor::{Answer, Order};
+use kexec_core::cpus::ParkedCpus;
+use kexec_core::device::Device;
+use kexec_core::memory_map::division::keep_movable;
+use kexec_core::memory_map::{Range, RangeSet};
+use nix::sys::time::TimeSpec;
+use nix::time::{ClockId, clock_settime};
+use state_schemas::control_block::words::BootMark;
+use state_schemas::control_block::{MAILBOX, words};
+use state_schemas::latest::message::ToIncumbent;
+use state_schemas::shared::SharedMemory;
+
+use crate::daemon::kernel::Kernel;
+use crate::machine::liveupdate;
+use crate::machine::net::{Announcer, Link};
+use crate::machine::pci;
+use crate::machine::sysfs;
+use crate::services::arenas::Arena;
+use crate::takeover::birth::{Birth, range};
+use crate::update::line::{Line, Successor};
+use crate::update::timeline::{Timeline, tsc};
+
+/// Domain number of our PCI root bus: not 0, which is the firmware's.
+const PCI_DOMAIN: u32 = 1;
+/// How long the driver may take to bring up the interface.
+const LINK_PATIENCE: Duration = Duration::from_secs(20);
+/// How long an incumbent may be silent before its last word, before it counts as gone.
+const INCUMBENT_PATIENCE: Duration = Duration::from_secs(3600);
+/// How long programs may take to begin.
+const PROGRAMS_PATIENCE: Duration = Duration::from_secs(10);
+/// How long the last CPU may take to leave the incumbent.
+const LAST_CPU_PATIENCE: Duration = Duration::from_secs(120);
+
+/// The service address, ready to be taken.
+struct Address {
+    link: Link,
+    cidr: crate::daemon::config::Cidr,
+    announcer: Announcer,
+    /// It is this kernel's own already, and needs only to be announced. That takes a route to its clients beforehand, which an address of
+    /// the interface's own in the same network gives.
+    reserved: bool,
+}
+
+/// This kernel while it takes over.
+struct Heir<'k> {
+    kernel: &'k Kernel,
+    birth: &'k Birth,
+    device: &'k Device,
+    line: Line<Successor>,
+    address: Option<Address>,
+    /// The kernel's sessions, held back from everybody: what is taken out of one and freed would be lost to an incumbent that goes on.
+    sessions: Option<File>,
+    /// What could not be done after the service answered; the next order fails with it.
+    unsettled: Option<anyhow::Error>,
+    /// What could not be done after the commit; the update is told of it when it has ended.
+    left_undone: Vec<String>,
+    timeline: Timeline,
+}
+
+/// Takes the machine over; returns when it is this kernel's own.
+pub fn run(kernel: &Kernel) -> Result<()> {
+    let birth = kernel.birth.as_ref().context("the firmware booted this kernel: it takes over from nobody")?;
+    let mut heir = Heir::prepare(kernel, birth)?;
+    heir.line.send(&ToIncumbent::Hello {
+        program: state_schemas::latest::handover_record::Program {
+            release: kernel.release().to_owned(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+        },
+        abi: words::VERSION,
+    })?;
+    let last = heir.serve()?;
+    heir.drain(last)
+}
+
+impl<'k> Heir<'k> {
+    fn prepare(kernel: &'k Kernel, birth: &'k Birth) -> Result<Heir<'k>> {
+        let device = kernel.device()?;
+        let started = tsc();
+        mark(birth, BootMark::Agent);
+        set_clock(birth)?;
+        let line = Line::attach(birth.control.clone(), birth.base)?;
+        let sessions = liveupdate::hold()?;
+        expect_arenas(kernel, device, birth)?;
+        kernel.services.all_inherited();
+        kernel.files.inherit(device, &birth.record)?;
+        let address = attach_network(kernel, device, birth)?;
+        mark(birth, BootMark::Network);
+        let mut timeline = Timeline::continue_from(birth.record.journal.clone());
+        timeline.add("successor: prepare", started, tsc());
+        Ok(Heir { kernel, birth, device, line, address, sessions, unsettled: None, left_undone: Vec::new(), timeline })
+    }
+
+    /// Does what the incumbent says, until its last word: the order to take the rest.
+    fn serve(&mut self) -> Result<u32> {
+        let mut role = handover::successor::Successor::new(&self.birth.record);
+        loop {
+            let word = self.line.receive(INCUMBENT_PATIENCE)?;
+            let answer = match role.hear(&word) {
+                Ok(Order::Drain { last }) => return Ok(last),
+                Ok(order) => {
+                    let answer = self.obey(&order).unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
+                    role.answer(&order, answer)?
+                }
+                // Not now, or not by this kernel: the incumbent decides what to make of that.
+                Err(unheard) => Some(ToIncumbent::Failed {
+                    what: handover::successor::name(&word).to_owned(),
+                    cause: unheard.to_string(),
+                }),
+            };
+            let Some(answer) = answer else { continue };
+            self.line.send(&answer)?;
+            match answer {
+                ToIncumbent::Activated { .. } => self.unsettled = self.settle_address().err(),
+                ToIncumbent::Committed => self.start_programs(),
+                ToIncumbent::Failed { what, cause } => tracing::error!("cannot {what}: {cause}"),
+                _ => {}
+            }
+        }
+    }
+
+    fn obey(&mut self, order: &Order) -> Result<Answer> {
+        match order {
+            Order::StandBy => {
+                self.kernel.set_phase("trial");
+                let patience = sooner_than(Duration::from_secs(self.kernel.config.update.step_timeout_s));
+                let until = Instant::now() + patience;
+                let mut services = self.kernel.services.await_standby(patience)?;
+                let programs = crate::services::files::programs_of(&self.birth.record);
+                self.kernel.files.await_programs(&programs, until.saturating_duration_since(Instant::now()))?;
+                services.extend(programs);
+                mark(self.birth, BootMark::Standby);
+                Ok(Answer::Services(services))
+            }
+            Order::CheckHealth => self.check_health(),
+            Order::Activate { epoch } => self.activate(*epoch),
+            Order::OnlineCpu { .. } | Order::Commit { .. } if self.unsettled.is_some() => {
+                Err(self.unsettled.take().expect("it was looked at just now"))
+            }
+            Order::OnlineCpu { apic_id } => {
+                self.kernel.set_phase("probation");
+                Ok(Answer::Online(self.online(*apic_id)?))
+            }
+            Order::OfflineCpu { apic_id } => self.offline(*apic_id),
+            Order::StandDown { epoch } => self.stand_down(*epoch),
+            Order::Commit { timeline } => {
+                self.kernel.set_phase("commit");
+                let own = self.timeline.marks()[self.birth.record.journal.len()..].to_vec();
+                self.timeline = Timeline::continue_from(timeline.clone());
+                for mark in own {
+                    self.timeline.add(&mark.phase, mark.start_tsc, mark.end_tsc);
+                }
+                Ok(Answer::Done)
+            }
+            Order::Abort { reason } => {
+                tracing::warn!("the incumbent gives up: {reason}");
+                Ok(Answer::Done)
+            }
+            Order::Pong { .. } => Ok(Answer::Done),
+            Order::Drain { .. } => bail!("this is not one order among others"),
+        }
+    }
+
+    fn check_health(&self) -> Result<Answer> {
+        let status = self.kernel.services.status();
+        if let Some(service) = status.iter().find(|service| service.state != "standby") {
+            bail!("service {} is {}", service.name, service.state);
+        }
+        Ok(Answer::Done)
+    }
+
+    /// In the blackout: nothing here allocates more than a few words, and nothing depends on the arenas' size.
+    fn activate(&mut self, epoch: u64) -> Result<Answer> {
+        let started = tsc();
+        if self.birth.control.load(words::EPOCH_AT) != epoch {
+            bail!("epoch {epoch} is not the current one");
+        }
+        self.kernel.services.activate(epoch, self.cutover_patience())?;
+        let serving = tsc();
+        if let Some(address) = &self.address {
+            if !address.reserved {
+                self.kernel.netlink.add(&address.link, address.cidr)?;
+            }
+            address.announcer.announce()?;
+        }
+        let announced = tsc();
+        self.kernel.state().facts.epoch = epoch;
+        self.timeline.add("successor: services", started, serving);
+        self.timeline.add("successor: address", serving, announced);
+        Ok(Answer::AnsweringSince(announced))
+    }
+
+    /// Not before the incumbent cannot go on any more: its own programs, which cannot be asked to look at their memory anew, would
+    /// go on with what they knew of it, and these would have written there.
+    fn start_programs(&mut self) {
+        if let Err(error) = self.kernel.files.serve(PROGRAMS_PATIENCE) {
+            self.left_undone.push(format!("{error:#}"));
+        }
+    }
+
+    /// After the blackout: the interface answers for the address from now on.
+    fn settle_address(&self) -> Result<()> {
+        match &self.address {
+            Some(address) if address.reserved => self.kernel.netlink.settle(&address.link, address.cidr),
+            _ => Ok(()),
+        }
+    }
+
+    /// The undo of [`Heir::activate`]: silent first, so that nobody answers from here when the address is dropped.
+    fn stand_down(&mut self, epoch: u64) -> Result<Answer> {
+        self.kernel.services.freeze(epoch, self.cutover_patience())?;
+        self.kernel.files.freeze(self.device, self.cutover_patience())?;
+        if let Some(address) = &self.address {
+            let held = self.kernel.netlink.held(address.cidr)?;
+            self.kernel.netlink.drop_held(&held)?;
+        }
+        self.kernel.set_phase("trial");
+        Ok(Answer::Done)
+    }
+
+    fn cutover_patience(&self) -> Duration {
+        sooner_than(Duration::from_millis(self.kernel.config.update.cutover_timeout_ms))
+    }
+
+    /// The undo of [`Heir::online`]: Linux sends an offline CPU to the reset vector, which is our park page.
+    fn offline(&mut self, apic_id: u32) -> Result<Answer> {
+        sysfs::offline_cpu(self.number_of(apic_id)?)?;
+        self.kernel.note(|update| update.cpus_moved -= 1);
+        Ok(Answer::Done)
+    }
+
+    fn number_of(&self, apic_id: u32) -> Result<u32> {
+        let cpus = self.device.cpus()?;
+        let cpu = cpus.into_iter().find(|cpu| cpu.apic_id == apic_id);
+        Ok(cpu.with_context(|| format!("this kernel has no CPU with APIC id {apic_id:#x}"))?.cpu)
+    }
+
+    /// Onlines a CPU that waits in our park page.
+    fn online(&mut self, apic_id: u32) -> Result<u32> {
+        let parked = ParkedCpus::new(&*self.birth.control, MAILBOX.offset);
+        if !parked.is_parked(apic_id) {
+            bail!("CPU with APIC id {apic_id} is not parked here");
+        }
+        let cpu = self.number_of(apic_id)?;
+        let started = tsc();
+        sysfs::online_cpu(cpu)?;
+        self.timeline.add(&format!("successor: online cpu {cpu}"), started, tsc());
+        self.kernel.note(|update| update.cpus_moved += 1);
+        Ok(cpu)
+    }
+
+    /// The incumbent is gone: its last CPU, its memory. What cannot be had is reported, and the rest goes on.
+    fn drain(&mut self, last: u32) -> Result<()> {
+        let started = tsc();
+        drop(self.sessions.take());
+        let deadline = Instant::now() + LAST_CPU_PATIENCE;
+        while !ParkedCpus::new(&*self.birth.control, MAILBOX.offset).is_parked(last) {
+            if Instant::now() > deadline {
+                bail!("the incumbent's last CPU (APIC id {last}) did not arrive in {LAST_CPU_PATIENCE:?}");
+            }
+            // A parked CPU writes a word, and no interrupt tells of it.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let mut left = std::mem::take(&mut self.left_undone);
+        if let Err(error) = sysfs::grant_panic_wish() {
+            left.push(format!("panic=: {error:#}"));
+        }
+        if let Err(error) = self.online(last) {
+            left.push(format!("CPU with APIC id {last}: {error:#}"));
+        }
+        let adopting = tsc();
+        left.extend(self.adopt_memory());
+        self.timeline.add("adopt memory", adopting, tsc());
+        self.timeline.add("drained", started, tsc());
+        let khz = self.birth.record.clock.tsc_khz;
+        let (timeline, zero) = (self.timeline.spans(khz), self.timeline.zero(khz));
+        let epoch = self.kernel.facts().epoch;
+        // Before anybody is told: from then on this batond may be ended.
+        if let Err(error) = self.kernel.ledger.change(|pages| (pages.drained, pages.epoch) = (true, epoch)) {
+            left.push(format!("what a batond that is started again must know: {error:#}"));
+        }
+        let mut state = self.kernel.state();
+        state.successor = false;
+        if let Some(update) = &mut state.update {
+            "drained".clone_into(&mut update.phase);
+            (update.timeline, update.zero) = (timeline, Some(zero));
+            update.left_undone = left;
+        }
+        tracing::info!("drained: this kernel has the machine");
+        Ok(())
+    }
+
+    /// Whole blocks by hot-add; fragments, arenas excepted, page by page. Says what could not be had.
+    fn adopt_memory(&self) -> Vec<String> {
+        let record = &self.birth.record;
+        let mut left = Vec::new();
+        let block = record.machine.memory_block;
+        let blocks: RangeSet = record.grant.blocks.iter().map(|blocks| range(*blocks)).collect();
+        // As much as this kernel's own region: the next one's will be like it.
+        let movable = keep_movable(&blocks, record.grant.region.len);
+        for (policy, set) in [("online_kernel", blocks.subtract(&movable)), ("online_movable", movable)] {
+            if let Err(error) = sysfs::set_auto_online(policy) {
+                left.push(format!("memory policy {policy}: {error:#}"));
+            }
+            for start in set.iter().flat_map(|range| (range.start()..range.end()).step_by(block as usize)) {
+                let one = Range::new(start, start + block);
+                if let Err(error) = self.device.adopt_memory(one) {
+                    left.push(format!("memory block {one}: {error}"));
+                }
+            }
+        }
+        for free in crate::update::kho::free_fragments(record).iter() {
+            if let Err(error) = self.device.adopt_memory(free) {
+                left.push(format!("memory fragment {free}: {error}"));
+            }
+        }
+        left
+    }
+}
+
+/// How long to wait for services, so that the answer, which names the one that is late, comes while the incumbent still
+/// waits for it. Its limit for the phase is this one: both kernels have the same configuration.
+fn sooner_than(limit: Duration) -> Duration {
+    limit * 3 / 4
+}
+
+/// What the incumbent can read when it hears nothing.
+fn mark(birth: &Birth, reached: BootMark) {
+    birth.control.store(words::BOOT_MARK_AT, reached as u64);
+}
+
+/// There is no RTC: the wall clock goes on from the incumbent's, by the TSC.
+fn set_clock(birth: &Birth) -> Result<()> {
+    let clock = birth.record.clock;
+    let ticks = tsc().saturating_sub(clock.tsc);
+    let elapsed_ns = u128::from(ticks) * 1_000_000 / u128::from(clock.tsc_khz);
+    let now = u128::from(clock.unix_ns) + elapsed_ns;
+    let seconds = i64::try_from(now / 1_000_000_000).context("the handed-over time is absurd")?;
+    let nanoseconds = i64::try_from(now % 1_000_000_000)?;
+    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanoseconds)).context("cannot set the wall clock")
+}
+
+/// The arenas become memory of this kernel's, with their content, and wait for their services.
+fn expect_arenas(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<()> {
+    for service in &birth.record.services {
+        kernel.services.expect_content(&service.name, service.schema_kind, service.schema_version);
+        let [id] = service.arenas[..] else {
+            bail!("service {} has {} arenas, this agent gives it one", service.name, service.arenas.len());
+        };
+        let arena = birth
+            .record
+            .arenas
+            .iter()
+            .find(|arena| arena.id == id)
+            .with_context(|| format!("service {} has no arena", service.name))?;
+        let inherited = Arena::inherit(device, arena.ranges.iter().map(|piece| range(*piece)));
+        kernel.services.expect(&service.name, inherited.with_context(|| format!("arena of {}", service.name))?);
+    }
+    Ok(())
+}
+
+/// Binds the granted function and gives its interface its own address; the service address waits.
+fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Option<Address>> {
+    let Some((bdf, mac)) = birth.service_function() else { return Ok(None) };
+    let ecam = birth.record.ecam.context("a PCI function is granted, but no configuration space")?;
+    let function = pci::of_bdf(bdf);
+    device.add_pci(PCI_DOMAIN, ecam.address, ecam.bus_end, &[function])?;
+    let deadline = Instant::now() + LINK_PATIENCE;
+    let link = loop {
+        if let Some(link) = kernel.netlink.find(mac)? {
+            break link;
+        }
+        if Instant::now() > deadline {
+            bail!(
+                "no interface appeared on PCI function {function} in {LINK_PATIENCE:?}: is its driver in initrd.modules?"
+            );
+        }
+        // Before anybody waits for this kernel; a netlink subscription would save milliseconds of seconds.
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    kernel.netlink.link_up(&link)?;
+    let own =
+        kernel.config.network.nic.iter().find(|nic| crate::machine::net::parse_mac(&nic.mac).is_ok_and(|m| m == mac));
+    if let Some(nic) = own {
+        kernel.netlink.add(&link, nic.address)?;
+    }
+    let Some(cidr) = birth.service_address() else { return Ok(None) };
+    let reserved = own.is_some_and(|nic| nic.address.network() == cidr.network());
+    if reserved {
+        kernel.netlink.reserve(&link, cidr.address)?;
+    }
+    let announcer = Announcer::new(&link, cidr.address)?;
+    Ok(Some(Address { link, cidr, announcer, reserved }))
+}

@@ -1,0 +1,309 @@
+//! What the successor is placed in: its memory is taken and divided, its kernel and the handover record are written into
+//! it, and all of it is given back where the update ends early.
+
+use anyhow::{Context, Result, bail};
+use kexec_core::device::{Access, DeviceError, InfoFlags, Mapping, TakeMemory};
+use kexec_core::image::BzImage;
+use kexec_core::layout::{LOW_MEMORY_END, LowSlot, PAGE, SIPI_PAGE};
+use kexec_core::memory_map::division::Division;
+use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
+use kexec_core::placement::{Mapped, Placement, PlacementRequest};
+use kexec_core::registry::State;
+use state_schemas::Payload;
+use state_schemas::control_block::{self, words};
+use state_schemas::latest::handover_record as record;
+use state_schemas::shared::SharedMemory;
+
+use super::{Hands, Placed};
+use crate::daemon::config::Cidr;
+use crate::machine::facts::managed_memory;
+use crate::services::files::Numbered;
+use crate::takeover::birth::phys;
+use crate::update::kho::{self, HandedOver, Spoken};
+use crate::update::line::Line;
+use crate::update::timeline::tsc;
+
+/// How far apart the places are that are tried for the cap.
+const CAP_STEP: u64 = 256 << 10;
+
+/// A successor's memory, from its taking to its giving back.
+pub(super) struct Site {
+    pub(super) instance: u32,
+    pub(super) region: Range,
+    pub(super) low_slot: LowSlot,
+    pub(super) division: Division,
+    /// Pages below 1 MiB that are written: the SIPI page, and the slot's first.
+    pub(super) low: Vec<(Range, Mapping)>,
+}
+
+impl Hands<'_> {
+    /// Takes the successor's memory: a range reserved at boot if there is one, else out of the allocator.
+    pub(super) fn take_memory(&mut self) -> Result<()> {
+        let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
+        let settled = self.kernel.files.close(self.device, &self.kernel.services.ranges()).map(drop);
+        let taken = settled.and_then(|()| self.take_region(instance)).and_then(|region| {
+            let division = self.divide(instance, region)?;
+            let mut low = Vec::new();
+            let low_slot = self.free_slot()?;
+            for page in [Range::new(SIPI_PAGE, SIPI_PAGE + PAGE), low_slot.root_page()] {
+                low.push((page, self.take_low_page(instance, page)?));
+            }
+            Ok(Site { instance, region, low_slot, division, low })
+        });
+        match taken {
+            Ok(site) => {
+                tracing::info!(region = %site.region, "memory for the successor");
+                self.site = Some(site);
+                Ok(())
+            }
+            Err(error) => {
+                self.kernel.files.open();
+                self.device.destroy_instance(instance)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// The undo of [`Hands::take_memory`].
+    pub(super) fn give_back_memory(&mut self) -> Result<()> {
+        self.kernel.files.open();
+        let Some(mut site) = self.site.take() else { return Ok(()) };
+        // Mappings first: the module gives back nothing that is in use.
+        site.low.clear();
+        self.device.destroy_instance(site.instance).context("cannot give the successor's memory back")
+    }
+
+    fn take_region(&self, instance: u32) -> Result<Range> {
+        let (len, grain) = (self.plan.region_len, self.plan.block_size);
+        let avoid = self.not_for_a_region();
+        let reserved_at_boot = self.plan.facts.ram.subtract(&managed_memory()?);
+        let wish = Wish { size: len, grain, below: None };
+        if let Some(range) = candidates(&reserved_at_boot, &avoid, &wish)?.next() {
+            self.device.take_memory(instance, range, TakeMemory::Outside)?;
+            return Ok(range);
+        }
+        self.kernel.take_contiguous(instance, len, grain, &avoid)
+    }
+
+    /// Which memory reaches the successor by which road; takes the cap if one is needed.
+    fn divide(&self, instance: u32, region: Range) -> Result<Division> {
+        let arenas: RangeSet = self.arenas().collect();
+        let division = Division::new(&self.plan.facts.ram, region, &arenas, self.plan.block_size)?;
+        let Some(room) = division.room_for_cap() else { return Ok(division) };
+        for place in room.iter().rev() {
+            let mut end = place.end();
+            while end > place.start() {
+                let page = Range::new(end - PAGE, end);
+                match self.device.take_memory(instance, page, TakeMemory::Alloc) {
+                    Ok(()) => return Ok(division.with_cap(page)),
+                    // In use, or none of this kernel's: a little lower.
+                    Err(DeviceError::Busy { .. } | DeviceError::Exists { .. } | DeviceError::Refused { .. }) => {
+                        end = end.saturating_sub(CAP_STEP);
+                    }
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        bail!("no page above {region} can be freed for the successor's end of memory (tried in {room})")
+    }
+
+    /// What this kernel's own firmware lies in, and the arenas.
+    fn not_for_a_region(&self) -> RangeSet {
+        let own = self.kernel.birth.iter().map(|birth| Range::new(birth.base, birth.base + control_block::SIZE));
+        own.chain(self.arenas()).chain([Range::new(0, LOW_MEMORY_END)]).collect()
+    }
+
+    fn arenas(&self) -> impl Iterator<Item = Range> + use<> {
+        let files: Vec<Range> = self.kernel.files.ranges().iter().collect();
+        self.kernel.services.crossings().into_iter().flat_map(|crossing| crossing.ranges).chain(files)
+    }
+
+    fn free_slot(&self) -> Result<LowSlot> {
+        let own = self.kernel.birth.as_ref().map(|birth| birth.record.grant.low_slot.start);
+        LowSlot::all()
+            .find(|slot| own.is_none_or(|own| !slot.range().contains(Range::new(own, own + 1))))
+            .context("no slot below 1 MiB is free")
+    }
+
+    /// Below 1 MiB Linux reserves everything: RAM of this kernel is borrowed, other memory just taken.
+    fn take_low_page(&self, instance: u32, page: Range) -> Result<Mapping> {
+        let how = if managed_memory()?.contains(page) { TakeMemory::Borrow } else { TakeMemory::Outside };
+        self.device.take_memory(instance, page, how)?;
+        Ok(self.device.map(page, Access::ReadWrite)?)
+    }
+
+    /// Writes kernel, initrd, firmware and handover record into the region.
+    pub(super) fn place(&mut self) -> Result<()> {
+        let site = self.site()?;
+        let facts = &self.plan.facts;
+        let info = self.device.info()?;
+        let image = BzImage::parse(&self.plan.image)?;
+        let division = &site.division;
+        let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
+        let first = 1 + self.kernel.services.crossings().len() as u32;
+        let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
+        let mut record = self.record(site, info.tsc_khz, &kept);
+        let spoken = self.plan.kho;
+        let handover = spoken.map(|spoken| self.hand_over(spoken, site, &image, &mut record, &kept)).transpose()?;
+        let placement = Placement::new(&PlacementRequest {
+            image: &image,
+            initrd: &self.plan.initrd,
+            cmdline: &self.plan.cmdline,
+            region: site.region,
+            low_slot: site.low_slot,
+            boot_cpu: self.plan.spare.apic_id,
+            other_cpus: &others,
+            phantom: None,
+            reserved_ram: division.reserved_in_successor(),
+            cap: division.cap,
+            identity: facts.ram.clone(),
+            gigabyte_pages: raw_cpuid::CpuId::new()
+                .get_extended_processor_and_feature_identifiers()
+                .is_some_and(|features| features.has_1gib_pages()),
+            tsc_khz: info.tsc_khz,
+            kho: handover.as_ref().map(|handed| handed.setup_data.clone()),
+        })?;
+        let region = self.device.map(site.region, Access::ReadWrite)?;
+        let low = site.low.iter().map(|(page, mapping)| Mapped { range: *page, memory: mapping });
+        placement.write(&low.chain([Mapped { range: site.region, memory: &region }]).collect::<Vec<_>>())?;
+        for (at, bytes) in handover.iter().flat_map(|handed| handed.segments.iter()) {
+            region.write(at - site.region.start(), bytes);
+        }
+        // Nothing is given back that is still mapped.
+        drop(region);
+        let control = self.device.map(placement.control_block, Access::ReadWrite)?;
+        let frame = record.to_frame(self.plan.record_version)?;
+        if frame.len() as u64 > control_block::HANDOVER.size {
+            bail!("the handover record has {} bytes, {} fit", frame.len(), control_block::HANDOVER.size);
+        }
+        control.write(control_block::HANDOVER.offset, &frame);
+        control.store(words::EPOCH_AT, self.epoch());
+        let line = Line::open(control, placement.control_block.start())?;
+        let root = if info.flags.contains(InfoFlags::LA57) { placement.root_5level } else { placement.root_4level };
+        self.device.update_instance(site.instance, State::Loaded, None)?;
+        self.placed = Some(Placed { boot: placement.boot, park: placement.park, root, line });
+        Ok(())
+    }
+
+    /// What a kernel with KHO is told of the memory that it must keep, and where the record says that it is.
+    fn hand_over(
+        &self,
+        spoken: Spoken,
+        site: &Site,
+        image: &BzImage<'_>,
+        record: &mut record::HandoverRecord,
+        kept: &Numbered,
+    ) -> Result<HandedOver> {
+        let known = site.region.len() + site.division.reserved_in_successor().total();
+        let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
+        let handed = kho::write(spoken, places, record, kept)?;
+        // An older agent over there finds it by the kernel alone.
+        record.kho = (self.plan.record_version >= 2).then(|| handed.places.clone());
+        tracing::info!(abi = handed.places.abi, scratch = %places.scratch, "kexec handover for the successor");
+        Ok(handed)
+    }
+
+    /// Whether the successor's kernel gives sessions back by itself.
+    pub(super) fn takes_sessions(&self) -> bool {
+        self.plan.kho.is_some_and(|spoken| spoken.luo)
+    }
+
+    /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.
+    pub(super) fn unplace(&mut self) -> Result<()> {
+        self.placed = None;
+        let stopped = self.stopped.clone();
+        stopped.into_iter().try_for_each(|apic_id| self.bring_home(apic_id))
+    }
+
+    /// What the successor's agent must know.
+    fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> record::HandoverRecord {
+        let division = &site.division;
+        let facts = &self.plan.facts;
+        let crossings = self.kernel.services.crossings();
+        let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
+        let boot_cpus = self.plan.moves.iter().map(|(cpu, _)| cpu).chain([&self.plan.spare]);
+        let numbered = || crossings.iter().zip(1u32..);
+        record::HandoverRecord {
+            update: self.id,
+            hop: facts.hops + 1,
+            epoch: self.epoch(),
+            incumbent: record::Program {
+                release: self.kernel.release().to_owned(),
+                agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            },
+            clock: record::ClockPair { tsc: tsc(), unix_ns: unix_ns(), tsc_khz: tsc_khz.into() },
+            machine: record::Machine {
+                ram: all(&facts.ram),
+                memory_block: division.block_size,
+                cpus: boot_cpus
+                    .map(|cpu| record::Cpu { apic_id: cpu.apic_id, firmware_boot: cpu.firmware_bsp })
+                    .collect(),
+            },
+            grant: record::Grant {
+                instance: site.instance,
+                boot_cpu: self.plan.spare.apic_id,
+                region: phys(site.region),
+                low_slot: phys(site.low_slot.range()),
+                fragments: all(&division.reserved_in_successor()),
+                blocks: division.blocks.iter().map(phys).collect(),
+            },
+            arenas: numbered()
+                .map(|(crossing, id)| record::Arena {
+                    id,
+                    name: crossing.name.clone(),
+                    ranges: crossing.ranges.iter().copied().map(phys).collect(),
+                    len: crossing.ranges.iter().map(|range| range.len()).sum(),
+                })
+                .chain(kept.arenas())
+                .collect(),
+            services: numbered()
+                .map(|(crossing, arena)| record::Service {
+                    name: crossing.name.clone(),
+                    schema_kind: crossing.schema_kind,
+                    schema_version: crossing.schema_version,
+                    arenas: vec![arena],
+                    port: 0,
+                })
+                .collect(),
+            files: kept.files().collect(),
+            network: self.network_record(),
+            ecam: facts.ecam.map(|ecam| record::Ecam { address: ecam.base, segment: 0, bus_end: ecam.bus_end }),
+            retired: Vec::new(),
+            journal: self.timeline.marks().to_vec(),
+            kho: None,
+            carried: self.kernel.birth.as_ref().map(|birth| birth.record.carried.clone()).unwrap_or_default(),
+        }
+    }
+
+    fn network_record(&self) -> record::Network {
+        let net =
+            |cidr: Cidr| record::IpNet { address: std::net::IpAddr::V4(cidr.address).into(), prefix: cidr.prefix };
+        let granted = self.plan.nic.as_ref();
+        record::Network {
+            service: granted.and(self.kernel.config.network.service_address).map(net),
+            gateway: None,
+            management: granted.map(|granted| net(granted.nic.address)),
+            functions: self
+                .plan
+                .facts
+                .nics
+                .iter()
+                .map(|(mac, bdf)| record::PciFunction {
+                    bus: (bdf >> 8) as u8,
+                    devfn: *bdf as u8,
+                    role: if granted.is_some_and(|g| g.bdf == *bdf) {
+                        record::Role::Service
+                    } else {
+                        record::Role::Other
+                    },
+                    mac: Some(*mac),
+                })
+                .collect(),
+        }
+    }
+}
+
+fn unix_ns() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+}

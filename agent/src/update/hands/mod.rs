@@ -1,0 +1,388 @@
+//! The incumbent's hands: each effect of an update, and its undo, as one small function ([`Hands::do_it`] is the table).
+//! What is decided is decided elsewhere ([`crate::update::plan`], `handover`); what is held is held here, so that an undo always
+//! knows what there is to undo, and does nothing where there is nothing.
+//!
+//! Here: the table, devices, the talk with the successor, and the cutover. Beside it: [`memory`] (what the successor is
+//! placed in), [`cpus`] (who runs it).
+//!
+//! Every wait ends at the deadline of the effect under way, which the state machine gives.
+
+mod cpus;
+mod memory;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use handover::error::{Blame, Cause, Sort};
+use handover::machine::Event;
+use handover::undo::Effect;
+use kexec_core::device::Device;
+use kexec_core::registry::State;
+use kexec_core::trampoline::SipiArgs;
+use state_schemas::control_block::words;
+use state_schemas::latest::handover_record as record;
+use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
+use state_schemas::shared::SharedMemory;
+
+use self::memory::Site;
+use crate::daemon::config::Cidr;
+use crate::daemon::kernel::Kernel;
+use crate::daemon::outcome::Failure;
+use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
+use crate::machine::pci;
+use crate::machine::sysfs;
+use crate::services::files::sessions::Place;
+use crate::update::line::{Incumbent, Line, Unanswered};
+use crate::update::plan::Plan;
+use crate::update::timeline::Timeline;
+
+/// How long this kernel's network stays up after its last word, so that whoever waits for the word hears it. The service
+/// does not wait: it is with the successor already. A time, since no event tells: when the asker has read the word, what it
+/// prints has still to leave the machine through a shell's connection, of which batond knows nothing.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// What the successor's CPUs need to know, once it is placed.
+struct Placed {
+    boot: SipiArgs,
+    park: SipiArgs,
+    root: u64,
+    line: Line<Incumbent>,
+}
+
+/// The hands.
+pub struct Hands<'k> {
+    kernel: &'k Kernel,
+    device: &'k Device,
+    plan: &'k Plan,
+    /// When each step was made.
+    pub timeline: Timeline,
+    /// What this machine cannot do, found out when nothing was touched yet.
+    pub refusal: Option<Failure>,
+    /// How far a successor came that never answered.
+    pub last_words: Option<String>,
+    id: record::UpdateId,
+    /// When the effect under way must be over.
+    until: Instant,
+    site: Option<Site>,
+    placed: Option<Placed>,
+    unbound: Option<sysfs::Unbound>,
+    /// Interfaces whose ARP rules were changed, by MAC address, with the rules as they were.
+    arp_rules: Vec<(Mac, ArpRules)>,
+    /// The service address: looked up in the trial, dropped in the cutover.
+    address: Option<HeldAddress>,
+    /// The successor's agent has answered.
+    heard: bool,
+    /// CPUs, by APIC id, that the module counts as the successor's.
+    given: BTreeSet<u32>,
+    /// CPUs that got INIT and wait for nobody; a kernel that was a successor wants them at its mailbox again.
+    stopped: BTreeSet<u32>,
+    /// What is sealed, by service.
+    sealed: BTreeSet<String>,
+}
+
+impl<'k> Hands<'k> {
+    /// Holding nothing yet.
+    pub fn new(kernel: &'k Kernel, plan: &'k Plan, id: record::UpdateId) -> Result<Hands<'k>> {
+        Ok(Hands {
+            kernel,
+            device: kernel.device()?,
+            plan,
+            timeline: Timeline::default(),
+            refusal: None,
+            last_words: None,
+            id,
+            until: Instant::now(),
+            site: None,
+            placed: None,
+            unbound: None,
+            arp_rules: Vec::new(),
+            address: None,
+            heard: false,
+            given: BTreeSet::new(),
+            stopped: BTreeSet::new(),
+            sealed: BTreeSet::new(),
+        })
+    }
+
+    /// Carries an effect out, and says what came of it.
+    pub fn carry_out(&mut self, effect: &Effect, until: Instant) -> Event {
+        self.until = until;
+        match self.do_it(effect) {
+            Ok(()) => Event::Done,
+            Err(error) => self.what_happened(effect, &error),
+        }
+    }
+
+    /// One line for each effect, in the order of `handover::undo`.
+    fn do_it(&mut self, effect: &Effect) -> Result<()> {
+        match effect {
+            Effect::TakeMemory => self.take_memory(),
+            Effect::GrantDevices => self.grant_devices(),
+            Effect::OfflineCpu { cpu } => cpus::offline_cpu(*cpu),
+            Effect::Place => self.place(),
+            Effect::StartCpu { cpu } => self.start_cpu(*cpu),
+            Effect::AwaitHello => self.await_hello(),
+            Effect::StandBy => self.stand_by(),
+            Effect::CheckHealth => self.check_health(),
+            Effect::Freeze => self.freeze(),
+            Effect::Seal => self.seal(),
+            Effect::ReleaseAddress => self.release_address(),
+            Effect::Activate { epoch } => self.activate(*epoch),
+            Effect::DropAddress => self.drop_address(),
+            Effect::ParkCpu { cpu } => self.park_cpu(*cpu),
+            Effect::HandCpu { cpu } => self.hand_cpu(*cpu),
+            Effect::Commit => self.commit(),
+            Effect::QuiesceDevices => self.quiesce_devices(),
+            Effect::YieldLastCpu { cpu } => self.yield_last_cpu(*cpu),
+
+            Effect::StandDown { epoch } => self.stand_down(*epoch),
+            Effect::TakeAddressBack => self.take_address_back(),
+            // The services unseal their own arenas, when they are told to go on.
+            Effect::Unseal { .. } => Ok(()),
+            Effect::Unfreeze { epoch } => self.unfreeze(*epoch),
+            Effect::TakeCpuBack { cpu } => self.take_cpu_back(*cpu),
+            Effect::UnparkCpu { cpu } => self.unpark_cpu(*cpu),
+            Effect::Fence { cpus } => self.fence(cpus),
+            Effect::ReadLastWords => self.read_last_words(),
+            Effect::DestroyInstance => self.unplace(),
+            Effect::OnlineCpu { cpu } => self.online_cpu(*cpu),
+            Effect::TakeDevicesBack => self.take_devices_back(),
+            Effect::GiveBackMemory => self.give_back_memory(),
+        }
+    }
+
+    /// What an error means to the state machine. Where it is not certain that nothing is left behind, nobody knows.
+    fn what_happened(&mut self, effect: &Effect, error: &anyhow::Error) -> Event {
+        let what = format!("{error:#}");
+        let answer = error.downcast_ref::<Unanswered>();
+        let cause = match answer {
+            Some(Unanswered::Panicked(_)) => Cause::successor_died(what),
+            Some(Unanswered::Silent { .. }) => Cause { blame: Blame::Successor, sort: Sort::Deadline, what },
+            Some(Unanswered::Refused { .. }) => Cause::broken(Blame::Successor, what),
+            None => Cause::broken(effect.carried_out_by(), what),
+        };
+        match (effect, answer) {
+            (Effect::TakeMemory, _) => {
+                self.refusal = error.downcast_ref().cloned();
+                Event::Failed(cause)
+            }
+            // A successor that says so has not taken the CPU, or has not committed.
+            (Effect::HandCpu { .. } | Effect::Commit, Some(Unanswered::Refused { .. })) => Event::Failed(cause),
+            _ => Event::Unknown(cause),
+        }
+    }
+
+    /// Time left for the effect under way.
+    fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    fn site(&self) -> Result<&Site> {
+        self.site.as_ref().context("the successor has no memory yet")
+    }
+
+    fn placed(&mut self) -> Result<&mut Placed> {
+        self.placed.as_mut().context("the successor is not placed yet")
+    }
+
+    fn epoch(&self) -> u64 {
+        self.plan.facts.epoch
+    }
+
+    // ---- granted ----------------------------------------------------------------------------------------------
+
+    /// Takes the interface that the successor gets off this kernel's driver.
+    fn grant_devices(&mut self) -> Result<()> {
+        let Some(granted) = &self.plan.nic else { return Ok(()) };
+        if let Some(link) = self.kernel.netlink.find(granted.mac)? {
+            self.part_from(&link, granted.nic.address)?;
+            let (_, folder) = sysfs::pci_function_of(&link.name)?;
+            self.unbound = sysfs::unbind(&folder)?;
+        }
+        Ok(())
+    }
+
+    /// Clients that send to the interface that goes are sent to the one that stays.
+    fn part_from(&mut self, going: &Link, own: Cidr) -> Result<()> {
+        let Kernel { netlink, config, .. } = self.kernel;
+        if let Some(cidr) = config.network.service_address.filter(|cidr| cidr.network() == own.network()) {
+            self.arp_rules = netlink.part(&netlink.held(cidr)?, going)?;
+            self.kernel.ledger.change(|pages| pages.arp_rules.clone_from(&self.arp_rules))?;
+        }
+        Ok(())
+    }
+
+    /// The undo of [`Hands::grant_devices`].
+    fn take_devices_back(&mut self) -> Result<()> {
+        let netlink = &self.kernel.netlink;
+        let back = match (&self.unbound, &self.plan.nic) {
+            (Some(unbound), Some(granted)) => {
+                unbound.bind()?;
+                self.unbound = None;
+                Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
+            }
+            // The successor ran with it: its memory is not given to anybody before.
+            (None, Some(granted)) => {
+                pci::stop_unseen(self.device, self.plan.facts.ecam, granted.bdf)?;
+                None
+            }
+            _ => None,
+        };
+        netlink.restore(std::mem::take(&mut self.arp_rules))?;
+        self.kernel.ledger.change(|pages| pages.arp_rules.clear())?;
+        let Some((link, address)) = back else { return Ok(()) };
+        netlink.link_up(&link)?;
+        netlink.add(&link, address)
+    }
+
+    // ---- booting ----------------------------------------------------------------------------------------------
+
+    /// Waits for the successor's agent.
+    fn await_hello(&mut self) -> Result<()> {
+        let patience = self.left();
+        let line = &mut self.placed()?.line;
+        match line.receive(patience).context("the successor's agent has not answered")? {
+            ToIncumbent::Hello { abi, .. } if abi != words::VERSION => {
+                bail!("the successor's agent speaks version {abi} of the control block, this one {}", words::VERSION)
+            }
+            ToIncumbent::Hello { program, .. } => {
+                self.heard = true;
+                tracing::info!(release = program.release, "the successor's agent answers");
+                let instance = self.site()?.instance;
+                self.device.update_instance(instance, State::Running, None)?;
+                Ok(())
+            }
+            ToIncumbent::Failed { what, cause } => Err(Unanswered::Refused { what, cause }.into()),
+            other => bail!("the successor began with {other:?}"),
+        }
+    }
+
+    // ---- trial ------------------------------------------------------------------------------------------------
+
+    fn ask<T>(&mut self, message: &ToSuccessor, answer: impl Fn(ToIncumbent) -> Option<T>) -> Result<T> {
+        let patience = self.left();
+        self.placed()?.line.ask(message, patience, answer)
+    }
+
+    /// Lets the successor's services attach and wait.
+    fn stand_by(&mut self) -> Result<()> {
+        let expected: Vec<String> = self.kernel.services.crossings().into_iter().map(|c| c.name).collect();
+        let standing = self.ask(&ToSuccessor::StandBy, |answer| match answer {
+            ToIncumbent::Standing { services } => Some(services),
+            _ => None,
+        })?;
+        let to_kernel = |name: &str| self.takes_sessions() && Place::of(name).is_some();
+        let files = self.kernel.files.crossings()?.into_iter();
+        let keeping = files.filter(|file| !to_kernel(&file.name)).map(|file| file.service);
+        if let Some(missing) = expected.into_iter().chain(keeping).find(|name| !standing.contains(name)) {
+            bail!("service {missing} does not stand by in the successor (standing: {})", standing.join(", "));
+        }
+        Ok(())
+    }
+
+    /// Asks the successor how it is, and looks up what the cutover will need.
+    fn check_health(&mut self) -> Result<()> {
+        self.ask(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
+        let network = &self.kernel.config.network;
+        if let (Some(service), Some(granted), false) =
+            (network.service_address, &self.plan.nic, network.skip_reach_check)
+            && granted.nic.address.network() == service.network()
+        {
+            crate::machine::reach::check(granted.nic.address.address, self.until)?;
+        }
+        if let Some(cidr) = network.service_address {
+            self.address = Some(self.kernel.netlink.held(cidr)?);
+        }
+        self.kernel.files.settle_again(self.device)
+    }
+
+    // ---- cutover: between freeze and activate nobody serves. No file, no log, nothing that can wait -----------------
+
+    /// Stops the services at a request boundary; they seal their arenas.
+    fn freeze(&mut self) -> Result<()> {
+        self.sealed = self.kernel.services.freeze(self.epoch(), self.left())?.into_keys().collect();
+        self.kernel.files.freeze(self.device, self.left())
+    }
+
+    /// Every arena that crosses has its receipt.
+    fn seal(&mut self) -> Result<()> {
+        let crossings = self.kernel.services.crossings();
+        match crossings.iter().find(|crossing| !self.sealed.contains(&crossing.name)) {
+            Some(open) => bail!("the arena of service {} is not sealed", open.name),
+            None => Ok(()),
+        }
+    }
+
+    /// The undo of [`Hands::freeze`]. No late word of the successor counts from here on.
+    fn unfreeze(&mut self, epoch: u64) -> Result<()> {
+        if let Some(placed) = &self.placed {
+            placed.line.memory().store(words::EPOCH_AT, epoch);
+        }
+        self.kernel.services.unfreeze(epoch, self.left())?;
+        self.kernel.files.serve(self.left())?;
+        self.kernel.state().facts.epoch = epoch;
+        // From now on services answer in this epoch, also to a batond that comes after this one.
+        self.kernel.ledger.change(|pages| pages.epoch = epoch)
+    }
+
+    /// This kernel speaks for the service address no longer; [`Hands::drop_address`] does the rest when nobody waits for it.
+    fn release_address(&mut self) -> Result<()> {
+        self.address.as_ref().map_or(Ok(()), HeldAddress::hush)
+    }
+
+    /// The undo of [`Hands::release_address`].
+    fn take_address_back(&mut self) -> Result<()> {
+        self.address.as_ref().map_or(Ok(()), |held| self.kernel.netlink.take_again(held))
+    }
+
+    /// Gives the epoch to the successor, and waits until its services answer.
+    fn activate(&mut self, epoch: u64) -> Result<()> {
+        self.placed()?.line.memory().store(words::EPOCH_AT, epoch);
+        self.ask(&ToSuccessor::Activate { epoch }, |answer| match answer {
+            ToIncumbent::Activated { epoch: reached, .. } if reached == epoch => Some(()),
+            _ => None,
+        })?;
+        self.device.update_instance(self.site()?.instance, State::Serving, None)?;
+        Ok(())
+    }
+
+    /// The undo of [`Hands::activate`], with the successor's help.
+    fn stand_down(&mut self, epoch: u64) -> Result<()> {
+        self.ask(&ToSuccessor::StandDown { epoch }, |answer| match answer {
+            ToIncumbent::StoodDown { epoch: ended } if ended == epoch => Some(()),
+            _ => None,
+        })
+    }
+
+    // ---- probation: CPUs follow one by one ------------------------------------------------------------------------
+
+    /// Takes the service address off this kernel's interface.
+    fn drop_address(&mut self) -> Result<()> {
+        let Some(held) = &self.address else { return Ok(()) };
+        if let Err(error) = self.kernel.netlink.drop_held(held) {
+            // Nothing hangs on it: an address that nobody is told of is silent.
+            tracing::warn!("{error:#}");
+        }
+        Ok(())
+    }
+
+    // ---- commit ---------------------------------------------------------------------------------------------------
+
+    /// Passes the point of no return.
+    fn commit(&mut self) -> Result<()> {
+        let timeline = self.timeline.marks().to_vec();
+        self.ask(&ToSuccessor::Commit { timeline }, |answer| matches!(answer, ToIncumbent::Committed).then_some(()))
+    }
+
+    /// Stops everything in this kernel that could still write memory by itself.
+    fn quiesce_devices(&mut self) -> Result<()> {
+        std::thread::sleep(FAREWELL);
+        self.kernel.services.stop();
+        nix::unistd::sync();
+        let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
+        let stopped = sysfs::quiesce_pci(&granted)?;
+        tracing::info!("quiesced: {}", stopped.join(" "));
+        Ok(())
+    }
+}

@@ -1,0 +1,169 @@
+//! What is told of an update while it is made: progress for whoever asked, `baton status`, the timeline, the journal.
+//!
+//! While nobody serves, nothing is told: a line on a serial console takes longer than the cutover. What there is to tell
+//! waits, and is told afterwards.
+
+use std::fs::File;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use handover::error::Outcome;
+use handover::machine::{Event, Serves, Update};
+use handover::phase::Phase;
+use handover::undo::Effect;
+use state_schemas::latest::handover_record::UpdateId;
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::daemon::control::{Reply, UpdateStatus};
+use crate::daemon::kernel::Kernel;
+use crate::recovery::journal::{self, JOURNAL};
+use crate::update::plan::Plan;
+use crate::update::timeline::{Timeline, tsc};
+
+/// Tells of one update.
+pub struct Report<'a> {
+    kernel: &'a Kernel,
+    release: &'a str,
+    replies: &'a UnboundedSender<Reply>,
+    began: Instant,
+    phase: Phase,
+    phase_began: u64,
+    effect_began: u64,
+    /// Told when somebody serves again.
+    waiting: Vec<(Phase, String)>,
+    journal: Option<File>,
+}
+
+impl<'a> Report<'a> {
+    /// Nothing has happened yet.
+    pub fn open(kernel: &'a Kernel, plan: &'a Plan, id: UpdateId, replies: &'a UnboundedSender<Reply>) -> Report<'a> {
+        kernel.state().update = Some(UpdateStatus {
+            id: id.to_string(),
+            phase: Phase::Planned.to_string(),
+            incumbent_release: kernel.release().to_owned(),
+            successor_release: plan.release.clone(),
+            cpus_total: u32::try_from(plan.moves.len() + 1).unwrap_or(u32::MAX),
+            cpus_moved: 0,
+            left_undone: Vec::new(),
+            timeline: Vec::new(),
+            zero: None,
+        });
+        let journal = journal::create(Path::new(JOURNAL));
+        if let Err(error) = &journal {
+            tracing::warn!("this update leaves no journal: {error:#}");
+        }
+        Report {
+            kernel,
+            release: &plan.release,
+            replies,
+            began: Instant::now(),
+            phase: Phase::Planned,
+            phase_began: tsc(),
+            effect_began: tsc(),
+            waiting: Vec::new(),
+            journal: journal.ok(),
+        }
+    }
+
+    /// The clock of the state machine.
+    pub fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    /// When that clock shows `time`.
+    pub fn at(&self, time: Duration) -> Instant {
+        const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+        self.began + time.min(FAR)
+    }
+
+    /// An effect is about to be carried out.
+    pub fn begins(&mut self, update: &mut Update, effect: &Effect, timeline: &mut Timeline) {
+        // After the commit nobody of this kernel measures any more.
+        let leaves = matches!(effect, Effect::QuiesceDevices);
+        if update.phase() != self.phase || leaves {
+            self.phase_ends(timeline);
+            self.phase = update.phase();
+            self.kernel.set_phase(self.phase.name());
+        }
+        if leaves && !update.is_rolling_back() {
+            self.tell_committed(timeline);
+        }
+        self.waiting.push((self.phase, named(effect)));
+        if update.serves() != Serves::Nobody {
+            self.tell(update);
+        }
+        self.effect_began = tsc();
+    }
+
+    /// And was.
+    pub fn ends(&mut self, update: &mut Update, effect: &Effect, event: &Event, timeline: &mut Timeline) {
+        timeline.add(&named(effect), self.effect_began, tsc());
+        if let Event::Failed(cause) | Event::Unknown(cause) = event {
+            self.waiting.push((self.phase, format!("{} failed: {cause}", named(effect))));
+        }
+        if update.serves() != Serves::Nobody {
+            self.tell(update);
+        }
+    }
+
+    /// The update has ended, and this kernel is still there.
+    pub fn close(&mut self, update: &mut Update, outcome: &Outcome) {
+        self.tell(update);
+        let (phase, left) = match outcome {
+            Outcome::Committed { left } => ("committed", left),
+            Outcome::RolledBack { left, .. } | Outcome::TrialPassed { left } => ("rolled back", left),
+        };
+        self.kernel.set_phase(phase);
+        self.kernel.note(|update| {
+            update.left_undone = left.iter().map(|left| format!("{}: {}", left.effect.name(), left.cause)).collect();
+            if phase != "committed" {
+                update.cpus_moved = 0;
+            }
+        });
+    }
+
+    fn phase_ends(&mut self, timeline: &mut Timeline) {
+        let now = tsc();
+        if self.phase != Phase::Planned {
+            timeline.add(self.phase.name(), self.phase_began, now);
+        }
+        self.phase_began = now;
+    }
+
+    fn tell_committed(&self, timeline: &Timeline) {
+        let khz = self.kernel.device().and_then(|device| Ok(device.info()?.tsc_khz)).unwrap_or(1);
+        let timeline = timeline.spans(khz.into());
+        let _ = self.replies.send(Reply::Committed { release: self.release.to_owned(), timeline });
+    }
+
+    fn tell(&mut self, update: &mut Update) {
+        for (phase, text) in self.waiting.drain(..) {
+            tracing::info!(phase = phase.name(), step = text, "update");
+            // The asker may have left.
+            let _ = self.replies.send(Reply::Progress { phase: phase.to_string(), text });
+        }
+        let lines = update.take_journal();
+        if let Some(file) = &mut self.journal
+            && let Err(error) = journal::write(file, &lines)
+        {
+            tracing::warn!("the journal ends here: {error:#}");
+            self.journal = None;
+        }
+    }
+}
+
+/// An effect's name with its CPU.
+fn named(effect: &Effect) -> String {
+    let name = effect.name();
+    match effect {
+        Effect::OfflineCpu { cpu }
+        | Effect::StartCpu { cpu }
+        | Effect::ParkCpu { cpu }
+        | Effect::HandCpu { cpu }
+        | Effect::YieldLastCpu { cpu }
+        | Effect::TakeCpuBack { cpu }
+        | Effect::UnparkCpu { cpu }
+        | Effect::OnlineCpu { cpu } => format!("{name} {}", cpu.number),
+        _ => name.to_owned(),
+    }
+}

@@ -1,0 +1,183 @@
+//! THE MAIN PATH: one update, from the incumbent's side.
+//!
+//! ```text
+//!            planned ─► granted ─► booting ─► trial ─► CUTOVER ─► probation ─► COMMIT ┄► drained
+//! effects               take mem.  place      stand by  freeze     drop addr.  commit
+//!                       grant dev. start CPU  health    seal       each CPU:   quiesce
+//!                       offline    hello                release    offline     yield ┄► the successor's alone
+//!                                                       activate   park, hand
+//! serves     incumbent ──────────────────────────────┤ nobody ├─ successor ─────────────────────►
+//! way back      ◄────────── give everything back ──────────┤◄─ reverse cutover ─┤     none
+//! ```
+//! What comes next, and what undoes what, is `handover`'s to say ([`Update`]); [`Hands`] do it; [`Report`] tells of it.
+
+use std::sync::TryLockError;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use handover::deadline::Deadlines;
+use handover::error::{Blame, Cause, Left, Outcome};
+use handover::machine::{Event, Next, Update};
+use handover::phase::Phase;
+use handover::plan::{Cpu, Cpus, Goal, Moving, ProbationPolicy};
+use kexec_core::cpus::{CpuFacts, Move};
+use state_schemas::latest::handover_record::UpdateId;
+use tokio::sync::mpsc::UnboundedSender;
+
+use crate::daemon::config;
+use crate::daemon::control::{Reply, Upgrade};
+use crate::daemon::kernel::Kernel;
+use crate::daemon::outcome::{Class, Failure};
+use crate::update::hands::Hands;
+use crate::update::plan::{self, Plan};
+use crate::update::report::Report;
+
+/// Each effect is carried out, and its outcome decides on the next, until there is none.
+fn drive(update: &mut Update, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
+    let mut event = Event::Begin;
+    loop {
+        match update.step(report.now(), event).expect("each effect is answered once") {
+            Next::Do(effect) => {
+                report.begins(update, &effect, &mut hands.timeline);
+                event = hands.carry_out(&effect, report.at(update.deadline()));
+                report.ends(update, &effect, &event, &mut hands.timeline);
+            }
+            Next::End(outcome) => return outcome,
+        }
+    }
+}
+
+/// Makes an update, telling `replies` how it goes; gives the last word.
+pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) -> Reply {
+    let _held = match kernel.updating.try_lock() {
+        Ok(held) => held,
+        Err(TryLockError::Poisoned(held)) => held.into_inner(),
+        Err(TryLockError::WouldBlock) => {
+            return Reply::Failed(Failure::new(
+                Class::Busy,
+                "another update runs, or an arena is made longer",
+                "wait for it; `baton status` shows how far it is",
+            ));
+        }
+    };
+    let (findings, plan) = plan::make(kernel, wish);
+    let Some(plan) = plan else {
+        let unknown = || Failure::new(Class::Failed, "no plan could be made", "see batond's log");
+        return Reply::Failed(findings.refusal().unwrap_or_else(unknown));
+    };
+    Reply::Failed(make(kernel, &plan, replies).unwrap_or_else(|error| Failure::from_error(&error)))
+}
+
+/// The failure in which the update ended. (One that succeeds takes this kernel's last CPU with it.)
+fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Failure> {
+    let id = new_id()?;
+    let mut update = Update::new(steps(id, plan, &kernel.config.update)?);
+    let mut hands = Hands::new(kernel, plan, id)?;
+    let mut report = Report::open(kernel, plan, id, replies);
+    let outcome = drive(&mut update, &mut hands, &mut report);
+    report.close(&mut update, &outcome);
+    Ok(failure(outcome, &hands))
+}
+
+/// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
+fn steps(id: UpdateId, plan: &Plan, config: &config::Update) -> Result<handover::plan::Plan> {
+    let cpu = |cpu: &CpuFacts| Cpu { number: cpu.cpu, apic_id: cpu.apic_id };
+    let moving = |facts: &CpuFacts| Moving { cpu: cpu(facts), online: facts.online };
+    let step = Duration::from_secs(config.step_timeout_s);
+    let (last, _) = plan.moves.iter().find(|(_, how)| *how == Move::Yield).context("there is no last CPU")?;
+    let plan = handover::plan::Plan {
+        update: id,
+        goal: Goal::Upgrade,
+        epoch: plan.facts.epoch,
+        cpus: Cpus {
+            spare: moving(&plan.spare),
+            others: plan.moves.iter().filter(|(_, how)| *how != Move::Yield).map(|(cpu, _)| moving(cpu)).collect(),
+            last: cpu(last),
+        },
+        devices: plan.nic.is_some(),
+        probation: ProbationPolicy::CommitAtOnce,
+        deadlines: Deadlines {
+            granted: step,
+            booting: Duration::from_secs(config.boot_timeout_s),
+            trial: step,
+            cutover: Duration::from_millis(config.cutover_timeout_ms),
+            per_cpu: step,
+            commit: step,
+            undo: step,
+        },
+    };
+    Ok(plan.check()?)
+}
+
+/// What the person who asked is told, and the exit code.
+fn failure(outcome: Outcome, hands: &Hands<'_>) -> Failure {
+    match outcome {
+        Outcome::RolledBack { cause, phase, left } if left.is_empty() => match &hands.refusal {
+            Some(refusal) => refusal.clone(),
+            None => {
+                Failure::new(Class::RolledBack, told(phase, &cause, hands.last_words.as_deref()), advice(cause.blame))
+            }
+        },
+        Outcome::RolledBack { cause, phase, left } => Failure::new(
+            Class::Failed,
+            told(phase, &cause, hands.last_words.as_deref()),
+            format!("the incumbent goes on, but this could not be undone: {}", list(&left)),
+        ),
+        Outcome::Committed { left } => Failure::new(
+            Class::Failed,
+            format!("the successor serves and stays, but this kernel could not leave: {}", list(&left)),
+            "what this kernel still has is lost to the successor until the machine is restarted",
+        ),
+        Outcome::TrialPassed { left } => {
+            Failure::new(Class::Failed, "the update ended with its trial, which was not asked for", list(&left))
+        }
+    }
+}
+
+fn told(phase: Phase, cause: &Cause, last_words: Option<&str>) -> String {
+    let who = match cause.blame {
+        Blame::Operator => "the operator",
+        Blame::Incumbent => "the incumbent",
+        Blame::Successor => "the successor",
+        Blame::Hardware => "the machine",
+    };
+    let last_words = last_words.map(|words| format!("; {words}")).unwrap_or_default();
+    format!("{phase} failed, because of {who}: {}{last_words}", cause.what)
+}
+
+fn advice(blame: Blame) -> &'static str {
+    match blame {
+        Blame::Operator => "",
+        Blame::Incumbent => "everything was undone; batond's log says more",
+        Blame::Successor => {
+            "everything was undone; see the successor's console (console= on its command line), or try another kernel"
+        }
+        Blame::Hardware => "everything was undone; a CPU did not do as it was told, see the kernel's log",
+    }
+}
+
+/// What is left, for people.
+pub fn list(left: &[Left]) -> String {
+    left.iter().map(|left| format!("{}: {}", left.effect.name(), left.cause)).collect::<Vec<_>>().join("; ")
+}
+
+fn new_id() -> Result<UpdateId> {
+    let mut bytes = [0; 16];
+    std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(UpdateId(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_names_phase_and_culprit_and_how_far_it_came() {
+        let cause = Cause::broken(Blame::Successor, "the successor was silent for 40.0 s");
+        assert_eq!(
+            told(Phase::Booting, &cause, Some("its CPU entered the kernel, and its agent never came up")),
+            "booting failed, because of the successor: the successor was silent for 40.0 s; its CPU entered the kernel, \
+             and its agent never came up"
+        );
+    }
+}

@@ -1,0 +1,155 @@
+//! `baton-init`: process 1 of an initramfs that `baton mkinitrd` made.
+//!
+//! ```text
+//! mount /proc /sys /dev /run ─► load modules ─► lo up ─► batond ─ READY=1 ─► services, programs ─► reap for ever
+//! ```
+//! It knows no roles: batond finds out by the command line whether this kernel is a successor. Its own messages go to
+//! /dev/kmsg, because a successor's terminal has no interrupt (see DESIGN.md, traps).
+
+use std::collections::HashMap;
+use std::fs::{self, File, OpenOptions};
+use std::io::Write;
+use std::os::unix::net::UnixDatagram;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use nix::kmod::{ModuleInitFlags, finit_module};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::wait::{WaitStatus, wait};
+
+use crate::daemon::config::Config;
+use crate::machine::net::Netlink;
+
+/// Where the module loader looks for the list that `baton mkinitrd` wrote: one path a line, in the order to load.
+pub const MODULE_LIST: &str = "/etc/baton/modules.RELEASE";
+/// Where batond says that it is ready (sd_notify(3)).
+const NOTIFY_SOCKET: &str = "/run/baton/init.notify";
+/// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the .xz itself.
+const COMPRESSED: ModuleInitFlags = ModuleInitFlags::from_bits_retain(4);
+
+/// Brings user space up and never returns, but for an error that leaves nothing to run.
+pub fn run() -> Result<()> {
+    mount_all()?;
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let release = release.trim();
+    say(&format!("baton-init on {release}"));
+    load_modules(release)?;
+    Netlink::open()?.up("lo")?;
+
+    let config_path = Path::new(crate::daemon::config::DEFAULT_PATH);
+    let config = Config::load(config_path)?;
+    let mut children = HashMap::new();
+    start_agent(&mut children)?;
+    for service in &config.service {
+        let launcher = ["/usr/sbin/baton", "run", &service.name, "--"].map(str::to_owned);
+        let launcher: &[String] = if service.fd_store { &launcher } else { &[] };
+        start(&service.name, &[launcher, &service.exec].concat(), &[], &mut children)?;
+    }
+    for program in &config.program {
+        start(&program.name, &program.exec, &[], &mut children)?;
+    }
+    reap(&children)
+}
+
+/// Says something where it is seen on every kernel: in the kernel's log.
+pub fn say(text: &str) {
+    if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
+        // One write is one record; nothing useful can be done when there is no log.
+        let _ = log.write_all(format!("<5>{text}\n").as_bytes());
+    }
+}
+
+/// Ends the machine: process 1 cannot go on. The reason is in the kernel's log.
+pub fn give_up(error: &anyhow::Error) -> ! {
+    say(&format!("baton-init: {error:#}"));
+    nix::unistd::sync();
+    match reboot(RebootMode::RB_POWER_OFF) {
+        Ok(never) => match never {},
+        Err(_) => std::process::exit(1),
+    }
+}
+
+fn mount_all() -> Result<()> {
+    let table = [
+        ("proc", "/proc", "proc"),
+        ("sysfs", "/sys", "sysfs"),
+        ("devtmpfs", "/dev", "devtmpfs"),
+        ("tmpfs", "/run", "tmpfs"),
+        ("devpts", "/dev/pts", "devpts"),
+        ("debugfs", "/sys/kernel/debug", "debugfs"),
+    ];
+    for (source, target, kind) in table {
+        fs::create_dir_all(target).with_context(|| format!("cannot make {target}"))?;
+        mount(Some(source), target, Some(kind), MsFlags::empty(), None::<&str>)
+            .with_context(|| format!("cannot mount {target}"))?;
+    }
+    fs::create_dir_all("/run/baton")?;
+    // Only programs of the fd store need it, and their start says so: a kernel without cgroups does for everything else.
+    if let Err(error) = mount(Some("cgroup2"), "/sys/fs/cgroup", Some("cgroup2"), MsFlags::empty(), None::<&str>) {
+        say(&format!("baton-init: no cgroups: {error}"));
+    }
+    Ok(())
+}
+
+fn load_modules(release: &str) -> Result<()> {
+    let list = PathBuf::from(MODULE_LIST.replace("RELEASE", release));
+    let Ok(text) = fs::read_to_string(&list) else {
+        say(&format!("no {}: no modules are loaded", list.display()));
+        return Ok(());
+    };
+    for path in text.lines().filter(|line| !line.is_empty()) {
+        let file = File::open(path).with_context(|| format!("cannot open module {path}"))?;
+        let flags = if path.ends_with(".ko") { ModuleInitFlags::empty() } else { COMPRESSED };
+        match finit_module(&file, c"", flags) {
+            Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
+            Err(errno) => bail!("cannot load module {path}: {errno}"),
+        }
+    }
+    Ok(())
+}
+
+fn start_agent(children: &mut HashMap<i32, String>) -> Result<()> {
+    let ready = UnixDatagram::bind(NOTIFY_SOCKET)?;
+    start("batond", &["/usr/sbin/batond".to_owned()], &[("NOTIFY_SOCKET", NOTIFY_SOCKET)], children)?;
+    let mut buffer = [0u8; 512];
+    loop {
+        let n = ready.recv(&mut buffer)?;
+        if buffer[..n].split(|b| *b == b'\n').any(|l| l == b"READY=1") {
+            return Ok(());
+        }
+    }
+}
+
+fn start(name: &str, exec: &[String], env: &[(&str, &str)], children: &mut HashMap<i32, String>) -> Result<()> {
+    let (program, arguments) = exec.split_first().context("nothing to run")?;
+    let log =
+        || -> Stdio { OpenOptions::new().write(true).open("/dev/kmsg").map_or_else(|_| Stdio::null(), Stdio::from) };
+    let child: Child = Command::new(program)
+        .args(arguments)
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
+        .envs(env.iter().copied())
+        .stdin(Stdio::null())
+        .stdout(log())
+        .stderr(log())
+        .spawn()
+        .with_context(|| format!("cannot start {name} ({program})"))?;
+    children.insert(child.id().cast_signed(), name.to_owned());
+    Ok(())
+}
+
+fn reap(children: &HashMap<i32, String>) -> Result<()> {
+    loop {
+        let status = wait()?;
+        let Some(pid) = status.pid() else { continue };
+        if let Some(name) = children.get(&pid.as_raw()) {
+            let end = match status {
+                WaitStatus::Exited(_, code) => format!("ended with code {code}"),
+                WaitStatus::Signaled(_, signal, _) => format!("was killed by {signal}"),
+                _ => continue,
+            };
+            say(&format!("baton-init: {name} (pid {pid}) {end}"));
+        }
+    }
+}

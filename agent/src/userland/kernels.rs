@@ -1,0 +1,179 @@
+//! The kernels of this machine: those that run (`/proc/multikernel`) and the images that could (`/boot`).
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use kexec_core::cpus::parse_cpu_list;
+use kexec_core::image::BzImage;
+use kexec_core::image::bzimage::MAX_IMAGE;
+use kexec_core::memory_map::Range;
+use serde::Serialize;
+
+use crate::daemon::outcome::Failure;
+
+/// Where the module lists its instances.
+pub const INSTANCES: &str = "/proc/multikernel";
+
+/// One row of [`INSTANCES`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Instance {
+    /// The module's number; 0 is the running kernel.
+    pub id: u32,
+    /// What people call it.
+    pub name: String,
+    /// How far it is.
+    pub state: String,
+    /// APIC ids of its CPUs.
+    pub cpus: Vec<u32>,
+    /// Bytes of memory accounted to it.
+    pub bytes: u64,
+    /// Where that memory is.
+    pub ranges: String,
+    /// Its kernel.
+    pub image: String,
+}
+
+impl Instance {
+    /// Its region: nothing else of an instance is as large. Its control block is its first MiB.
+    pub fn region(&self) -> Option<Range> {
+        let range = |text: &str| {
+            let (start, last) = text.split_once('-')?;
+            let hex = |text: &str| u64::from_str_radix(text, 16).ok();
+            Range::checked(hex(start)?, hex(last)?.checked_add(1)?)
+        };
+        self.ranges.split(',').filter_map(range).max_by_key(|range| range.len())
+    }
+}
+
+/// A kernel image on disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Image {
+    /// Where.
+    pub path: PathBuf,
+    /// Its release, or why it is not usable.
+    pub release: Option<String>,
+    /// What is wrong with it.
+    pub problem: Option<String>,
+    /// Whether baton.ko is installed for it.
+    pub module: bool,
+}
+
+/// Reads what is to be an image.
+pub fn read_image(path: &Path) -> Result<Vec<u8>, Failure> {
+    let size = fs::metadata(path).map_err(|error| not_an_image(path, &error))?.len();
+    if size > MAX_IMAGE {
+        let why = format!("{} MiB is too large for an image, at most {} MiB", size >> 20, MAX_IMAGE >> 20);
+        return Err(not_an_image(path, &why));
+    }
+    fs::read(path).map_err(|error| not_an_image(path, &error))
+}
+
+/// What is to be done about a file that is no image.
+pub fn not_an_image(path: &Path, why: &dyn fmt::Display) -> Failure {
+    Failure::precondition(
+        format!("{}: {why}", path.display()),
+        "name a 64-bit Linux bzImage, such as /boot/vmlinuz-* of an amd64 kernel package",
+    )
+}
+
+/// Both lists.
+#[derive(Debug, Clone, Serialize)]
+pub struct Kernels {
+    /// Version of this object.
+    pub schema_version: u32,
+    /// Those that run.
+    pub instances: Vec<Instance>,
+    /// Those that could.
+    pub images: Vec<Image>,
+}
+
+/// Reads both.
+pub fn list() -> Result<Kernels> {
+    let instances = match fs::read_to_string(INSTANCES) {
+        Ok(text) => parse_instances(&text).with_context(|| format!("{INSTANCES} has a row that cannot be read"))?,
+        Err(_) => Vec::new(),
+    };
+    Ok(Kernels { schema_version: 1, instances, images: images(Path::new("/boot"))? })
+}
+
+/// Parses [`INSTANCES`]: `id name state cpus bytes ranges image`, "-" for nothing.
+pub fn parse_instances(text: &str) -> Option<Vec<Instance>> {
+    text.lines()
+        .skip(1)
+        .map(|line| {
+            let mut columns = line.splitn(7, ' ');
+            let mut next = || columns.next();
+            Some(Instance {
+                id: next()?.parse().ok()?,
+                name: next()?.to_owned(),
+                state: next()?.to_owned(),
+                cpus: match next()? {
+                    "-" => Vec::new(),
+                    cpus => parse_cpu_list(cpus).ok()?,
+                },
+                bytes: next()?.parse().ok()?,
+                ranges: next()?.to_owned(),
+                image: next()?.to_owned(),
+            })
+        })
+        .collect()
+}
+
+fn images(folder: &Path) -> Result<Vec<Image>> {
+    let mut images = Vec::new();
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(images) };
+    for entry in entries {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with("vmlinuz") {
+            continue;
+        }
+        let path = entry.path();
+        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+        let (release, problem) = match BzImage::parse(&bytes) {
+            Ok(image) => (Some(image.release().to_owned()), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        let module = release.as_deref().and_then(crate::userland::mkinitrd::own_module).is_some();
+        images.push(Image { path, release, problem, module });
+    }
+    images.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok(images)
+}
+
+impl fmt::Display for Kernels {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:>3} {:<16} {:<9} {:<12} {:>9}  kernel", "id", "name", "state", "cpus", "MiB")?;
+        for i in &self.instances {
+            let cpus = i.cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+            writeln!(f, "{:>3} {:<16} {:<9} {:<12} {:>9}  {}", i.id, i.name, i.state, cpus, i.bytes >> 20, i.image)?;
+        }
+        for image in &self.images {
+            let text = match (&image.release, &image.problem) {
+                (Some(release), _) if image.module => format!("{release}, ready"),
+                (Some(release), _) => format!("{release}, no baton.ko for it"),
+                (None, problem) => problem.clone().unwrap_or_default(),
+            };
+            writeln!(f, "{}: {text}", image.path.display())?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_read_and_rubbish_is_not() {
+        let text = "id name state cpus bytes ranges image\n\
+                    0 self serving 0-2 0 - 6.12.107+deb13-cloud-amd64\n\
+                    3 update booting 3 536870912 60000000-7fffffff,8000-8fff vmlinuz 7.3\n";
+        let rows = parse_instances(text).unwrap();
+        assert_eq!(rows[0].cpus, [0, 1, 2]);
+        assert_eq!((rows[1].id, rows[1].image.as_str()), (3, "vmlinuz 7.3"));
+        assert_eq!((rows[0].region(), rows[1].region()), (None, Some(Range::new(0x6000_0000, 0x8000_0000))));
+        assert_eq!(parse_instances("header\n1 x y"), None);
+    }
+}

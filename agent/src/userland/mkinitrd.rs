@@ -1,0 +1,137 @@
+//! `baton mkinitrd`: what a successor needs to become the machine's kernel: the agent, the module and drivers built for
+//! that kernel, the services' programs, and the configuration they were started with.
+//!
+//! The result is an archive of its own; when the operator gives an initrd, ours is appended to it, and since the kernel
+//! unpacks archives in order, our `/init` is the one that runs.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+
+use crate::daemon::config::{self, Config};
+use crate::userland::init::MODULE_LIST;
+use crate::userland::initrd::Initrd;
+
+/// The agent's own programs, taken from the folder of the running one.
+const OWN_PROGRAMS: [&str; 3] = ["baton", "batond", "baton-init"];
+/// The module's place below `/lib/modules/RELEASE` (DKMS's folder).
+const OWN_MODULE: &str = "updates/dkms/baton.ko";
+
+/// The module for a kernel, compressed or not: DKMS does as the kernel's other modules are.
+pub fn own_module(release: &str) -> Option<PathBuf> {
+    let plain = format!("/lib/modules/{release}/{OWN_MODULE}");
+    ["", ".xz", ".zst", ".gz"].iter().map(|suffix| PathBuf::from(format!("{plain}{suffix}"))).find(|path| path.exists())
+}
+
+/// One of the agent's programs, as it would be packed. Not always of the version that asks: see [`crate::update::versions`].
+pub fn own_program(name: &str) -> Result<PathBuf> {
+    let here = std::env::current_exe().context("cannot find my own program file")?;
+    Ok(here.parent().context("my program file is in no folder")?.join(name))
+}
+
+/// Makes the archive for a kernel of this `release`.
+pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u8>> {
+    let mut tree = Initrd::new();
+    for folder in ["/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/var"] {
+        tree.folder(folder);
+    }
+    tree.char_device("/dev/console", 0o600, 5, 1);
+    tree.char_device("/dev/null", 0o666, 1, 3);
+    for path in &config.initrd.include {
+        tree.copy(path)?;
+    }
+    for name in OWN_PROGRAMS {
+        let at = format!("/usr/sbin/{name}");
+        let file = own_program(name)?;
+        if file == Path::new(&at) {
+            tree.program(&file)?;
+        } else {
+            tree.copy_from(&file, &at)?;
+        }
+    }
+    tree.symlink("/init", "/usr/sbin/baton-init");
+    for service in config.service.iter().map(|s| &s.exec) {
+        tree.program(Path::new(&service[0]))?;
+    }
+    for program in config.program.iter().map(|p| &p.exec) {
+        tree.program(Path::new(&program[0]))?;
+    }
+    tree.copy_from(config_path, config::DEFAULT_PATH)?;
+    modules(&mut tree, config, release)?;
+    Ok(tree.bytes()?)
+}
+
+/// Adds the modules and the list in which `baton-init` finds them, dependencies first.
+fn modules(tree: &mut Initrd, config: &Config, release: &str) -> Result<()> {
+    let root = PathBuf::from(format!("/lib/modules/{release}"));
+    let own = own_module(release).ok_or_else(|| {
+        anyhow!(
+            "there is no module for kernel {release}: {} is missing; build it with `dkms install baton/1 -k {release}`",
+            root.join(OWN_MODULE).display()
+        )
+    })?;
+    let index = fs::read_to_string(root.join("modules.dep"))
+        .with_context(|| format!("{} has no modules.dep; run `depmod {release}`", root.display()))?;
+    let mut ordered = Vec::new();
+    let mut seen = BTreeSet::new();
+    for name in &config.initrd.modules {
+        for path in
+            with_dependencies(&index, name).with_context(|| format!("kernel {release} has no module `{name}`"))?
+        {
+            if seen.insert(path.clone()) {
+                ordered.push(root.join(path));
+            }
+        }
+    }
+    ordered.push(own);
+    let mut list = String::new();
+    for path in &ordered {
+        tree.copy(path)?;
+        list.push_str(&path.to_string_lossy());
+        list.push('\n');
+    }
+    tree.file(&MODULE_LIST.replace("RELEASE", release), 0o644, list);
+    Ok(())
+}
+
+/// The paths to load for `name`, in order, from a `modules.dep` (depmod(8): `file: dependency dependency`, nearest first).
+fn with_dependencies(index: &str, name: &str) -> Option<Vec<String>> {
+    let plain = |path: &str| {
+        let file = path.rsplit('/').next().unwrap_or(path);
+        file.split(".ko").next().unwrap_or(file).replace('-', "_")
+    };
+    let wanted = name.replace('-', "_");
+    index.lines().find_map(|line| {
+        let (file, needs) = line.split_once(':')?;
+        (plain(file) == wanted).then(|| {
+            let mut paths: Vec<String> = needs.split_whitespace().rev().map(str::to_owned).collect();
+            paths.push(file.to_owned());
+            paths
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INDEX: &str = "kernel/net/core/failover.ko.xz:\n\
+        kernel/drivers/net/net_failover.ko.xz: kernel/net/core/failover.ko.xz\n\
+        kernel/drivers/net/virtio_net.ko.xz: kernel/drivers/net/net_failover.ko.xz kernel/net/core/failover.ko.xz\n\
+        kernel/drivers/char/hw_random/virtio-rng.ko.xz:\n";
+
+    #[test]
+    fn dependencies_come_first() {
+        let paths = with_dependencies(INDEX, "virtio_net").unwrap();
+        let names: Vec<_> = paths.iter().map(|p| p.rsplit('/').next().unwrap()).collect();
+        assert_eq!(names, ["failover.ko.xz", "net_failover.ko.xz", "virtio_net.ko.xz"]);
+    }
+
+    #[test]
+    fn dashes_and_underscores_are_the_same() {
+        assert!(with_dependencies(INDEX, "virtio_rng").is_some());
+        assert!(with_dependencies(INDEX, "virtio").is_none());
+    }
+}

@@ -1,0 +1,7 @@
+//! What the successor boots with, and its first program.
+
+pub mod init;
+pub mod initrd;
+pub mod kernels;
+pub mod known_images;
+pub mod mkinitrd;
