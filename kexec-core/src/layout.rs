@@ -13,7 +13,7 @@
 use serde::{Deserialize, Serialize};
 use state_schemas::control_block;
 
-use crate::memory_map::Range;
+use crate::range::Range;
 
 /// Page size.
 pub const PAGE: u64 = 4096;

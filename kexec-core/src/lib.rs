@@ -10,6 +10,7 @@ pub mod layout;
 pub mod memory_map;
 pub mod page_tables;
 pub mod placement;
+pub mod range;
 pub mod registry;
 pub mod sys;
 

@@ -1,6 +1,6 @@
 //! Memory as values: ranges, sets of them, and the questions a placement asks. Nothing here touches memory.
 //!
-//! - [`Range`] and [`RangeSet`]: half-open, sorted, merged; union, subtract, intersect, align.
+//! - [`Range`] and [`RangeSet`] ([`crate::range`]): half-open, sorted, merged; union, subtract, intersect, align.
 //! - [`iomem`]: what `/proc/iomem` and `/sys/firmware/memmap` say, from text.
 //! - [`candidates`]: where a region could be taken from, best first.
 //! - [`pieces`]: where an arena could be.
@@ -10,10 +10,9 @@ mod candidates;
 pub mod division;
 pub mod iomem;
 pub mod pieces;
-mod range;
 
+pub use crate::range::{Range, RangeSet};
 pub use candidates::{Wish, WishError, candidates};
-pub use range::{Range, RangeSet};
 
 /// Bytes of `struct page` that a kernel needs for `bytes` of RAM (64 bytes a page, on every x86-64 configuration that
 /// a distribution ships). Fragments are paid from the region at boot, so a region has to be large enough for them.

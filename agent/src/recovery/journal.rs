@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::{Context, Result};
-use handover::machine::{JournalLine, Next};
-use handover::phase::Phase;
-use handover::undo::Effect;
+use handover::update::effect::Effect;
+use handover::update::machine::{JournalLine, Next};
+use handover::update::phase::Phase;
 
 /// Where it is.
 pub const JOURNAL: &str = "/var/lib/baton/journal.jsonl";
@@ -80,9 +80,9 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
-    use handover::error::Outcome;
-    use handover::machine::{Event, Serves};
-    use handover::plan::Cpu;
+    use handover::update::cpu::Cpu;
+    use handover::update::error::Outcome;
+    use handover::update::machine::{Event, Serves};
 
     use super::*;
 

@@ -10,9 +10,10 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use handover::error::{Blame, Cause, Left, Outcome};
-use handover::machine::{Event, JournalLine, Next};
-use handover::undo::Effect;
+use handover::update::blame::Blame;
+use handover::update::effect::Effect;
+use handover::update::error::{Cause, Left, Outcome};
+use handover::update::machine::{Event, JournalLine, Next};
 use kexec_core::device::{Access, Device, TakeCpu};
 use kexec_core::layout::{PAGE, SIPI_PAGE};
 use kexec_core::memory_map::Range;
@@ -60,7 +61,7 @@ pub fn recover(device: &Device, netlink: &Netlink, config: &Config, birth: Optio
     let outcome = Outcome::RolledBack { cause: cause.clone(), phase: last.phase, left };
     let line = JournalLine {
         seq: last.seq + 1,
-        serves: handover::machine::Serves::Incumbent,
+        serves: handover::update::machine::Serves::Incumbent,
         event: Event::Unknown(cause),
         next: Next::End(outcome),
         ..last.clone()

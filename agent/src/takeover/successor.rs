@@ -9,13 +9,13 @@
 //!                                                  ├─ Commit ───► Committed, programs
 //!                                                  └─ LastCpu ──► online it, adopt memory ─► incumbent
 //! ```
-//! Which word may come when is `handover`'s to say ([`handover::successor`]); here each is carried out.
+//! Which word may come when is `handover`'s to say ([`handover::update::successor`]); here each is carried out.
 
 use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use handover::successor::{Answer, Order};
+use handover::update::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::Device;
 use kexec_core::memory_map::division::keep_movable;
@@ -109,7 +109,7 @@ impl<'k> Heir<'k> {
 
     /// Does what the incumbent says, until its last word: the order to take the rest.
     fn serve(&mut self) -> Result<u32> {
-        let mut role = handover::successor::Successor::new(&self.birth.record);
+        let mut role = handover::update::successor::Successor::new(&self.birth.record);
         loop {
             let word = self.line.receive(INCUMBENT_PATIENCE)?;
             let answer = match role.hear(&word) {
@@ -120,7 +120,7 @@ impl<'k> Heir<'k> {
                 }
                 // Not now, or not by this kernel: the incumbent decides what to make of that.
                 Err(unheard) => Some(ToIncumbent::Failed {
-                    what: handover::successor::name(&word).to_owned(),
+                    what: handover::update::successor::name(&word).to_owned(),
                     cause: unheard.to_string(),
                 }),
             };

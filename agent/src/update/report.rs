@@ -7,10 +7,10 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use handover::error::Outcome;
-use handover::machine::{Event, Serves, Update};
-use handover::phase::Phase;
-use handover::undo::Effect;
+use handover::update::effect::Effect;
+use handover::update::error::Outcome;
+use handover::update::machine::{Event, Serves, Update};
+use handover::update::phase::Phase;
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
 

@@ -15,11 +15,13 @@ use std::sync::TryLockError;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use handover::deadline::Deadlines;
-use handover::error::{Blame, Cause, Left, Outcome};
-use handover::machine::{Event, Next, Update};
-use handover::phase::Phase;
-use handover::plan::{Cpu, Cpus, Goal, Moving, ProbationPolicy};
+use handover::update::blame::Blame;
+use handover::update::cpu::{Cpu, Cpus, Moving};
+use handover::update::deadline::Deadlines;
+use handover::update::error::{Cause, Left, Outcome};
+use handover::update::machine::{Event, Next, Update};
+use handover::update::phase::Phase;
+use handover::update::plan::{Goal, ProbationPolicy};
 use kexec_core::cpus::{CpuFacts, Move};
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
@@ -80,12 +82,12 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
 }
 
 /// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
-fn steps(id: UpdateId, plan: &Plan, config: &config::Update) -> Result<handover::plan::Plan> {
+fn steps(id: UpdateId, plan: &Plan, config: &config::Update) -> Result<handover::update::plan::Plan> {
     let cpu = |cpu: &CpuFacts| Cpu { number: cpu.cpu, apic_id: cpu.apic_id };
     let moving = |facts: &CpuFacts| Moving { cpu: cpu(facts), online: facts.online };
     let step = Duration::from_secs(config.step_timeout_s);
     let (last, _) = plan.moves.iter().find(|(_, how)| *how == Move::Yield).context("there is no last CPU")?;
-    let plan = handover::plan::Plan {
+    let plan = handover::update::plan::Plan {
         update: id,
         goal: Goal::Upgrade,
         epoch: plan.facts.epoch,

@@ -5,12 +5,11 @@ use std::fs;
 use std::time::Duration;
 
 use agent::userland::initrd::Initrd;
-use serde::{Deserialize, Serialize};
 
 use super::cache::{self, Key, Lock};
 use super::error::{Doing, LabError, Result};
 use super::incumbent;
-use super::machine::{Machine, MachineSpec};
+use super::machine::{Accelerator, Machine, MachineSpec};
 use super::progress::Progress;
 use super::serial::Patience;
 use super::tree::Tree;
@@ -21,49 +20,6 @@ pub const VARIABLE: &str = "BATON_ACCEL";
 const PROOF: Patience = Patience { silence: Duration::from_secs(6), total: Duration::from_secs(20) };
 const PROVEN: &str = "kvm runs a stock kernel";
 const INIT: &str = "#!/bin/sh\nmount -t devtmpfs dev /dev\necho kvm runs a stock kernel > /dev/ttyS0\npoweroff -f\n";
-
-/// QEMU's accelerator.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Accelerator {
-    /// Emulation, one host thread a CPU.
-    Tcg,
-    /// The host's virtualisation.
-    Kvm,
-}
-
-impl Accelerator {
-    /// As QEMU wants to hear it.
-    #[must_use]
-    pub fn argument(self) -> &'static str {
-        match self {
-            Self::Tcg => "tcg,thread=multi",
-            Self::Kvm => "kvm",
-        }
-    }
-
-    /// As reports say it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcg => "tcg",
-            Self::Kvm => "kvm",
-        }
-    }
-
-    /// The CPU model that goes with it.
-    #[must_use]
-    pub fn cpu(self) -> &'static str {
-        match self {
-            Self::Tcg => "EPYC",
-            Self::Kvm => "host",
-        }
-    }
-
-    fn from_name(name: &str) -> Option<Self> {
-        [Self::Tcg, Self::Kvm].into_iter().find(|a| a.name() == name)
-    }
-}
 
 /// What machines on this host are run by. Proven once for each boot of the host and each tree.
 pub fn choose(tree: &Tree, progress: Progress) -> Result<Accelerator> {

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::accel::Accelerator;
 use super::cache;
 use super::error::{Doing, LabError, Result};
 use super::guest::Guest;
@@ -56,6 +56,51 @@ impl BootFile {
             Self::Named(path) => path.clone(),
             Self::Made(file) => PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd())),
         }
+    }
+}
+
+/// QEMU's accelerator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// Emulation, one host thread a CPU.
+    Tcg,
+    /// The host's virtualisation.
+    Kvm,
+}
+
+impl Accelerator {
+    /// As QEMU wants to hear it.
+    #[must_use]
+    pub fn argument(self) -> &'static str {
+        match self {
+            Self::Tcg => "tcg,thread=multi",
+            Self::Kvm => "kvm",
+        }
+    }
+
+    /// As reports say it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcg => "tcg",
+            Self::Kvm => "kvm",
+        }
+    }
+
+    /// The CPU model that goes with it.
+    #[must_use]
+    pub fn cpu(self) -> &'static str {
+        match self {
+            Self::Tcg => "EPYC",
+            Self::Kvm => "host",
+        }
+    }
+
+    /// The one that reports call so.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Tcg, Self::Kvm].into_iter().find(|a| a.name() == name)
     }
 }
 

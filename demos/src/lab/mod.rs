@@ -23,11 +23,10 @@ pub mod shell;
 pub mod tree;
 pub mod wire;
 
-pub use accel::Accelerator;
 pub use error::{LabError, Result};
 pub use guest::Guest;
 pub use inside::{Door, Inside};
-pub use machine::{BootFile, Machine, MachineSpec};
+pub use machine::{Accelerator, BootFile, Machine, MachineSpec};
 pub use progress::Progress;
 pub use serial::Patience;
 pub use tree::{Kernel, Tree};

@@ -8,7 +8,7 @@ use std::fmt::Write;
 use agent::daemon::outcome::Class;
 use agent::update::timeline::Span;
 use comfy_table::{Cell, CellAlignment, Table, presets};
-use handover::phase;
+use handover::update::phase;
 use serde::{Deserialize, Serialize};
 
 use crate::lab::Accelerator;

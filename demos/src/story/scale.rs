@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use agent::takeover::birth::phys;
 use anyhow::{Context, Result, ensure};
 use handover::kho::{Abi, Outgoing};
-use handover::phase::Phase;
+use handover::update::phase::Phase;
 use kexec_core::boot_params::SetupData;
 use kexec_core::memory_map::division::Division;
 use kexec_core::memory_map::{Range, RangeSet};

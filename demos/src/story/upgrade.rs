@@ -10,7 +10,7 @@ use agent::daemon::control::Status;
 use agent::daemon::outcome::{Class, Failure};
 use agent::update::timeline::Zero;
 use anyhow::{Context, Result};
-use handover::phase::Phase;
+use handover::update::phase::Phase;
 
 use super::clients::{self, CALM, Clients, Seen};
 use super::report::{

@@ -47,15 +47,15 @@ pub enum OutgoingError {
     /// Two things want the same memory.
     #[error(transparent)]
     Overlap(#[from] Overlap),
-    /// The room is full.
-    #[error("the handover needs at least {needed:#x} bytes, but its room at {at:#x} has {room:#x}")]
-    NoRoom {
+    /// The pool is full.
+    #[error("the handover needs at least {needed:#x} bytes, but its pool at {at:#x} has {pool:#x}")]
+    PoolFull {
         /// Bytes, as far as known.
         needed: u64,
-        /// The room.
+        /// The pool.
         at: u64,
         /// Its size.
-        room: u64,
+        pool: u64,
     },
     /// The kernel's FDT is one page.
     #[error("{count} blobs make an FDT of {len} bytes, but the kernel reads {limit}: hand over fewer blobs")]

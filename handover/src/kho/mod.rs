@@ -12,7 +12,7 @@
 //!        └──────────► scratch list: memory that holds nothing of value
 //! ```
 //!
-//! - [`Outgoing`] writes it, into a *room*: memory of the successor that nobody else uses until it has booted.
+//! - [`Outgoing`] writes it, into a *pool*: memory of the successor that nobody else uses until it has booted.
 //! - [`Incoming`] reads it. What it reads was written by another kernel, maybe by one that lies: every number is
 //!   bounded before it is followed, and what comes out is [`Received`](state_schemas::checked::Received) until it has
 //!   been checked against the machine.
@@ -20,7 +20,7 @@
 //!
 //! What becomes of the written pages in the successor: preserved ones stay untouched until somebody there restores
 //! them; those of the tree are free once it has been read (nobody preserves them, and the kernel's own are not
-//! preserved either); the scratch list stays reserved for good. So the room must be RAM to the successor and must not
+//! preserved either); the scratch list stays reserved for good. So the pool must be RAM to the successor and must not
 //! lie in scratch.
 
 pub mod abi;
@@ -28,15 +28,17 @@ mod error;
 mod extents;
 mod incoming;
 mod memory;
+mod model;
 mod outgoing;
 mod outline;
-mod room;
+mod pool;
 pub mod v4;
 
 pub use abi::Abi;
 pub use error::{IncomingError, OutgoingError, Overlap, ReadError, ScratchAlign};
-pub use incoming::{Handed, Incoming, Limits, Machine, Run, Subtree};
+pub use incoming::{Incoming, Machine};
 pub use memory::{Memory, OutOfReach, PAGE, Segments};
+pub use model::{Handed, Limits, Run, Subtree};
 pub use outgoing::{Outgoing, Written};
 pub use outline::Outline;
 pub use v4::metadata::Metadata;

@@ -6,9 +6,9 @@ use zerocopy::IntoBytes;
 use super::abi::Abi;
 use super::error::{OutgoingError, Overlap, ScratchAlign};
 use super::extents::Extents;
-use super::incoming::{Handed, Subtree};
 use super::memory::{PAGE, Segments};
-use super::room::Room;
+use super::model::{Handed, Subtree};
+use super::pool::Pool;
 use super::v4::metadata::{self, Metadata};
 use super::v4::tree::{self, Tree};
 use super::v4::vmalloc::{self, Vmalloc};
@@ -17,11 +17,11 @@ use super::v4::{self, KhoData, MAX_PAGE_ORDER, SCRATCH_ALIGN, SCRATCH_LIMIT, Scr
 /// Memory beyond this is none: the widest physical address of x86.
 const TOP: u64 = 1 << 52;
 
-/// A handover in the making. Everything it writes goes into its room.
+/// A handover in the making. Everything it writes goes into its pool.
 #[derive(Debug, Clone)]
 pub struct Outgoing {
     abi: Abi,
-    room: Room,
+    pool: Pool,
     fdt: u64,
     scratch_list: u64,
     scratch: Vec<PhysRange>,
@@ -37,7 +37,7 @@ pub struct Written {
     pub segments: Segments,
     /// What the successor's kernel is told ([`Written::setup_data`]).
     pub handed: Handed,
-    /// The part of the room that is in use until the successor has booted. Of it, the pages of the tree and gaps are
+    /// The part of the pool that is in use until the successor has booted. Of it, the pages of the tree and gaps are
     /// free to the successor afterwards; the rest is preserved, or reserved for good.
     pub used: PhysRange,
 }
@@ -57,17 +57,17 @@ impl Written {
 }
 
 impl Outgoing {
-    /// An empty handover. The room is memory that the successor's e820 calls RAM, that is not scratch, and that nobody
+    /// An empty handover. The pool is memory that the successor's e820 calls RAM, that is not scratch, and that nobody
     /// touches until it has booted.
     ///
     /// # Errors
-    /// The room is not whole pages, or too small for two.
-    pub fn new(abi: Abi, room: PhysRange) -> Result<Outgoing, OutgoingError> {
-        let mut room = Room::new(room)?;
-        let (fdt, scratch_list) = (room.take(0)?, room.take(0)?);
+    /// The pool is not whole pages, or too small for two.
+    pub fn new(abi: Abi, pool: PhysRange) -> Result<Outgoing, OutgoingError> {
+        let mut pool = Pool::new(pool)?;
+        let (fdt, scratch_list) = (pool.take(0)?, pool.take(0)?);
         let mut new = Outgoing {
             abi,
-            room,
+            pool,
             fdt,
             scratch_list,
             scratch: Vec::new(),
@@ -89,7 +89,7 @@ impl Outgoing {
     /// pages. A range must not reach over the border between two NUMA nodes (`__kho_preserve_pages_order`).
     ///
     /// # Errors
-    /// Not whole pages, or kept already, or part of the room.
+    /// Not whole pages, or kept already, or part of the pool.
     pub fn preserve(&mut self, range: PhysRange) -> Result<(), OutgoingError> {
         self.foreign("memory to preserve", range)?;
         for (phys, order) in tree::pieces(range) {
@@ -115,7 +115,7 @@ impl Outgoing {
     /// may restore and free. Answers with where it is.
     ///
     /// # Errors
-    /// The name cannot be looked up or is taken; the blob is empty, larger than a folio, or there is no room.
+    /// The name cannot be looked up or is taken; the blob is empty, larger than a folio, or the pool is full.
     pub fn subtree(&mut self, name: &str, bytes: &[u8]) -> Result<PhysRange, OutgoingError> {
         self.name(name)?;
         let start = self.folio("a blob", bytes)?;
@@ -143,7 +143,7 @@ impl Outgoing {
     /// Says who was here before. `kexec_count` is how many kernels have followed another, this one included.
     ///
     /// # Errors
-    /// Said already, or no room.
+    /// Said already, or the pool is full.
     pub fn metadata(&mut self, previous_release: &str, kexec_count: u32) -> Result<(), OutgoingError> {
         let metadata = Metadata { previous_release: previous_release.to_owned(), kexec_count };
         self.subtree(metadata::NAME, &metadata.to_bytes()).map(drop)
@@ -152,7 +152,7 @@ impl Outgoing {
     /// A copy of bytes in one folio of its own, kept (`kho_alloc_preserve`): what `kho_restore_free` can free.
     ///
     /// # Errors
-    /// Empty, larger than a folio, or no room.
+    /// Empty, larger than a folio, or the pool is full.
     pub fn folio(&mut self, what: &'static str, bytes: &[u8]) -> Result<u64, OutgoingError> {
         let len = bytes.len() as u64;
         let limit = PAGE << MAX_PAGE_ORDER;
@@ -160,9 +160,9 @@ impl Outgoing {
             return Err(OutgoingError::BlobSize { what, len, limit });
         }
         let order = len.div_ceil(PAGE).next_power_of_two().ilog2();
-        let at = self.room.take(order)?;
+        let at = self.pool.take(order)?;
         self.keep(what, at, order, 1)?;
-        self.room.put(at, bytes);
+        self.pool.put(at, bytes);
         Ok(at)
     }
 
@@ -181,7 +181,7 @@ impl Outgoing {
     /// A copy of bytes in single pages, described as such an area.
     ///
     /// # Errors
-    /// No room, or too many.
+    /// The pool is full, or there are too many.
     pub fn vmalloc_copy(&mut self, bytes: &[u8]) -> Result<Vmalloc, OutgoingError> {
         let mut pages = Vec::with_capacity(bytes.len().div_ceil(PAGE as usize));
         for page in bytes.chunks(PAGE as usize) {
@@ -194,12 +194,12 @@ impl Outgoing {
         let total = (pages.len() as u64) << order;
         let total_pages = u32::try_from(total).map_err(|_| OutgoingError::TooManyPages { pages: total })?;
         let mut chunks = Vec::new();
-        let room = &mut self.room;
+        let pool = &mut self.pool;
         let mut contents = Vec::new();
         let first = vmalloc::write_chunks(
             pages,
             || {
-                let at = room.take(0)?;
+                let at = pool.take(0)?;
                 chunks.push(at);
                 Ok::<_, OutgoingError>(at)
             },
@@ -209,7 +209,7 @@ impl Outgoing {
             self.keep("a chunk of a vmalloc area", at, 0, 1)?;
         }
         for (at, bytes) in contents {
-            self.room.put(at, &bytes);
+            self.pool.put(at, &bytes);
         }
         Ok(Vmalloc {
             first: first.into(),
@@ -219,35 +219,35 @@ impl Outgoing {
         })
     }
 
-    /// Bytes of the room that [`Outgoing::write`] will have used.
+    /// Bytes of the pool that [`Outgoing::write`] will have used.
     pub fn space_needed(&self) -> u64 {
-        self.room.used() + self.tree.nodes().saturating_sub(self.room.spare()) * PAGE
+        self.pool.used() + self.tree.nodes().saturating_sub(self.pool.spare()) * PAGE
     }
 
     /// The bytes of all of it.
     ///
     /// # Errors
-    /// There is no scratch, or it is where something else is; the FDT is full, or the room.
+    /// There is no scratch, or it is where something else is; the FDT is full, or the pool.
     pub fn write(mut self) -> Result<Written, OutgoingError> {
         self.check_scratch()?;
         let mut nodes = Vec::new();
-        let room = &mut self.room;
-        let root = self.tree.write(|| room.take(0), |at, bytes| nodes.push((at, bytes.to_vec())))?;
+        let pool = &mut self.pool;
+        let root = self.tree.write(|| pool.take(0), |at, bytes| nodes.push((at, bytes.to_vec())))?;
         for (at, bytes) in nodes {
-            self.room.put(at, &bytes);
+            self.pool.put(at, &bytes);
         }
         let fdt = match self.abi {
             Abi::V4 => v4::fdt::write(root, &self.subtrees)?,
         };
-        self.room.put(self.fdt, &fdt);
+        self.pool.put(self.fdt, &fdt);
         let list: Vec<u8> = self
             .scratch
             .iter()
             .flat_map(|piece| Scratch { addr: piece.start.into(), size: piece.len.into() }.as_bytes().to_vec())
             .collect();
-        self.room.put(self.scratch_list, &list);
-        let start = self.room.range().start;
-        let bytes = self.room.into_bytes();
+        self.pool.put(self.scratch_list, &list);
+        let start = self.pool.range().start;
+        let bytes = self.pool.into_bytes();
         Ok(Written {
             handed: Handed {
                 fdt: PhysRange { start: self.fdt, len: v4::FDT_LIMIT },
@@ -266,7 +266,7 @@ impl Outgoing {
         if count > limit {
             return Err(OutgoingError::ScratchFull { count, limit });
         }
-        let room = self.room.range();
+        let pool = self.pool.range();
         let mut others = Extents::default();
         for &range in &self.scratch {
             whole_pages("scratch", range)?;
@@ -274,8 +274,8 @@ impl Outgoing {
                 return Err(ScratchAlign { range, align: SCRATCH_ALIGN }.into());
             }
             let overlap = |other, there| Overlap { what: "scratch", range, other, there };
-            if touch(range, room) {
-                return Err(overlap("the handover's room", room).into());
+            if touch(range, pool) {
+                return Err(overlap("the handover's pool", pool).into());
             }
             if let Some(there) = self.preserved.overlapping(range) {
                 return Err(overlap("preserved", there).into());
@@ -289,13 +289,13 @@ impl Outgoing {
     fn foreign(&mut self, what: &'static str, range: PhysRange) -> Result<(), OutgoingError> {
         whole_pages(what, range)?;
         let overlap = |other, there| Overlap { what, range, other, there };
-        if touch(range, self.room.range()) {
-            return Err(overlap("the handover's room", self.room.range()).into());
+        if touch(range, self.pool.range()) {
+            return Err(overlap("the handover's pool", self.pool.range()).into());
         }
         Ok(self.preserved.insert(range).map_err(|there| overlap("preserved already", there))?)
     }
 
-    /// Memory of the room, to be kept.
+    /// Memory of the pool, to be kept.
     fn keep(&mut self, what: &'static str, phys: u64, order: u32, count: u64) -> Result<(), OutgoingError> {
         let range = PhysRange { start: phys, len: count << order << PAGE.trailing_zeros() };
         self.preserved.insert(range).map_err(|there| Overlap { what, range, other: "preserved already", there })?;

@@ -7,7 +7,7 @@ use state_schemas::handover_record::PhysRange;
 use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::model::LuoError;
+use super::error::LuoError;
 use crate::kho::{Incoming, Limits, Memory, Outgoing, PAGE, ReadError, Vmalloc};
 
 /// `MEMFD_LUO_FH_COMPATIBLE`
@@ -104,7 +104,7 @@ impl Memfd {
     /// [`crate::luo::File::memfd`] needs.
     ///
     /// # Errors
-    /// Something that the kernel would not restore, pages that are kept already, or no room.
+    /// Something that the kernel would not restore, pages that are kept already, or the pool is full.
     pub fn write(&self, out: &mut Outgoing) -> Result<u64, LuoError> {
         self.consistent()?;
         let mut folios = Vec::new();

@@ -25,12 +25,14 @@
 //! (`luo_restore_fail`). So what is written is checked before, and written only for a kernel that names all three
 //! formats ([`speaks`]). What nobody retrieves of a session is freed when the session is closed.
 
+mod error;
 pub mod memfd_v2;
 mod model;
 pub mod v5;
 
+pub use error::LuoError;
 pub use memfd_v2::{Memfd, Piece};
-pub use model::{File, Flb, LuoError, Orchestration, Session};
+pub use model::{File, Flb, Orchestration, Session};
 
 use crate::kho::abi::Expected;
 

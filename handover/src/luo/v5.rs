@@ -6,7 +6,8 @@ use state_schemas::checked::Received;
 use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-use super::model::{File, Flb, LuoError, Orchestration, Session};
+use super::error::LuoError;
+use super::model::{File, Flb, Orchestration, Session};
 use crate::kho::v4::text;
 use crate::kho::{Incoming, Limits, Memory, Outgoing, PAGE, ReadError};
 
@@ -84,7 +85,7 @@ impl Orchestration {
     /// Puts everything into a handover. The files' own data are there already.
     ///
     /// # Errors
-    /// Something that no kernel would give back, or no room.
+    /// Something that no kernel would give back, or the pool is full.
     pub fn write(&self, out: &mut Outgoing) -> Result<(), LuoError> {
         self.consistent()?;
         let mut sessions = Vec::with_capacity(self.sessions.len());

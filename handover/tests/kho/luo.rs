@@ -9,12 +9,12 @@ use handover::luo::{File, Flb, LuoError, Memfd, Orchestration, Piece, Session};
 use proptest::prelude::*;
 
 use crate::kernel::Kernel;
-use crate::round_trip::{MIB, ROOM, SCRATCH, range, read};
+use crate::round_trip::{MIB, POOL, SCRATCH, range, read};
 
 const CONTENT: u64 = 0x2_0000_0000;
 
 pub fn write(memfds: &[Memfd], sessions: &[(String, Vec<u64>)], flbs: &[Flb]) -> (Written, Orchestration) {
-    let mut out = Outgoing::new(Abi::V4, ROOM).unwrap();
+    let mut out = Outgoing::new(Abi::V4, POOL).unwrap();
     let mut memfds = memfds.iter();
     let mut luo = Orchestration { update: 7, sessions: Vec::new(), flbs: flbs.to_vec() };
     for (name, tokens) in sessions {
@@ -180,7 +180,7 @@ fn text(kernel: &Kernel, at: u64, len: u64) -> String {
 fn what_no_kernel_would_give_back_is_not_written() {
     let pages = range(CONTENT, 16 * PAGE);
     let good = Memfd::over(pages, 16 * PAGE - 1, 0);
-    let write = |memfd: &Memfd| memfd.write(&mut Outgoing::new(Abi::V4, ROOM).unwrap());
+    let write = |memfd: &Memfd| memfd.write(&mut Outgoing::new(Abi::V4, POOL).unwrap());
     write(&good).unwrap();
     write(&Memfd::over(pages, 0, SEALS)).unwrap();
     let with = |change: fn(&mut Memfd)| {
@@ -211,7 +211,7 @@ fn what_no_kernel_would_give_back_is_not_written() {
             files: tokens.iter().map(|token| File { token: *token, compatible: "x".to_owned(), data: 0 }).collect(),
         };
         let luo = Orchestration { sessions: names.iter().map(session).collect(), ..Orchestration::default() };
-        luo.write(&mut Outgoing::new(Abi::V4, ROOM).unwrap())
+        luo.write(&mut Outgoing::new(Abi::V4, POOL).unwrap())
     };
     assert!(luo(&[("a", &[1, 2]), ("b", &[1])]).is_ok());
     assert!(matches!(luo(&[("a", &[]), ("a", &[])]), Err(LuoError::NameTwice { .. })));

@@ -14,7 +14,7 @@ pub const fn range(start: u64, len: u64) -> PhysRange {
 }
 
 pub const MIB: u64 = 1 << 20;
-pub const ROOM: PhysRange = range(0x4010_0000, 31 * MIB);
+pub const POOL: PhysRange = range(0x4010_0000, 31 * MIB);
 pub const SCRATCH: PhysRange = range(0x4200_0000, 64 * MIB);
 /// Where the tests preserve things.
 const FIRST: u64 = 0x1_0000_0000;
@@ -51,7 +51,7 @@ proptest! {
         blobs in prop::collection::btree_map("[A-Za-z][A-Za-z0-9._-]{0,12}", prop::collection::vec(any::<u8>(), 1..20_000), 0..5),
         count in any::<u32>(),
     ) {
-        let mut out = Outgoing::new(Abi::V4, ROOM).unwrap();
+        let mut out = Outgoing::new(Abi::V4, POOL).unwrap();
         let mut expected = BTreeSet::new();
         for &(start, pages, order) in &kept {
             match order {
@@ -108,7 +108,7 @@ proptest! {
 
     #[test]
     fn vmalloc_areas_come_out(bytes in prop::collection::vec(any::<u8>(), 1..40_000), pages in 1usize..1600) {
-        let mut out = Outgoing::new(Abi::V4, ROOM).unwrap();
+        let mut out = Outgoing::new(Abi::V4, POOL).unwrap();
         let area = out.vmalloc_copy(&bytes).unwrap();
         let places: Vec<u64> = (0..pages as u64).map(|page| FIRST + page * 2 * PAGE).collect();
         let wide = out.vmalloc(&places, 0).unwrap();
@@ -130,7 +130,7 @@ proptest! {
 
 #[test]
 fn what_cannot_be_handed_over_is_refused() {
-    let new = || Outgoing::new(Abi::V4, ROOM).unwrap();
+    let new = || Outgoing::new(Abi::V4, POOL).unwrap();
     let mut out = new();
     out.preserve(range(FIRST, 8 * PAGE)).unwrap();
     for (bad, why) in [
@@ -140,7 +140,7 @@ fn what_cannot_be_handed_over_is_refused() {
         (range(0, PAGE), "address 0"),
         (range(u64::MAX - PAGE + 1, PAGE), "the end of all addresses"),
         (range(1 << 52, PAGE), "beyond memory"),
-        (range(ROOM.start + ROOM.len - PAGE, PAGE), "the room"),
+        (range(POOL.start + POOL.len - PAGE, PAGE), "the pool"),
     ] {
         assert!(out.preserve(bad).is_err(), "{why}");
     }
@@ -173,7 +173,7 @@ fn what_cannot_be_handed_over_is_refused() {
     let mut small = Outgoing::new(Abi::V4, range(0x1000, 7 * PAGE)).unwrap();
     small.scratch(SCRATCH);
     small.preserve(range(FIRST, PAGE)).unwrap();
-    assert!(matches!(small.write(), Err(OutgoingError::NoRoom { .. })));
+    assert!(matches!(small.write(), Err(OutgoingError::PoolFull { .. })));
     let mut full = new();
     for i in 0..100 {
         full.subtree(&format!("blob-{i}"), b"x").unwrap();

@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use handover::error::{Blame, Cause, Outcome, Sort};
-use handover::machine::{Event, JournalLine, Next, Serves, Update};
-use handover::phase::Phase;
-use handover::plan::{Goal, Plan};
-use handover::undo::Effect;
+use handover::update::blame::Blame;
+use handover::update::effect::Effect;
+use handover::update::error::{Cause, Outcome, Sort};
+use handover::update::machine::{Event, JournalLine, Next, Serves, Update};
+use handover::update::phase::Phase;
+use handover::update::plan::{Goal, Plan};
 use proptest::prelude::*;
 
 use crate::plans::plan;

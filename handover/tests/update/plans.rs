@@ -1,9 +1,10 @@
 //! Plans, and what there is no plan for.
 
-use handover::deadline::Deadlines;
-use handover::phase::{self, Phase};
-use handover::plan::{Cpu, Cpus, Goal, Moving, Plan, ProbationPolicy, Refusal};
-use handover::undo::Effect;
+use handover::update::cpu::{Cpu, Cpus, Moving};
+use handover::update::deadline::Deadlines;
+use handover::update::effect::Effect;
+use handover::update::phase::{self, Phase};
+use handover::update::plan::{Goal, Plan, ProbationPolicy, Refusal};
 use state_schemas::handover_record::UpdateId;
 
 /// A machine of `cpus` CPUs. From five on, one of those that follow is offline; so is the spare one from seven on.

@@ -1,6 +1,6 @@
 //! The successor's role, against the words of the incumbent in and out of their order.
 
-use handover::successor::{Answer, Order, Stage, Successor, Unheard};
+use handover::update::successor::{Answer, Order, Stage, Successor, Unheard};
 use proptest::prelude::*;
 use state_schemas::handover_record::*;
 use state_schemas::message::{ToIncumbent, ToSuccessor};

@@ -5,10 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use handover::error::{Blame, Cause, Left};
-use handover::machine::{Event, Serves, Update};
-use handover::plan::{Cpu, Moving, Plan};
-use handover::undo::Effect;
+use handover::update::blame::Blame;
+use handover::update::cpu::{Cpu, Moving};
+use handover::update::effect::Effect;
+use handover::update::error::{Cause, Left};
+use handover::update::machine::{Event, Serves, Update};
+use handover::update::plan::Plan;
 
 /// Where a CPU is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

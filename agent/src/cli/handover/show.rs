@@ -4,7 +4,7 @@
 use handover::channel::{Channel, ChannelError, Side};
 use handover::kho::v4::metadata;
 use handover::kho::{Metadata, Outline, Subtree};
-use handover::machine::{JOURNAL_VERSION, JournalLine};
+use handover::update::machine::{JOURNAL_VERSION, JournalLine};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use state_schemas::arena::{self, ArenaHeader};

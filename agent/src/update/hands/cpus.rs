@@ -4,7 +4,7 @@
 use std::mem::offset_of;
 
 use anyhow::{Context, Result, bail};
-use handover::plan::Cpu;
+use handover::update::cpu::Cpu;
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::{GiveCpu, Mapping, TakeCpu, Yield};
 use kexec_core::layout::SIPI_PAGE;

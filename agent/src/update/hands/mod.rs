@@ -14,9 +14,10 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use handover::error::{Blame, Cause, Sort};
-use handover::machine::Event;
-use handover::undo::Effect;
+use handover::update::blame::Blame;
+use handover::update::effect::Effect;
+use handover::update::error::{Cause, Sort};
+use handover::update::machine::Event;
 use kexec_core::device::Device;
 use kexec_core::registry::State;
 use kexec_core::trampoline::SipiArgs;
@@ -114,7 +115,7 @@ impl<'k> Hands<'k> {
         }
     }
 
-    /// One line for each effect, in the order of `handover::undo`.
+    /// One line for each effect, in the order of `handover::update::effect`.
     fn do_it(&mut self, effect: &Effect) -> Result<()> {
         match effect {
             Effect::TakeMemory => self.take_memory(),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use handover::phase;
+use handover::update::phase;
 use serde::{Deserialize, Serialize};
 
 use super::{MachineShape, PhaseTime, SCHEMA_VERSION, Writes, measured, phase_table, table, title, wrapped};

@@ -13,8 +13,8 @@ use zerocopy::byteorder::big_endian::U32;
 use super::{COMPATIBLE, FDT_LIMIT};
 use crate::kho::abi::{Abi, SPOKEN};
 use crate::kho::error::{OutgoingError, ReadError};
-use crate::kho::incoming::Subtree;
 use crate::kho::memory::Memory;
+use crate::kho::model::Subtree;
 
 /// `KHO_FDT_MEMORY_MAP_PROP_NAME`
 const MEMORY_MAP: &str = "preserved-memory-map";

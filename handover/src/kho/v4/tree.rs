@@ -17,8 +17,8 @@ use std::collections::{BTreeMap, HashSet};
 use state_schemas::handover_record::PhysRange;
 
 use crate::kho::error::ReadError;
-use crate::kho::incoming::{Limits, Run};
 use crate::kho::memory::{Memory, PAGE, read_page};
+use crate::kho::model::{Limits, Run};
 
 /// log2 of [`PAGE`].
 const PAGE_SHIFT: u32 = PAGE.trailing_zeros();

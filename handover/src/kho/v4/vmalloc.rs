@@ -7,8 +7,8 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::kho::error::ReadError;
-use crate::kho::incoming::Limits;
 use crate::kho::memory::{Memory, PAGE, read_page};
+use crate::kho::model::Limits;
 
 /// `KHO_VMALLOC_SIZE`: addresses of one chunk, behind the address of the next.
 pub const CHUNK_PAGES: usize = PAGE as usize / 8 - 1;

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::phase::Phase;
-use crate::undo::Effect;
+use super::effect::Effect;
+use super::phase::Phase;
 
 /// Time allowed for each phase, and for each undo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

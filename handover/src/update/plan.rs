@@ -10,38 +10,10 @@ use serde::{Deserialize, Serialize};
 use state_schemas::handover_record::UpdateId;
 use thiserror::Error;
 
-use crate::deadline::Deadlines;
-use crate::phase::Phase;
-use crate::undo::{Effect, Epochs};
-
-/// A CPU of the machine.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Cpu {
-    /// Its number in this kernel.
-    pub number: u32,
-    /// Its local APIC id, by which both kernels mean the same CPU.
-    pub apic_id: u32,
-}
-
-/// A CPU that is to move.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Moving {
-    /// Which.
-    pub cpu: Cpu,
-    /// It is online in this kernel: it has to be taken offline first, and brought back online on the way back.
-    pub online: bool,
-}
-
-/// All CPUs, in the order in which they go over.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Cpus {
-    /// The successor starts on this one.
-    pub spare: Moving,
-    /// These follow one by one. One that cannot be fenced (the firmware's boot CPU) should be the last of them.
-    pub others: Vec<Moving>,
-    /// This kernel leaves it last: its own boot CPU, which it cannot take offline.
-    pub last: Cpu,
-}
+use super::cpu::{Cpu, Cpus, Moving};
+use super::deadline::Deadlines;
+use super::effect::{Effect, Epochs};
+use super::phase::Phase;
 
 /// How far the update shall go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

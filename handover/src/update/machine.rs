@@ -8,10 +8,12 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::error::{Blame, Cause, Left, OutOfOrder, Outcome, Sort};
-use crate::phase::Phase;
-use crate::plan::{Cpu, Goal, Plan};
-use crate::undo::Effect;
+use super::blame::Blame;
+use super::cpu::Cpu;
+use super::effect::Effect;
+use super::error::{Cause, Left, OutOfOrder, Outcome, Sort};
+use super::phase::Phase;
+use super::plan::{Goal, Plan};
 
 /// Version of [`JournalLine`].
 pub const JOURNAL_VERSION: u32 = 1;

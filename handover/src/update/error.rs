@@ -3,22 +3,9 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::phase::Phase;
-use crate::undo::Effect;
-
-/// Who has to do something about it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Blame {
-    /// The person who asked: wrong arguments, or changed their mind.
-    Operator,
-    /// The kernel that runs, or its agent.
-    Incumbent,
-    /// The kernel that was to take over, or its agent.
-    Successor,
-    /// The machine.
-    Hardware,
-}
+use super::blame::Blame;
+use super::effect::Effect;
+use super::phase::Phase;
 
 /// What the cause is, as far as the machine has to know it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,13 +1,14 @@
-//! The memory that a handover is written into: whole folios, naturally aligned, as `kho_alloc_preserve` gives them.
+//! The pool: the memory that a handover is written into. It gives whole folios, naturally aligned, as
+//! `kho_alloc_preserve` does.
 
 use state_schemas::handover_record::PhysRange;
 
 use super::error::OutgoingError;
 use super::memory::PAGE;
 
-/// The room and what has been put into it.
+/// The memory, and what has been put into it.
 #[derive(Debug, Clone)]
-pub(crate) struct Room {
+pub(crate) struct Pool {
     range: PhysRange,
     /// Everything up to the highest page in use; pages that nobody took are zeros.
     bytes: Vec<u8>,
@@ -15,13 +16,13 @@ pub(crate) struct Room {
     gaps: Vec<PhysRange>,
 }
 
-impl Room {
-    pub(crate) fn new(range: PhysRange) -> Result<Room, OutgoingError> {
+impl Pool {
+    pub(crate) fn new(range: PhysRange) -> Result<Pool, OutgoingError> {
         match range.end() {
             Some(_) if range.start != 0 && range.start.is_multiple_of(PAGE) => {
-                Ok(Room { range, bytes: Vec::new(), gaps: Vec::new() })
+                Ok(Pool { range, bytes: Vec::new(), gaps: Vec::new() })
             }
-            _ => Err(OutgoingError::Range { what: "room", range }),
+            _ => Err(OutgoingError::Range { what: "pool", range }),
         }
     }
 
@@ -56,20 +57,20 @@ impl Room {
             }
         }
         let next = self.range.start + self.used();
-        let no_room = OutgoingError::NoRoom {
+        let full = OutgoingError::PoolFull {
             needed: self.used().saturating_add(size),
             at: self.range.start,
-            room: self.range.len,
+            pool: self.range.len,
         };
-        let Some(at) = next.checked_next_multiple_of(size) else { return Err(no_room) };
+        let Some(at) = next.checked_next_multiple_of(size) else { return Err(full) };
         let used = (at - self.range.start).saturating_add(size);
         if used > self.range.len {
-            return Err(no_room);
+            return Err(full);
         }
         if at > next {
             self.gaps.push(piece(next, at));
         }
-        self.bytes.resize(usize::try_from(used).map_err(|_| no_room)?, 0);
+        self.bytes.resize(usize::try_from(used).map_err(|_| full)?, 0);
         Ok(at)
     }
 
@@ -94,15 +95,15 @@ mod tests {
 
     #[test]
     fn folios_are_aligned_and_gaps_are_used() {
-        let mut room = Room::new(PhysRange { start: 0x1000, len: 0x8000 }).unwrap();
-        assert_eq!(room.take(0), Ok(0x1000));
-        assert_eq!(room.take(2), Ok(0x4000));
-        assert_eq!(room.spare(), 2);
-        assert_eq!(room.take(0), Ok(0x2000));
-        assert_eq!(room.take(0), Ok(0x3000));
-        assert_eq!(room.take(0), Ok(0x8000));
-        assert_eq!(room.take(0), Err(OutgoingError::NoRoom { needed: 0x9000, at: 0x1000, room: 0x8000 }));
-        room.put(0x3ffe, &[1, 2]);
-        assert_eq!(room.into_bytes()[0x2ffe..0x3000], [1, 2]);
+        let mut pool = Pool::new(PhysRange { start: 0x1000, len: 0x8000 }).unwrap();
+        assert_eq!(pool.take(0), Ok(0x1000));
+        assert_eq!(pool.take(2), Ok(0x4000));
+        assert_eq!(pool.spare(), 2);
+        assert_eq!(pool.take(0), Ok(0x2000));
+        assert_eq!(pool.take(0), Ok(0x3000));
+        assert_eq!(pool.take(0), Ok(0x8000));
+        assert_eq!(pool.take(0), Err(OutgoingError::PoolFull { needed: 0x9000, at: 0x1000, pool: 0x8000 }));
+        pool.put(0x3ffe, &[1, 2]);
+        assert_eq!(pool.into_bytes()[0x2ffe..0x3000], [1, 2]);
     }
 }
