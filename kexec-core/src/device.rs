@@ -4,7 +4,7 @@
 
 use std::ffi::CString;
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -377,6 +377,22 @@ impl Device {
             return Err(DeviceError::OtherVersion { module: info.abi, ours: sys::ABI_VERSION });
         }
         Ok(Device { file })
+    }
+
+    /// Keeps every other program that asks the same away from this machine's module, for as long as this value lives: two agents
+    /// would each take back what the other holds.
+    ///
+    /// Gives false when another one has it. The lock is on the device's node, which all mount namespaces share and only root can
+    /// open; the kernel drops it with the process.
+    ///
+    /// # Errors
+    /// As flock(2).
+    pub fn hold_alone(&self) -> io::Result<bool> {
+        match self.file.try_lock() {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
     }
 
     /// What this kernel is.

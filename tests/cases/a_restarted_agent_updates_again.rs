@@ -39,7 +39,7 @@ fn a_batond_started_again_in_a_successor_makes_the_next_update() -> Result<()> {
     agents::start(stage)?;
     stage.await_serving().context("all come back by themselves")?;
     let after = stage.status()?;
-    assert_eq!((after.role.as_str(), after.hops, after.epoch), ("incumbent", 1, before.epoch));
+    assert_eq!((after.role.to_string().as_str(), after.hops, after.epoch), ("incumbent", 1, before.epoch));
     assert_eq!(after.services, before.services);
     assert_eq!(memories_of_files(stage)?, 1, "the file has been kept again, and its earlier pages are given back");
     clients.await_more(40)?;

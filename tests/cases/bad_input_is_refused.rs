@@ -13,7 +13,7 @@ use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton, said};
 use baton_tests::snapshot::{self, assert_untouched};
-use baton_tests::{NEW, OLD, Turn, console, images, kernel, lab, open};
+use baton_tests::{NEW, OLD, Turn, agents, console, images, kernel, lab, open};
 use demos::lab::net::NICS;
 use demos::lab::{MachineSpec, Patience, incumbent, kmod};
 use demos::story::stage::{Shape, Stage, Upgraded};
@@ -102,7 +102,8 @@ fn last_cpu(stage: &Stage, good: &str) -> Result<()> {
     assert_refused("last CPU", &ran, Class::Precondition, &["CPU 0 is the last one online", "second one"])
 }
 
-/// What depends on the configuration: a second agent beside the first, which reads another one.
+/// What depends on the configuration: agents that read another one, each instead of the first, which is started again at the
+/// end. (Beside the first none would start: that is tried, too.)
 fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
     let update = |change: fn(&mut Update)| {
         let mut config = Config::default();
@@ -145,6 +146,9 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
         ),
     ];
     let guest = stage.guest();
+    let second = guest.run(&["sh", "-c", "unshare -m sh -c 'mount -t tmpfs own /run/baton && exec batond' 2>&1"])?;
+    ensure!(!second.success() && second.text().contains("another batond has this machine"), "{}", said(&second));
+    agents::kill(stage)?;
     for (what, config, image, words) in cases {
         guest.put("/tmp/other.toml", 0o644, toml::to_string(&config)?.as_bytes())?;
         let daemon = "batond --config /tmp/other.toml --socket /run/other.sock --services /run/other-services.sock";
@@ -160,7 +164,8 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
         eprintln!("refused: {what}");
     }
     guest.check(&["rm", "-f", "/tmp/other.toml", "/tmp/other.log", "/tmp/other.pid"])?;
-    Ok(())
+    agents::start(stage)?;
+    stage.await_serving()
 }
 
 /// A second update while one runs is refused, and the first one succeeds.

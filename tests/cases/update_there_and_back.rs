@@ -22,9 +22,12 @@ fn from_the_old_kernel_to_the_new_one_and_back_under_load() -> Result<()> {
         let serving = clients.await_more(50);
         serving.unwrap_or_else(|why| panic!("after the update to {release}: {why}\n{}", stage.machine.logs(60)));
 
-        assert_eq!((&status.kernel_release, status.role.as_str(), status.hops), (release, "incumbent", hop));
+        assert_eq!(
+            (&status.kernel_release, status.role.to_string().as_str(), status.hops),
+            (release, "incumbent", hop)
+        );
         let update = status.update.as_ref().expect("an update brought this kernel here");
-        assert_eq!((update.cpus_total, update.phase.as_str()), (4, "drained"));
+        assert_eq!((update.cpus_total, update.phase.to_string().as_str()), (4, "drained"));
 
         let after = snapshot::of(stage)?;
         assert_eq!(&after.release, release);

@@ -64,7 +64,7 @@ fn of_guest(guest: &Guest) -> Result<Snapshot> {
         instances: parse_instances(multikernel).with_context(|| format!("/proc/multikernel reads {multikernel:?}"))?,
         links: links.lines().map(str::to_owned).collect(),
         services: status.services.into_iter().map(|service| (service.name, service.state)).collect(),
-        role: status.role,
+        role: status.role.to_string(),
     })
 }
 

@@ -1,8 +1,9 @@
 //! The right to serve, as a value.
 
 /// The right to answer clients and to use the arena: exists from the order to serve until the report that the service is
-/// frozen. It cannot be copied, and only an order of the agent makes one.
+/// frozen. It cannot be copied, and only an order of the agent makes one (no other crate can write the struct out).
 #[derive(Debug)]
+#[non_exhaustive]
 pub struct Held {
     /// The epoch.
     pub epoch: u64,
@@ -11,12 +12,10 @@ pub struct Held {
     /// The service was frozen before and goes on: connections and their unsent replies are still good. The arena may have been
     /// another's meanwhile, which does not run any more, and may not have sealed it.
     pub resumed: bool,
-    /// Keeps others from writing a `Held { .. }` of their own.
-    _by_order: (),
 }
 
 impl Held {
     pub(crate) fn new(epoch: u64, fresh: bool, resumed: bool) -> Self {
-        Self { epoch, fresh, resumed, _by_order: () }
+        Self { epoch, fresh, resumed }
     }
 }

@@ -3,6 +3,7 @@
 //! Results go to stdout (a table for people, one JSON object with `--json`), progress and errors to stderr.
 
 pub mod handover;
+mod interrupt;
 pub mod launch;
 
 use std::path::{Path, PathBuf};
@@ -34,6 +35,8 @@ pub struct Cli {
 enum Verb {
     /// Replace the running kernel.
     Upgrade(UpgradeArgs),
+    /// Call off the update that runs: it is undone, if it can still be.
+    Cancel,
     /// Say whether an upgrade would be started, and why not; touches nothing.
     Check(UpgradeArgs),
     /// Say how things stand: role, services, the last or running update.
@@ -134,7 +137,11 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         })
     };
     match cli.verb {
-        Verb::Upgrade(args) => upgrade(cli.json, ask(&Request::Upgrade(absolute(args.into())))?),
+        Verb::Upgrade(args) => {
+            interrupt::heed(&cli.socket);
+            upgrade(cli.json, ask(&Request::Upgrade(absolute(args.into())))?)
+        }
+        Verb::Cancel => called_off(cli.json, &ask(&Request::Cancel)?),
         Verb::Check(args) => check(cli.json, ask(&Request::Check(absolute(args.into())))?),
         Verb::Status => status(cli.json, ask(&Request::Status)?),
         Verb::Release { service } => released(cli.json, ask(&Request::Release { service })?),
@@ -222,6 +229,18 @@ fn released(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
         print_json(&serde_json::json!({ "schema_version": 1, "outcome": "released", "bytes": bytes }));
     } else {
         println!("released {} KiB", bytes >> 10);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn called_off(json: bool, reply: &Reply) -> Result<ExitCode, Failure> {
+    let Reply::CalledOff = reply else {
+        return Err(unexpected(reply));
+    };
+    if json {
+        print_json(&serde_json::json!({ "schema_version": 1, "outcome": "called_off" }));
+    } else {
+        println!("the update is called off: whoever asked for it is told how it ends (`baton status`)");
     }
     Ok(ExitCode::SUCCESS)
 }

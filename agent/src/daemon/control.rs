@@ -2,10 +2,12 @@
 //!
 //! One connection is one [`Request`] line, answered by any number of [`Reply::Progress`] lines and one last line.
 
+use std::fmt;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
+use handover::update::phase::Phase;
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::outcome::{Class, Failure};
@@ -39,6 +41,8 @@ pub enum Request {
     Upgrade(Upgrade),
     /// Whether an upgrade would be started, and why not; touches nothing.
     Check(Upgrade),
+    /// Undo the update that runs, if it can still be undone.
+    Cancel,
     /// The arena of a service that has left for good goes back to the kernel.
     Release {
         /// Its name.
@@ -64,6 +68,8 @@ pub enum Reply {
         /// In the order of the checks.
         findings: Vec<Finding>,
     },
+    /// The update is told to turn back. Whoever asked for it hears how it ends.
+    CalledOff,
     /// An arena's memory is the kernel's again.
     Released {
         /// How much it was.
@@ -91,6 +97,52 @@ pub struct Finding {
     pub refusal: Option<Failure>,
 }
 
+/// What a kernel is to the machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// It has the machine.
+    Incumbent,
+    /// It takes the machine over, and has not finished.
+    Successor,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Role::Incumbent => "incumbent",
+            Role::Successor => "successor",
+        })
+    }
+}
+
+/// How far an update is, as `baton status` tells it: a phase, or one of three ends that are none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Stage {
+    /// The successor has the machine, and this kernel could not leave.
+    Committed,
+    /// This kernel goes on.
+    #[serde(rename = "rolled back")]
+    RolledBack,
+    /// As a successor, this kernel could not go on.
+    Failed,
+    /// In the middle of it, or (drained) at its good end.
+    #[serde(untagged)]
+    In(Phase),
+}
+
+impl fmt::Display for Stage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Stage::In(phase) => phase.fmt(f),
+            Stage::Committed => f.pad("committed"),
+            Stage::RolledBack => f.pad("rolled back"),
+            Stage::Failed => f.pad("failed"),
+        }
+    }
+}
+
 /// How things stand.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Status {
@@ -98,8 +150,8 @@ pub struct Status {
     pub schema_version: u32,
     /// This kernel's release.
     pub kernel_release: String,
-    /// `incumbent` or `successor` (while an update is not finished).
-    pub role: String,
+    /// What this kernel is to the machine.
+    pub role: Role,
     /// The epoch in which this kernel's services answer; 0 before the first update.
     pub epoch: u64,
     /// How many updates this machine has behind it since its firmware booted it.
@@ -131,8 +183,8 @@ pub struct ServiceStatus {
 pub struct UpdateStatus {
     /// Identifies the update in both kernels' logs.
     pub id: String,
-    /// The phase (DESIGN.md's names), `drained` when it is over.
-    pub phase: String,
+    /// How far it is.
+    pub phase: Stage,
     /// Release of the kernel that handed over, or hands over.
     pub incumbent_release: String,
     /// Release of the kernel that took over, or is to.
@@ -183,4 +235,27 @@ pub fn ask(socket: &Path, request: &Request, mut progress: impl FnMut(&str, &str
         "batond closed the connection before it gave an outcome",
         "see `baton status` and batond's log",
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Scripts read these words.
+    #[test]
+    fn stages_and_roles_are_written_as_ever() {
+        let stages = [
+            (Stage::In(Phase::Trial), "\"trial\""),
+            (Stage::In(Phase::Drained), "\"drained\""),
+            (Stage::Committed, "\"committed\""),
+            (Stage::RolledBack, "\"rolled back\""),
+            (Stage::Failed, "\"failed\""),
+        ];
+        for (stage, text) in stages {
+            assert_eq!(serde_json::to_string(&stage).unwrap(), text);
+            assert_eq!(serde_json::from_str::<Stage>(text).unwrap(), stage);
+            assert_eq!(format!("\"{stage}\""), text);
+        }
+        assert_eq!(serde_json::to_string(&Role::Successor).unwrap(), "\"successor\"");
+    }
 }

@@ -2,27 +2,31 @@
 //!
 //! Shared by all threads. What changes is behind one lock ([`State`]); nothing waits while it holds it.
 
+use std::fs;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use handover::update::phase::Phase;
+use kexec_core::cmdline::control_block_of;
 use kexec_core::device::{Device, DeviceError, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
 
 use crate::daemon::config::Config;
-use crate::daemon::control::{ServiceStatus, Status, UpdateStatus};
-use crate::daemon::outcome::Failure;
+use crate::daemon::control::{Role, ServiceStatus, Stage, Status, UpdateStatus};
+use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::{Facts, managed_memory};
 use crate::machine::net::Netlink;
 use crate::recovery::ledger::{self, Ledger};
-use crate::recovery::recover;
 use crate::services::arenas::{Arena, Piece};
 use crate::services::files::Store;
 use crate::services::{Admitted, Services};
 use crate::takeover::birth::Birth;
+use crate::userland::kernels;
 
 /// What changes.
 #[derive(Debug)]
@@ -33,6 +37,77 @@ pub struct State {
     pub facts: Facts,
     /// The update that brought this kernel here, or the one that runs.
     pub update: Option<UpdateStatus>,
+}
+
+/// What a `batond` stands on before it looks at anything: alone on this machine, with what an earlier one has left in writing.
+pub struct Ground {
+    /// The configuration.
+    pub config: Config,
+    /// Where it was read from.
+    pub config_path: PathBuf,
+    /// Interfaces and addresses.
+    pub netlink: Netlink,
+    /// What a batond that comes after this one must know.
+    pub ledger: Arc<Ledger>,
+    /// How this kernel came to be: nothing when the firmware booted it.
+    pub birth: Option<Birth>,
+    device: OnceLock<Device>,
+    release: String,
+}
+
+impl Ground {
+    /// Opens the device, which no other agent may have, and reads what was left in writing.
+    ///
+    /// # Errors
+    /// Another batond lives; a ledger or a handover record that cannot be read.
+    pub fn open(config: Config, config_path: PathBuf) -> Result<Ground> {
+        let netlink = Netlink::open()?;
+        let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+        let device = OnceLock::new();
+        // First of all: whatever is found below may belong to an update that another one makes.
+        if let Ok(opened) = Device::open() {
+            device.get_or_init(|| opened);
+        }
+        if let Some(opened) = device.get() {
+            claim(opened)?;
+        }
+        let ledger = Ledger::open(Path::new(ledger::PATH))
+            .context("what an earlier batond knew of arenas is lost; remove that file to begin without them")?;
+        let birth = match control_block_of(&fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?) {
+            None => None,
+            Some(base) => Some(Birth::read(device_or_why(&device)?, base, ledger.pages().drained)?),
+        };
+        Ok(Ground { config, config_path, netlink, ledger: Arc::new(ledger), birth, device, release })
+    }
+
+    /// The module, if it was loaded when this batond started.
+    pub fn device(&self) -> Option<&Device> {
+        self.device.get()
+    }
+
+    /// Whether this kernel has the machine: one that has not taken it over yet is left to do so.
+    pub fn is_settled(&self) -> bool {
+        self.birth.is_none() || self.ledger.pages().drained
+    }
+}
+
+/// Nobody else may have this machine's module.
+fn claim(device: &Device) -> Result<()> {
+    if device.hold_alone().context("cannot lock the device of the module")? {
+        return Ok(());
+    }
+    let cause = "another batond has this machine: two would each take back what the other one holds";
+    Err(Failure::new(Class::Busy, cause, "talk to that one (`baton status`), or stop it first").into())
+}
+
+/// The module, opened and nobody else's.
+fn device_or_why(device: &OnceLock<Device>) -> Result<&Device> {
+    if let Some(device) = device.get() {
+        return Ok(device);
+    }
+    let opened = Device::open().map_err(|error| unusable(&error))?;
+    claim(&opened)?;
+    Ok(device.get_or_init(|| opened))
 }
 
 /// This kernel.
@@ -53,32 +128,19 @@ pub struct Kernel {
     pub birth: Option<Birth>,
     /// Held by the update that runs.
     pub updating: Mutex<()>,
+    /// The operator wants the update that runs to be undone. It is heeded where the update can still turn back.
+    pub called_off: AtomicBool,
     device: OnceLock<Device>,
     release: String,
     state: Mutex<State>,
 }
 
 impl Kernel {
-    /// Opens the device and finds out what this kernel is.
-    pub fn open(config: Config, config_path: PathBuf) -> Result<Kernel> {
-        let netlink = Netlink::open()?;
-        let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
-        let device = OnceLock::new();
-        let ledger = Ledger::open(Path::new(ledger::PATH))
-            .context("what an earlier batond knew of arenas is lost; remove that file to begin without them")?;
+    /// Finds out what this kernel is. What an earlier batond had taken away from it must be back by now.
+    pub fn find(ground: Ground) -> Result<Kernel> {
+        let settled = ground.is_settled();
+        let Ground { config, config_path, netlink, ledger, birth, device, release } = ground;
         let written = ledger.pages();
-        let birth = Birth::find(written.drained)?.map(|(birth, opened)| {
-            device.get_or_init(|| opened);
-            birth
-        });
-        // Before anything is looked at: a CPU or an interface may be missing. Without the module, nothing can be.
-        let settled = birth.is_none() || written.drained;
-        if let (None, Ok(opened)) = (device.get(), Device::open()) {
-            device.get_or_init(|| opened);
-        }
-        if let Some(opened) = device.get().filter(|_| settled) {
-            recover::recover(opened, &netlink, &config, birth.as_ref(), &ledger);
-        }
         let (mut facts, update) = match &birth {
             Some(birth) => (birth.facts(), Some(birth.update_status(&release, written.drained))),
             None => {
@@ -91,24 +153,32 @@ impl Kernel {
         facts.epoch = facts.epoch.max(written.epoch);
         let successor = !settled;
         let state = Mutex::new(State { successor, facts, update });
-        let ledger = Arc::new(ledger);
         let services = Services::of_ledger(ledger.clone(), device.get());
-        let updating = Mutex::new(());
+        let (updating, called_off) = (Mutex::new(()), AtomicBool::new(false));
         let files = Store::of_ledger(ledger.clone());
         if !successor {
             files.begin();
             services.all_inherited();
         }
-        Ok(Kernel { config, config_path, netlink, services, files, ledger, birth, updating, device, release, state })
+        Ok(Kernel {
+            config,
+            config_path,
+            netlink,
+            services,
+            files,
+            ledger,
+            birth,
+            updating,
+            called_off,
+            device,
+            release,
+            state,
+        })
     }
 
     /// The module. Opened at first use, so that batond runs, and says what is missing, on a machine without it.
     pub fn device(&self) -> Result<&Device> {
-        if let Some(device) = self.device.get() {
-            return Ok(device);
-        }
-        let opened = Device::open().map_err(|error| unusable(&error))?;
-        Ok(self.device.get_or_init(|| opened))
+        device_or_why(&self.device)
     }
 
     /// The lock on what changes.
@@ -127,9 +197,9 @@ impl Kernel {
         self.state().successor
     }
 
-    /// The role by its name.
-    pub fn role(&self) -> &'static str {
-        if self.is_successor() { "successor" } else { "incumbent" }
+    /// What this kernel is to the machine.
+    pub fn role(&self) -> Role {
+        if self.is_successor() { Role::Successor } else { Role::Incumbent }
     }
 
     /// The machine, as known now.
@@ -138,10 +208,13 @@ impl Kernel {
     }
 
     /// Notes how far the update has come.
-    pub fn set_phase(&self, phase: &str) {
-        if let Some(update) = &mut self.state().update {
-            phase.clone_into(&mut update.phase);
-        }
+    pub fn set_phase(&self, phase: Phase) {
+        self.set_stage(Stage::In(phase));
+    }
+
+    /// The same, of an end that is no phase.
+    pub fn set_stage(&self, stage: Stage) {
+        self.note(|update| update.phase = stage);
     }
 
     /// Changes what is told of the update.
@@ -171,7 +244,7 @@ impl Kernel {
         Status {
             schema_version: 1,
             kernel_release: self.release.clone(),
-            role: if state.successor { "successor" } else { "incumbent" }.to_owned(),
+            role: if state.successor { Role::Successor } else { Role::Incumbent },
             epoch: state.facts.epoch,
             hops: state.facts.hops,
             services,
@@ -241,14 +314,41 @@ impl Kernel {
         }
     }
 
+    /// Calls off the update that runs. It turns back at the next step that can be undone; whoever asked for it hears so.
+    ///
+    /// # Errors
+    /// None runs here.
+    pub fn call_off(&self) -> Result<(), Failure> {
+        match self.updating.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                self.called_off.store(true, Ordering::SeqCst);
+                Ok(())
+            }
+            _ => Err(Failure::precondition("no update runs in this kernel", "see `baton status`")),
+        }
+    }
+
     /// Keeps updates from beginning: what lies where must not change while one runs.
     fn between_updates(&self) -> Result<MutexGuard<'_, ()>> {
-        let busy = "an update runs: ask again when it is over";
-        match self.updating.try_lock() {
-            _ if self.is_successor() => bail!(busy),
-            Ok(held) => Ok(held),
-            Err(TryLockError::Poisoned(held)) => Ok(held.into_inner()),
-            Err(TryLockError::WouldBlock) => bail!(busy),
+        let busy = || Failure::new(Class::Busy, "an update runs", "ask again when it is over");
+        let held = match self.updating.try_lock() {
+            _ if self.is_successor() => return Err(busy().into()),
+            Ok(held) => held,
+            Err(TryLockError::Poisoned(held)) => held.into_inner(),
+            Err(TryLockError::WouldBlock) => return Err(busy().into()),
+        };
+        // An update that an earlier batond began, and that nobody has finished or undone, runs on without a lock.
+        match kernels::others()?.first() {
+            None => Ok(held),
+            Some(other) => Err(Failure::new(
+                Class::Busy,
+                format!(
+                    "instance {} ({}, {}) may have this memory: it is {}",
+                    other.id, other.name, other.image, other.state
+                ),
+                "finish or undo that update first; `baton status` says how far it is",
+            )
+            .into()),
         }
     }
 

@@ -25,9 +25,10 @@ use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use self::config::Config;
-use self::control::{Reply, Request};
-use crate::daemon::kernel::Kernel;
+use self::control::{Reply, Request, Stage};
+use self::kernel::{Ground, Kernel};
 use crate::daemon::outcome::Failure;
+use crate::recovery::recover;
 use crate::services::Admitted;
 use crate::takeover::successor;
 use crate::update::{check, upgrade};
@@ -52,7 +53,9 @@ pub struct Args {
 pub fn run(args: Args) -> Result<()> {
     crate::machine::sys::keep_no_large_buffers();
     let config = Config::load(&args.config)?;
-    let kernel = Arc::new(Kernel::open(config, args.config.clone())?);
+    let ground = Ground::open(config, args.config.clone())?;
+    recover::recover(&ground);
+    let kernel = Arc::new(Kernel::find(ground)?);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(kernel, &args))
 }
@@ -65,7 +68,7 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
         std::thread::Builder::new().name("successor".into()).spawn(move || {
             if let Err(error) = successor::run(&kernel) {
                 tracing::error!("as successor: {error:#}");
-                kernel.set_phase("failed");
+                kernel.set_stage(Stage::Failed);
             }
         })?;
     }
@@ -73,7 +76,7 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
     crate::services::files::notify::start(kernel.clone())?;
     crate::services::resize::start(kernel.clone())?;
     tell_init();
-    info!(release = kernel.release(), role = kernel.role(), "batond is ready");
+    info!(release = kernel.release(), role = %kernel.role(), "batond is ready");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     loop {
         tokio::select! {
@@ -140,6 +143,10 @@ async fn answer(kernel: Arc<Kernel>, stream: UnixStream) -> Result<()> {
             Request::Release { service } => match kernel.release_arena(&service) {
                 Ok(bytes) => Reply::Released { bytes },
                 Err(error) => Reply::Failed(Failure::from_error(&error)),
+            },
+            Request::Cancel => match kernel.call_off() {
+                Ok(()) => Reply::CalledOff,
+                Err(failure) => Reply::Failed(failure),
             },
             Request::Upgrade(wish) => upgrade::run(&kernel, &wish, &replies),
         };

@@ -4,20 +4,59 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use handover::update::effect::Effect;
 use handover::update::machine::{JournalLine, Next};
 use handover::update::phase::Phase;
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::sys::statvfs::{FsFlags, statvfs};
+use nix::unistd::{AccessFlags, access};
 
 /// Where it is.
 pub const JOURNAL: &str = "/var/lib/baton/journal.jsonl";
 
-/// Begins a journal anew.
+/// Set aside on the disk when a journal begins, in bytes: an update of 256 CPUs writes less, so a disk that fills up meanwhile
+/// does not take the journal away.
+const ROOM: u64 = 1 << 20;
+
+/// Begins a journal anew, with room for all that an ordinary update writes.
+///
+/// # Errors
+/// The folder or the file cannot be written, or the disk is full.
 pub fn create(path: &Path) -> Result<File> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
-    File::create(path).with_context(|| format!("cannot write {}", path.display()))
+    let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
+    match fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, ROOM.cast_signed()) {
+        // A file system that cannot set room aside says so when it is written to.
+        Ok(()) | Err(Errno::EOPNOTSUPP) => {}
+        Err(errno) => {
+            return Err(errno).with_context(|| format!("no room of {} KiB for {}", ROOM >> 10, path.display()));
+        }
+    }
+    file.sync_all().with_context(|| format!("cannot flush {}", path.display()))?;
+    Ok(file)
+}
+
+/// Whether a journal could begin at this place; touches nothing.
+///
+/// # Errors
+/// As [`create`], as far as can be seen beforehand.
+pub fn could_begin(path: &Path) -> Result<String> {
+    let folder = path.parent().context("a journal has a folder")?;
+    let there = folder.ancestors().find(|folder| folder.exists()).context("there is no root folder")?;
+    access(there, AccessFlags::W_OK).with_context(|| format!("{} cannot be written", there.display()))?;
+    let disk = statvfs(there).with_context(|| format!("cannot look at the disk of {}", there.display()))?;
+    let free = disk.blocks_available().saturating_mul(disk.fragment_size());
+    if disk.flags().contains(FsFlags::ST_RDONLY) {
+        bail!("{} is on a file system that is mounted read-only", there.display());
+    }
+    if free < ROOM {
+        bail!("the disk of {} has {} KiB left, a journal needs {}", there.display(), free >> 10, ROOM >> 10);
+    }
+    Ok(format!("{} can be written", path.display()))
 }
 
 /// Adds a line to the journal of an update that somebody else began.

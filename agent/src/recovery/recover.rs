@@ -19,11 +19,11 @@ use kexec_core::layout::{PAGE, SIPI_PAGE};
 use kexec_core::memory_map::Range;
 
 use crate::daemon::config::Config;
+use crate::daemon::kernel::Ground;
 use crate::machine::net::{Netlink, parse_mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
 use crate::recovery::journal::{self, JOURNAL, Journal};
-use crate::recovery::ledger::Ledger;
 use crate::takeover::birth::Birth;
 use crate::takeover::home::Home;
 use crate::userland::kernels::{self, Instance};
@@ -31,8 +31,13 @@ use crate::userland::kernels::{self, Instance};
 /// How long a CPU may take to its park page: it runs some dozen instructions.
 const HOMECOMING: Duration = Duration::from_secs(5);
 
-/// Takes back what an earlier batond left, and says in log and journal what it found.
-pub fn recover(device: &Device, netlink: &Netlink, config: &Config, birth: Option<&Birth>, ledger: &Ledger) {
+/// Takes back what an earlier batond left, and says in log and journal what it found. Before anything of the machine is looked
+/// at: a CPU or an interface may be missing.
+pub fn recover(ground: &Ground) {
+    // Without the module nothing can be missing; a kernel that has not taken over yet has nothing to take back.
+    let Some(device) = ground.device().filter(|_| ground.is_settled()) else { return };
+    let Ground { netlink, config, ledger, .. } = ground;
+    let birth = ground.birth.as_ref();
     let journal = Journal::read(Path::new(JOURNAL)).unwrap_or_else(|error| {
         tracing::warn!("the last update's journal cannot be read: {error:#}");
         Journal::default()
@@ -79,7 +84,7 @@ fn take_back(
     birth: Option<&Birth>,
 ) -> Result<()> {
     let home = birth.map(Home::of);
-    let left: Vec<Instance> = kernels::list()?.instances.into_iter().filter(|instance| instance.id != 0).collect();
+    let left = kernels::others()?;
     if let Some(serving) = left.iter().find(|instance| instance.state == "serving") {
         bail!("instance {} ({}) serves: its own agent has to finish the update", serving.id, serving.image);
     }

@@ -1,12 +1,11 @@
 //! How a successor came to be: its control block and the handover record in it, found by `baton.control=` on the
 //! command line.
 
-use std::fs;
 use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use kexec_core::cmdline::control_block_of;
+use handover::update::phase::Phase;
 use kexec_core::device::{Access, Device, DeviceError, Mapping, SELF, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet};
 use state_schemas::Payload;
@@ -15,7 +14,7 @@ use state_schemas::latest::handover_record::{HandoverRecord, PhysRange, Role};
 use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
-use crate::daemon::control::UpdateStatus;
+use crate::daemon::control::{Stage, UpdateStatus};
 use crate::machine::facts::{Ecam, Facts};
 use crate::machine::sysfs;
 use crate::update::line::{Line, Successor};
@@ -42,12 +41,9 @@ pub fn phys(range: Range) -> PhysRange {
 }
 
 impl Birth {
-    /// Reads and checks control block and record; nothing when the firmware booted this kernel. `again`: an earlier batond
-    /// of this kernel has taken the control block already.
-    pub fn find(again: bool) -> Result<Option<(Birth, Device)>> {
-        let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
-        let Some(base) = control_block_of(&cmdline) else { return Ok(None) };
-        let device = Device::open()?;
+    /// Reads and checks the control block at `base`, which the command line names, and the record in it. `again`: an earlier
+    /// batond of this kernel has taken the control block already.
+    pub fn read(device: &Device, base: u64, again: bool) -> Result<Birth> {
         let block = Range::with_len(base, control_block::SIZE).context("the control block passes the end of memory")?;
         match device.take_memory(SELF, block, TakeMemory::Outside) {
             Err(DeviceError::Exists { .. }) if again => {}
@@ -63,7 +59,7 @@ impl Birth {
             bail!("the control block has version {version}, this batond speaks {}", words::VERSION);
         }
         match read_record(&control, base) {
-            Ok(record) => Ok(Some((Birth { control, base, record }, device))),
+            Ok(record) => Ok(Birth { control, base, record }),
             Err(error) => {
                 tell(control, base, &error);
                 Err(error)
@@ -96,7 +92,7 @@ impl Birth {
         let cpus_total = u32::try_from(record.machine.cpus.len()).unwrap_or(u32::MAX);
         UpdateStatus {
             id: record.update.to_string(),
-            phase: if drained { "drained" } else { "booting" }.to_owned(),
+            phase: Stage::In(if drained { Phase::Drained } else { Phase::Booting }),
             incumbent_release: record.incumbent.release.clone(),
             successor_release: release.to_owned(),
             cpus_total,

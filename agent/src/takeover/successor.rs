@@ -15,6 +15,7 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use handover::update::phase::Phase;
 use handover::update::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::Device;
@@ -27,6 +28,7 @@ use state_schemas::control_block::{MAILBOX, words};
 use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
+use crate::daemon::control::Stage;
 use crate::daemon::kernel::Kernel;
 use crate::machine::liveupdate;
 use crate::machine::net::{Announcer, Link};
@@ -138,7 +140,7 @@ impl<'k> Heir<'k> {
     fn obey(&mut self, order: &Order) -> Result<Answer> {
         match order {
             Order::StandBy => {
-                self.kernel.set_phase("trial");
+                self.kernel.set_phase(Phase::Trial);
                 let patience = sooner_than(Duration::from_secs(self.kernel.config.update.step_timeout_s));
                 let until = Instant::now() + patience;
                 let mut services = self.kernel.services.await_standby(patience)?;
@@ -154,13 +156,13 @@ impl<'k> Heir<'k> {
                 Err(self.unsettled.take().expect("it was looked at just now"))
             }
             Order::OnlineCpu { apic_id } => {
-                self.kernel.set_phase("probation");
+                self.kernel.set_phase(Phase::Probation);
                 Ok(Answer::Online(self.online(*apic_id)?))
             }
             Order::OfflineCpu { apic_id } => self.offline(*apic_id),
             Order::StandDown { epoch } => self.stand_down(*epoch),
             Order::Commit { timeline } => {
-                self.kernel.set_phase("commit");
+                self.kernel.set_phase(Phase::Commit);
                 let own = self.timeline.marks()[self.birth.record.journal.len()..].to_vec();
                 self.timeline = Timeline::continue_from(timeline.clone());
                 for mark in own {
@@ -230,7 +232,7 @@ impl<'k> Heir<'k> {
             let held = self.kernel.netlink.held(address.cidr)?;
             self.kernel.netlink.drop_held(&held)?;
         }
-        self.kernel.set_phase("trial");
+        self.kernel.set_phase(Phase::Trial);
         Ok(Answer::Done)
     }
 
@@ -298,7 +300,7 @@ impl<'k> Heir<'k> {
         let mut state = self.kernel.state();
         state.successor = false;
         if let Some(update) = &mut state.update {
-            "drained".clone_into(&mut update.phase);
+            update.phase = Stage::In(Phase::Drained);
             (update.timeline, update.zero) = (timeline, Some(zero));
             update.left_undone = left;
         }

@@ -4,6 +4,7 @@
 use std::marker::PhantomData;
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -31,6 +32,9 @@ pub enum Unanswered {
     /// It will never answer.
     #[error("the {0} panicked")]
     Panicked(&'static str),
+    /// Nobody waits for it any more.
+    #[error("the operator called the update off")]
+    CalledOff,
     /// It has not answered in time.
     #[error("the {peer} was silent for {:.3} s", .patience.as_secs_f64())]
     Silent {
@@ -151,6 +155,12 @@ where
 
     /// The next message, waiting for it.
     pub fn receive(&mut self, patience: Duration) -> Result<Heard<E>> {
+        static NEVER: AtomicBool = AtomicBool::new(false);
+        self.receive_unless(patience, &NEVER)
+    }
+
+    /// The next message, waiting for it until `called_off` is set.
+    pub fn receive_unless(&mut self, patience: Duration, called_off: &AtomicBool) -> Result<Heard<E>> {
         let deadline = Instant::now() + patience;
         loop {
             if let Some(message) = self.channel.receive()? {
@@ -158,6 +168,9 @@ where
             }
             if self.memory.load(E::Peer::PANIC_AT) != 0 {
                 return Err(Unanswered::Panicked(E::Peer::NAME).into());
+            }
+            if called_off.load(Ordering::SeqCst) {
+                return Err(Unanswered::CalledOff.into());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {

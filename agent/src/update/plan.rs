@@ -20,6 +20,7 @@ use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::{Facts, available_memory, managed_memory};
 use crate::machine::net::{Mac, parse_mac};
 use crate::machine::sysfs::Bdf;
+use crate::recovery::journal::{self, JOURNAL};
 use crate::update::findings::Findings;
 use crate::update::kho::{self, Spoken};
 use crate::update::versions;
@@ -77,6 +78,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
     let plan = (|| {
         let device = findings.check("module", module(kernel))?;
         findings.check("update", no_update_unfinished(kernel))?;
+        findings.check("journal", journal());
         let image = findings.check("image", read_image(kernel, &wish.kernel))?;
         let parsed = BzImage::parse(&image).ok()?;
         let release = parsed.release().to_owned();
@@ -136,6 +138,16 @@ fn no_update_unfinished(kernel: &Kernel) -> Result<((), String)> {
         .into());
     }
     Ok(((), "none runs".to_owned()))
+}
+
+fn journal() -> Result<((), String)> {
+    let found = journal::could_begin(Path::new(JOURNAL)).map_err(|error| {
+        Failure::precondition(
+            format!("the update's journal could not be written: {error:#}"),
+            "make room there; without a journal nobody could clean up after a batond that dies",
+        )
+    })?;
+    Ok(((), found))
 }
 
 fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
@@ -213,7 +225,7 @@ fn cpus(kernel: &Kernel, device: &Device) -> Result<(Vec<CpuFacts>, String)> {
     let mut isolated = listed("/sys/devices/system/cpu/isolated");
     isolated.extend(listed("/sys/devices/system/cpu/nohz_full"));
     let pinned = pinned_cpus()?;
-    let instances = kernels::list()?.instances;
+    let instances = kernels::instances()?;
     let owner = |apic_id| instances.iter().find(|i| i.id != 0 && i.cpus.contains(&apic_id)).map(|i| i.id);
     let present: Vec<_> = device.cpus()?.into_iter().filter(|cpu| cpu.present).collect();
     // Linux numbers the CPU that it was booted on 0; on a kernel that the firmware booted, that is the firmware's.

@@ -7,15 +7,17 @@ use std::fs::File;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use anyhow::{Context, Result};
 use handover::update::effect::Effect;
 use handover::update::error::Outcome;
-use handover::update::machine::{Event, Serves, Update};
+use handover::update::machine::{Event, JournalLine, Serves, Update};
 use handover::update::phase::Phase;
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::daemon::control::{Reply, UpdateStatus};
+use crate::daemon::control::{Reply, Stage, UpdateStatus};
 use crate::daemon::kernel::Kernel;
+use crate::daemon::outcome::Failure;
 use crate::recovery::journal::{self, JOURNAL};
 use crate::update::plan::Plan;
 use crate::update::timeline::{Timeline, tsc};
@@ -31,15 +33,31 @@ pub struct Report<'a> {
     effect_began: u64,
     /// Told when somebody serves again.
     waiting: Vec<(Phase, String)>,
-    journal: Option<File>,
+    journal: File,
+    /// Lines that are not in the journal yet.
+    unwritten: Vec<JournalLine>,
 }
 
 impl<'a> Report<'a> {
     /// Nothing has happened yet.
-    pub fn open(kernel: &'a Kernel, plan: &'a Plan, id: UpdateId, replies: &'a UnboundedSender<Reply>) -> Report<'a> {
+    ///
+    /// # Errors
+    /// The journal cannot be written: then no update begins, because a batond that dies in it could not be cleaned up after.
+    pub fn open(
+        kernel: &'a Kernel,
+        plan: &'a Plan,
+        id: UpdateId,
+        replies: &'a UnboundedSender<Reply>,
+    ) -> Result<Report<'a>> {
+        let journal = journal::create(Path::new(JOURNAL)).map_err(|error| {
+            Failure::precondition(
+                format!("the update's journal cannot be begun: {error:#}"),
+                "make room on its disk; without a journal nobody could clean up after a batond that dies",
+            )
+        })?;
         kernel.state().update = Some(UpdateStatus {
             id: id.to_string(),
-            phase: Phase::Planned.to_string(),
+            phase: Stage::In(Phase::Planned),
             incumbent_release: kernel.release().to_owned(),
             successor_release: plan.release.clone(),
             cpus_total: u32::try_from(plan.moves.len() + 1).unwrap_or(u32::MAX),
@@ -48,11 +66,7 @@ impl<'a> Report<'a> {
             timeline: Vec::new(),
             zero: None,
         });
-        let journal = journal::create(Path::new(JOURNAL));
-        if let Err(error) = &journal {
-            tracing::warn!("this update leaves no journal: {error:#}");
-        }
-        Report {
+        Ok(Report {
             kernel,
             release: &plan.release,
             replies,
@@ -61,8 +75,9 @@ impl<'a> Report<'a> {
             phase_began: tsc(),
             effect_began: tsc(),
             waiting: Vec::new(),
-            journal: journal.ok(),
-        }
+            journal,
+            unwritten: Vec::new(),
+        })
     }
 
     /// The clock of the state machine.
@@ -77,46 +92,50 @@ impl<'a> Report<'a> {
     }
 
     /// An effect is about to be carried out.
-    pub fn begins(&mut self, update: &mut Update, effect: &Effect, timeline: &mut Timeline) {
+    ///
+    /// # Errors
+    /// The journal's line for it cannot be written. It is kept, and tried again with the next one.
+    pub fn begins(&mut self, update: &mut Update, effect: &Effect, timeline: &mut Timeline) -> Result<()> {
         // After the commit nobody of this kernel measures any more.
         let leaves = matches!(effect, Effect::QuiesceDevices);
         if update.phase() != self.phase || leaves {
             self.phase_ends(timeline);
             self.phase = update.phase();
-            self.kernel.set_phase(self.phase.name());
+            self.kernel.set_phase(self.phase);
         }
         if leaves && !update.is_rolling_back() {
             self.tell_committed(timeline);
         }
         self.waiting.push((self.phase, named(effect)));
-        if update.serves() != Serves::Nobody {
-            self.tell(update);
-        }
         self.effect_began = tsc();
+        if update.serves() != Serves::Nobody {
+            self.tell(update)?;
+            self.effect_began = tsc();
+        }
+        Ok(())
     }
 
     /// And was.
-    pub fn ends(&mut self, update: &mut Update, effect: &Effect, event: &Event, timeline: &mut Timeline) {
+    pub fn ends(&mut self, effect: &Effect, event: &Event, timeline: &mut Timeline) {
         timeline.add(&named(effect), self.effect_began, tsc());
         if let Event::Failed(cause) | Event::Unknown(cause) = event {
             self.waiting.push((self.phase, format!("{} failed: {cause}", named(effect))));
-        }
-        if update.serves() != Serves::Nobody {
-            self.tell(update);
         }
     }
 
     /// The update has ended, and this kernel is still there.
     pub fn close(&mut self, update: &mut Update, outcome: &Outcome) {
-        self.tell(update);
-        let (phase, left) = match outcome {
-            Outcome::Committed { left } => ("committed", left),
-            Outcome::RolledBack { left, .. } | Outcome::TrialPassed { left } => ("rolled back", left),
+        if let Err(error) = self.tell(update) {
+            tracing::error!("the end of this update is not in its journal: {error:#}");
+        }
+        let (stage, left) = match outcome {
+            Outcome::Committed { left } => (Stage::Committed, left),
+            Outcome::RolledBack { left, .. } | Outcome::TrialPassed { left } => (Stage::RolledBack, left),
         };
-        self.kernel.set_phase(phase);
+        self.kernel.set_stage(stage);
         self.kernel.note(|update| {
             update.left_undone = left.iter().map(|left| format!("{}: {}", left.effect.name(), left.cause)).collect();
-            if phase != "committed" {
+            if stage != Stage::Committed {
                 update.cpus_moved = 0;
             }
         });
@@ -136,19 +155,16 @@ impl<'a> Report<'a> {
         let _ = self.replies.send(Reply::Committed { release: self.release.to_owned(), timeline });
     }
 
-    fn tell(&mut self, update: &mut Update) {
+    fn tell(&mut self, update: &mut Update) -> Result<()> {
         for (phase, text) in self.waiting.drain(..) {
             tracing::info!(phase = phase.name(), step = text, "update");
             // The asker may have left.
             let _ = self.replies.send(Reply::Progress { phase: phase.to_string(), text });
         }
-        let lines = update.take_journal();
-        if let Some(file) = &mut self.journal
-            && let Err(error) = journal::write(file, &lines)
-        {
-            tracing::warn!("the journal ends here: {error:#}");
-            self.journal = None;
-        }
+        self.unwritten.extend(update.take_journal());
+        journal::write(&mut self.journal, &self.unwritten).context("the update's journal cannot be written")?;
+        self.unwritten.clear();
+        Ok(())
     }
 }
 

@@ -12,6 +12,7 @@
 //! What comes next, and what undoes what, is `handover`'s to say ([`Update`]); [`Hands`] do it; [`Report`] tells of it.
 
 use std::sync::TryLockError;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -38,11 +39,24 @@ use crate::update::report::Report;
 fn drive(update: &mut Update, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
     let mut event = Event::Begin;
     loop {
+        if hands.is_called_off() && update.can_be_called_off() && matches!(event, Event::Done) {
+            event = Event::Unknown(Cause::called_off());
+        }
         match update.step(report.now(), event).expect("each effect is answered once") {
             Next::Do(effect) => {
-                report.begins(update, &effect, &mut hands.timeline);
-                event = hands.carry_out(&effect, report.at(update.deadline()));
-                report.ends(update, &effect, &event, &mut hands.timeline);
+                event = match report.begins(update, &effect, &mut hands.timeline) {
+                    // Nobody could clean up after what is not in the journal. On the way back it is done all the same.
+                    Err(error) if update.can_be_called_off() && !effect.is_in_blackout() => {
+                        Event::Failed(Cause::broken(Blame::Incumbent, format!("{error:#}")))
+                    }
+                    begun => {
+                        if let Err(error) = begun {
+                            tracing::warn!("{error:#}");
+                        }
+                        hands.carry_out(&effect, report.at(update.deadline()))
+                    }
+                };
+                report.ends(&effect, &event, &mut hands.timeline);
             }
             Next::End(outcome) => return outcome,
         }
@@ -62,6 +76,8 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
             ));
         }
     };
+    // What was said of an earlier update is not said of this one.
+    kernel.called_off.store(false, Ordering::SeqCst);
     let (findings, plan) = plan::make(kernel, wish);
     let Some(plan) = plan else {
         let unknown = || Failure::new(Class::Failed, "no plan could be made", "see batond's log");
@@ -74,8 +90,8 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
 fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Failure> {
     let id = new_id()?;
     let mut update = Update::new(steps(id, plan, &kernel.config.update)?);
+    let mut report = Report::open(kernel, plan, id, replies)?;
     let mut hands = Hands::new(kernel, plan, id)?;
-    let mut report = Report::open(kernel, plan, id, replies);
     let outcome = drive(&mut update, &mut hands, &mut report);
     report.close(&mut update, &outcome);
     Ok(failure(outcome, &hands))

@@ -8,16 +8,19 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
+use nix::unistd::pause;
 
 use crate::daemon::config::Config;
 use crate::machine::net::Netlink;
@@ -26,6 +29,9 @@ use crate::machine::net::Netlink;
 pub const MODULE_LIST: &str = "/etc/baton/modules.RELEASE";
 /// Where batond says that it is ready (sd_notify(3)).
 const NOTIFY_SOCKET: &str = "/run/baton/init.notify";
+/// How long batond may take to be ready before everything else is started without it. (It ends sooner where it cannot begin, and
+/// then nothing says READY.)
+const AGENT_PATIENCE: Duration = Duration::from_secs(60);
 /// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the .xz itself.
 const COMPRESSED: ModuleInitFlags = ModuleInitFlags::from_bits_retain(4);
 
@@ -113,11 +119,19 @@ fn load_modules(release: &str) -> Result<()> {
 fn start_agent(children: &mut HashMap<i32, String>) -> Result<()> {
     let ready = UnixDatagram::bind(NOTIFY_SOCKET)?;
     start("batond", &["/usr/sbin/batond".to_owned()], &[("NOTIFY_SOCKET", NOTIFY_SOCKET)], children)?;
+    ready.set_read_timeout(Some(AGENT_PATIENCE))?;
     let mut buffer = [0u8; 512];
     loop {
-        let n = ready.recv(&mut buffer)?;
-        if buffer[..n].split(|b| *b == b'\n').any(|l| l == b"READY=1") {
-            return Ok(());
+        match ready.recv(&mut buffer) {
+            Ok(n) if buffer[..n].split(|b| *b == b'\n').any(|l| l == b"READY=1") => return Ok(()),
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
+                say(&format!(
+                    "baton-init: batond is not ready after {AGENT_PATIENCE:?}: everything else is started without it"
+                ));
+                return Ok(());
+            }
+            Err(error) => return Err(error).context("cannot hear from batond"),
         }
     }
 }
@@ -141,7 +155,16 @@ fn start(name: &str, exec: &[String], env: &[(&str, &str)], children: &mut HashM
 
 fn reap(children: &HashMap<i32, String>) -> Result<()> {
     loop {
-        let status = wait()?;
+        let status = match wait() {
+            // The last program has ended. The machine does not: its kernel serves files, packets, and whoever logs in next.
+            Err(Errno::ECHILD) => {
+                say("baton-init: no program is left");
+                loop {
+                    pause();
+                }
+            }
+            status => status?,
+        };
         let Some(pid) = status.pid() else { continue };
         if let Some(name) = children.get(&pid.as_raw()) {
             let end = match status {

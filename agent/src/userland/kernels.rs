@@ -91,11 +91,21 @@ pub struct Kernels {
 
 /// Reads both.
 pub fn list() -> Result<Kernels> {
-    let instances = match fs::read_to_string(INSTANCES) {
-        Ok(text) => parse_instances(&text).with_context(|| format!("{INSTANCES} has a row that cannot be read"))?,
-        Err(_) => Vec::new(),
-    };
-    Ok(Kernels { schema_version: 1, instances, images: images(Path::new("/boot"))? })
+    Ok(Kernels { schema_version: 1, instances: instances()?, images: images(Path::new("/boot"))? })
+}
+
+/// The kernels that run, this one first; nothing where the module is not loaded.
+pub fn instances() -> Result<Vec<Instance>> {
+    match fs::read_to_string(INSTANCES) {
+        Ok(text) => parse_instances(&text).with_context(|| format!("{INSTANCES} has a row that cannot be read")),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(error).with_context(|| format!("cannot read {INSTANCES}")),
+    }
+}
+
+/// The kernels that run beside this one.
+pub fn others() -> Result<Vec<Instance>> {
+    Ok(instances()?.into_iter().filter(|instance| instance.id != 0).collect())
 }
 
 /// Parses [`INSTANCES`]: `id name state cpus bytes ranges image`, "-" for nothing.

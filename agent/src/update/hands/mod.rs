@@ -11,6 +11,7 @@ mod cpus;
 mod memory;
 
 use std::collections::BTreeSet;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -159,6 +160,7 @@ impl<'k> Hands<'k> {
         let answer = error.downcast_ref::<Unanswered>();
         let cause = match answer {
             Some(Unanswered::Panicked(_)) => Cause::successor_died(what),
+            Some(Unanswered::CalledOff) => Cause::called_off(),
             Some(Unanswered::Silent { .. }) => Cause { blame: Blame::Successor, sort: Sort::Deadline, what },
             Some(Unanswered::Refused { .. }) => Cause::broken(Blame::Successor, what),
             None => Cause::broken(effect.carried_out_by(), what),
@@ -172,6 +174,11 @@ impl<'k> Hands<'k> {
             (Effect::HandCpu { .. } | Effect::Commit, Some(Unanswered::Refused { .. })) => Event::Failed(cause),
             _ => Event::Unknown(cause),
         }
+    }
+
+    /// The operator wants the machine back as it was.
+    pub fn is_called_off(&self) -> bool {
+        self.kernel.called_off.load(Ordering::SeqCst)
     }
 
     /// Time left for the effect under way.
@@ -242,8 +249,9 @@ impl<'k> Hands<'k> {
     /// Waits for the successor's agent.
     fn await_hello(&mut self) -> Result<()> {
         let patience = self.left();
+        let called_off = &self.kernel.called_off;
         let line = &mut self.placed()?.line;
-        match line.receive(patience).context("the successor's agent has not answered")? {
+        match line.receive_unless(patience, called_off).context("the successor's agent has not answered")? {
             ToIncumbent::Hello { abi, .. } if abi != words::VERSION => {
                 bail!("the successor's agent speaks version {abi} of the control block, this one {}", words::VERSION)
             }
