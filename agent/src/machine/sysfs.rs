@@ -56,7 +56,7 @@ pub fn pci_function_of(interface: &str) -> Result<(Bdf, PathBuf)> {
 }
 
 /// A driver taken off its device; [`Unbound::bind`] is the undo.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Unbound {
     device: String,
     driver: PathBuf,

@@ -17,17 +17,25 @@ use state_schemas::shared::SharedMemory;
 use zerocopy::IntoBytes;
 
 use super::Hands;
+use crate::machine::bounded::within;
 use crate::machine::sysfs;
 use crate::takeover::home::{Home, await_parked, pause};
 
 impl<'k> Hands<'k> {
-    /// The undo of [`offline_cpu`].
+    /// The undo of [`Hands::offline_cpu`].
     pub(super) fn online_cpu(&mut self, cpu: Cpu) -> Result<()> {
         self.bring_home(cpu.apic_id)?;
         if self.home().is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
             bail!("{} does not wait at this kernel's mailbox: onlining it would never end", name(cpu));
         }
-        sysfs::online_cpu(cpu.number)
+        within(self.until, &format!("bring {} online", name(cpu)), move || sysfs::online_cpu(cpu.number))
+    }
+
+    /// Takes a CPU offline. Its undo is [`Hands::online_cpu`].
+    pub(super) fn offline_cpu(&self, cpu: Cpu) -> Result<()> {
+        let offline = move || sysfs::offline_cpu(cpu.number);
+        within(self.until, &format!("take {} offline", name(cpu)), offline)
+            .with_context(|| format!("{} cannot be taken offline", name(cpu)))
     }
 
     /// Where CPUs wait that this kernel takes offline; nothing in one that the firmware booted.
@@ -204,11 +212,6 @@ impl<'k> Hands<'k> {
         })?;
         bail!("the last CPU came back")
     }
-}
-
-/// Takes a CPU offline. Its undo is [`Hands::online_cpu`].
-pub(super) fn offline_cpu(cpu: Cpu) -> Result<()> {
-    sysfs::offline_cpu(cpu.number).with_context(|| format!("{} cannot be taken offline", name(cpu)))
 }
 
 fn name(cpu: Cpu) -> String {

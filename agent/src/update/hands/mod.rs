@@ -31,6 +31,7 @@ use self::memory::Site;
 use crate::daemon::config::Cidr;
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::Failure;
+use crate::machine::bounded::within;
 use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
@@ -121,7 +122,7 @@ impl<'k> Hands<'k> {
         match effect {
             Effect::TakeMemory => self.take_memory(),
             Effect::GrantDevices => self.grant_devices(),
-            Effect::OfflineCpu { cpu } => cpus::offline_cpu(*cpu),
+            Effect::OfflineCpu { cpu } => self.offline_cpu(*cpu),
             Effect::Place => self.place(),
             Effect::StartCpu { cpu } => self.start_cpu(*cpu),
             Effect::AwaitHello => self.await_hello(),
@@ -206,7 +207,8 @@ impl<'k> Hands<'k> {
         if let Some(link) = self.kernel.netlink.find(granted.mac)? {
             self.part_from(&link, granted.nic.address)?;
             let (_, folder) = sysfs::pci_function_of(&link.name)?;
-            self.unbound = sysfs::unbind(&folder)?;
+            // Some drivers wait for their device, and some devices never answer.
+            self.unbound = within(self.until, "take the driver off the interface", move || sysfs::unbind(&folder))?;
         }
         Ok(())
     }
@@ -226,7 +228,8 @@ impl<'k> Hands<'k> {
         let netlink = &self.kernel.netlink;
         let back = match (&self.unbound, &self.plan.nic) {
             (Some(unbound), Some(granted)) => {
-                unbound.bind()?;
+                let bound = unbound.clone();
+                within(self.until, "give the interface back to its driver", move || bound.bind())?;
                 self.unbound = None;
                 Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
             }
@@ -388,7 +391,10 @@ impl<'k> Hands<'k> {
     fn quiesce_devices(&mut self) -> Result<()> {
         std::thread::sleep(FAREWELL);
         self.kernel.services.stop();
-        nix::unistd::sync();
+        // Whatever does not get to its disk in time is no reason to stay: this kernel has promised to leave.
+        if let Err(error) = within(self.until, "write everything to the disks", || Ok(nix::unistd::sync())) {
+            tracing::error!("{error:#}");
+        }
         let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
         let stopped = sysfs::quiesce_pci(&granted)?;
         tracing::info!("quiesced: {}", stopped.join(" "));
