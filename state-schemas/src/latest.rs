@@ -15,5 +15,5 @@ pub mod handover_record {
 
 /// The channel's messages.
 pub mod message {
-    pub use crate::v1::message::{ITEM_LIMIT, MessageError, TEXT_LIMIT, ToIncumbent, ToSuccessor};
+    pub use crate::v1::message::{ITEM_LIMIT, MessageError, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
 }

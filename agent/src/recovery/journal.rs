@@ -96,9 +96,7 @@ impl Journal {
 
     /// Reads its text.
     fn parse(text: &str) -> Result<Journal> {
-        // The last line may have been under way: what it would have announced was not begun.
-        let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-        let lines = lines.map(serde_json::from_str).collect::<Result<_, _>>();
+        let lines = handover::update::recover::parse(text);
         Ok(Journal { lines: lines.context("a line does not read")? })
     }
 
@@ -135,6 +133,7 @@ mod tests {
             serves: Serves::Incumbent,
             event: Event::Done,
             next,
+            plan: None,
         };
         serde_json::to_string(&line).unwrap() + "\n"
     }

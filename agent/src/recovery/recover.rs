@@ -69,6 +69,7 @@ pub fn recover(ground: &Ground) {
         serves: handover::update::machine::Serves::Incumbent,
         event: Event::Unknown(cause),
         next: Next::End(outcome),
+        plan: None,
         ..last.clone()
     };
     if let Err(error) = journal::append(Path::new(JOURNAL), &line) {

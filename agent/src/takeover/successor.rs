@@ -121,10 +121,7 @@ impl<'k> Heir<'k> {
                     role.answer(&order, answer)?
                 }
                 // Not now, or not by this kernel: the incumbent decides what to make of that.
-                Err(unheard) => Some(ToIncumbent::Failed {
-                    what: handover::update::successor::name(&word).to_owned(),
-                    cause: unheard.to_string(),
-                }),
+                Err(unheard) => Some(unheard.reply(&word)),
             };
             let Some(answer) = answer else { continue };
             self.line.send(&answer)?;
@@ -170,11 +167,7 @@ impl<'k> Heir<'k> {
                 }
                 Ok(Answer::Done)
             }
-            Order::Abort { reason } => {
-                tracing::warn!("the incumbent gives up: {reason}");
-                Ok(Answer::Done)
-            }
-            Order::Pong { .. } => Ok(Answer::Done),
+            Order::Repeat(_) => Ok(Answer::Done),
             Order::Drain { .. } => bail!("this is not one order among others"),
         }
     }

@@ -204,7 +204,9 @@ impl Line<Incumbent> {
     ) -> Result<T> {
         self.send(message)?;
         match self.receive(patience).with_context(|| format!("no answer to {message:?}"))? {
-            ToIncumbent::Failed { what, cause } => Err(Unanswered::Refused { what, cause }.into()),
+            ToIncumbent::Failed { what, cause } => {
+                Err(Unanswered::Refused { what: what.into(), cause: cause.into() }.into())
+            }
             other => {
                 let shown = format!("{other:?}");
                 answer(other).with_context(|| format!("the successor answered {message:?} with {shown}"))

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use handover::update::effect::Effect;
 use handover::update::error::Outcome;
-use handover::update::machine::{Event, JournalLine, Serves, Update};
+use handover::update::machine::{Event, JournalLine, Update};
 use handover::update::phase::Phase;
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
@@ -108,7 +108,7 @@ impl<'a> Report<'a> {
         }
         self.waiting.push((self.phase, named(effect)));
         self.effect_began = tsc();
-        if update.serves() != Serves::Nobody {
+        if update.may_write_journal() {
             self.tell(update)?;
             self.effect_began = tsc();
         }

@@ -11,6 +11,7 @@
 //! ```
 //! What comes next, and what undoes what, is `handover`'s to say ([`Update`]); [`Hands`] do it; [`Report`] tells of it.
 
+use std::fs;
 use std::sync::TryLockError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -27,26 +28,29 @@ use kexec_core::cpus::{CpuFacts, Move};
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::daemon::config;
 use crate::daemon::control::{Reply, Upgrade};
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::{Class, Failure};
-use crate::update::hands::Hands;
+use crate::update::hands::{self, Hands};
 use crate::update::plan::{self, Plan};
 use crate::update::report::Report;
+
+/// Tells this boot of the kernel from all others.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// Each effect is carried out, and its outcome decides on the next, until there is none.
 fn drive(update: &mut Update, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
     let mut event = Event::Begin;
     loop {
-        if hands.is_called_off() && update.can_be_called_off() && matches!(event, Event::Done) {
-            event = Event::Unknown(Cause::called_off());
+        if hands.is_called_off() {
+            // What it says to that is no news: too late, or on its way back already.
+            let _ = update.call_off(hands::CALLED_OFF_BY);
         }
         match update.step(report.now(), event).expect("each effect is answered once") {
             Next::Do(effect) => {
                 event = match report.begins(update, &effect, &mut hands.timeline) {
                     // Nobody could clean up after what is not in the journal. On the way back it is done all the same.
-                    Err(error) if update.can_be_called_off() && !effect.is_in_blackout() => {
+                    Err(error) if !update.is_rolling_back() && !update.is_committed() => {
                         Event::Failed(Cause::broken(Blame::Incumbent, format!("{error:#}")))
                     }
                     begun => {
@@ -89,7 +93,7 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
 /// The failure in which the update ended. (One that succeeds takes this kernel's last CPU with it.)
 fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Failure> {
     let id = new_id()?;
-    let mut update = Update::new(steps(id, plan, &kernel.config.update)?);
+    let mut update = Update::new(steps(id, plan, kernel)?);
     let mut report = Report::open(kernel, plan, id, replies)?;
     let mut hands = Hands::new(kernel, plan, id)?;
     let outcome = drive(&mut update, &mut hands, &mut report);
@@ -98,13 +102,16 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
 }
 
 /// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
-fn steps(id: UpdateId, plan: &Plan, config: &config::Update) -> Result<handover::update::plan::Plan> {
+fn steps(id: UpdateId, plan: &Plan, kernel: &Kernel) -> Result<handover::update::plan::Plan> {
+    let config = &kernel.config.update;
     let cpu = |cpu: &CpuFacts| Cpu { number: cpu.cpu, apic_id: cpu.apic_id };
     let moving = |facts: &CpuFacts| Moving { cpu: cpu(facts), online: facts.online };
     let step = Duration::from_secs(config.step_timeout_s);
     let (last, _) = plan.moves.iter().find(|(_, how)| *how == Move::Yield).context("there is no last CPU")?;
     let plan = handover::update::plan::Plan {
         update: id,
+        boot: fs::read_to_string(BOOT_ID).context("cannot read this kernel's boot id")?.trim().to_owned(),
+        services: kernel.services.crossings().into_iter().map(|crossing| crossing.name).collect(),
         goal: Goal::Upgrade,
         epoch: plan.facts.epoch,
         cpus: Cpus {

@@ -1,7 +1,13 @@
-//! How long each phase may take before the update turns back.
+//! How long everything may take before the update turns back.
 //!
-//! They are generous: a deadline is there so that no update hangs, not to make it fast. The cutover's is what a client
-//! may have to wait at worst before the incumbent answers again.
+//! A deadline is there so that no update hangs, not to make it fast; so it is generous, and grows with nothing: not with the
+//! number of CPUs, not with what was done before.
+//!
+//! - Steps that wait for one thing [share](Share) a deadline: the steps of a phase, or in the probation the steps of one CPU.
+//! - The cutover's is for the whole way from the freeze to the first answer of the successor. It is what a client may have to wait
+//!   at worst before the update turns back.
+//! - The way back from there has the same time again, for all that has to happen until the incumbent serves. A step that comes when
+//!   this is used up has [a little](Deadlines::least_in_blackout) all the same, since not even to tell the services to go on would be worse.
 
 use std::time::Duration;
 
@@ -9,6 +15,30 @@ use serde::{Deserialize, Serialize};
 
 use super::effect::Effect;
 use super::phase::Phase;
+
+/// Steps with the same share have one deadline for all of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// All steps of a phase.
+    Phase(Phase),
+    /// The steps by which one CPU moves, by its APIC id.
+    Cpu(u32),
+    /// Dropping the service address, which waits for nobody else.
+    Address,
+}
+
+impl Share {
+    /// Which deadline a step of the script has.
+    pub fn of(phase: Phase, effect: &Effect) -> Share {
+        match (phase, effect) {
+            (Phase::Probation, Effect::OfflineCpu { cpu } | Effect::ParkCpu { cpu } | Effect::HandCpu { cpu }) => {
+                Share::Cpu(cpu.apic_id)
+            }
+            (Phase::Probation, Effect::DropAddress) => Share::Address,
+            (phase, _) => Share::Phase(phase),
+        }
+    }
+}
 
 /// Time allowed for each phase, and for each undo.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,48 +50,39 @@ pub struct Deadlines {
     pub booting: Duration,
     /// [`Phase::Trial`].
     pub trial: Duration,
-    /// [`Phase::Cutover`].
+    /// [`Phase::Cutover`], and again the way back from it.
     pub cutover: Duration,
-    /// [`Phase::Probation`], for each CPU that moves.
+    /// [`Phase::Probation`]: each CPU that moves, and the service address.
     pub per_cpu: Duration,
     /// [`Phase::Commit`].
     pub commit: Duration,
-    /// Each undo, on the way back. What takes longer is left and reported. (Those in the blackout get no longer than the
-    /// cutover.)
+    /// Each undo, on the way back, while somebody serves. What takes longer is left and reported.
     pub undo: Duration,
 }
 
-impl Default for Deadlines {
-    fn default() -> Self {
-        Deadlines {
-            granted: Duration::from_secs(60),
-            booting: Duration::from_secs(120),
-            trial: Duration::from_secs(60),
-            cutover: Duration::from_secs(5),
-            per_cpu: Duration::from_secs(20),
-            commit: Duration::from_secs(20),
-            undo: Duration::from_secs(20),
-        }
-    }
-}
-
 impl Deadlines {
-    /// Time for a phase in which `cpus` CPUs move.
-    pub fn of(&self, phase: Phase, cpus: usize) -> Duration {
-        match phase {
-            Phase::Planned | Phase::Drained => Duration::MAX,
-            Phase::Granted => self.granted,
-            Phase::Booting => self.booting,
-            Phase::Trial => self.trial,
-            Phase::Cutover => self.cutover,
-            Phase::Probation => self.per_cpu.saturating_mul(u32::try_from(cpus.max(1)).unwrap_or(u32::MAX)),
-            Phase::Commit => self.commit,
+    /// Time for all steps with this share together.
+    pub fn of(&self, share: Share) -> Duration {
+        match share {
+            Share::Phase(Phase::Planned | Phase::Drained) => Duration::MAX,
+            Share::Phase(Phase::Granted) => self.granted,
+            Share::Phase(Phase::Booting) => self.booting,
+            Share::Phase(Phase::Trial) => self.trial,
+            Share::Phase(Phase::Cutover) => self.cutover,
+            Share::Phase(Phase::Probation) | Share::Cpu(_) | Share::Address => self.per_cpu,
+            Share::Phase(Phase::Commit) => self.commit,
         }
     }
 
-    /// Time for an undo. While nobody serves, a successor that does not help is not waited for longer than the cutover
-    /// may take: it is fenced.
+    /// Time for an undo while somebody serves. One that lets clients be answered again has no longer than the cutover.
     pub fn of_undo(&self, effect: &Effect) -> Duration {
         if effect.is_in_blackout() { self.undo.min(self.cutover) } else { self.undo }
+    }
+
+    /// What an undo in the blackout has at least, when those before it have used the time for all of them up: an eighth of it. There are
+    /// at most five (stand down, fence, take the address back, unseal, unfreeze), so that the way back to a serving incumbent takes no
+    /// longer than 1.5 times the cutover's limit.
+    pub fn least_in_blackout(&self) -> Duration {
+        self.cutover / 8
     }
 }

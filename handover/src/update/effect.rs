@@ -7,6 +7,8 @@
 //! 3. `Unknown` (time ran out, the other side died, the operator called it off meanwhile): its undo will be asked for,
 //!    and must work whether or not the effect, or a part of it, had happened.
 //! 4. An undo works any number of times.
+//! 5. So do the effects from `Activate` on: a driver that died is followed by one that carries the effect under way out again
+//!    ([`super::recover`]). What is so already is `Done`.
 
 use serde::{Deserialize, Serialize};
 
@@ -173,6 +175,21 @@ impl Effect {
             | Effect::TakeCpuBack { .. } => Blame::Successor,
             Effect::StartCpu { .. } | Effect::ParkCpu { .. } | Effect::UnparkCpu { .. } => Blame::Hardware,
             _ => Blame::Incumbent,
+        }
+    }
+
+    /// The CPU that it moves.
+    pub fn cpu(&self) -> Option<Cpu> {
+        match self {
+            Effect::OfflineCpu { cpu }
+            | Effect::StartCpu { cpu }
+            | Effect::ParkCpu { cpu }
+            | Effect::HandCpu { cpu }
+            | Effect::YieldLastCpu { cpu }
+            | Effect::TakeCpuBack { cpu }
+            | Effect::UnparkCpu { cpu }
+            | Effect::OnlineCpu { cpu } => Some(*cpu),
+            _ => None,
         }
     }
 

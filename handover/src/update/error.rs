@@ -19,6 +19,8 @@ pub enum Sort {
     SuccessorDied,
     /// The operator called it off.
     CalledOff,
+    /// It was not tried, because after what had failed it would have done harm.
+    Kept,
 }
 
 /// The one readable cause of a failure.
@@ -44,9 +46,14 @@ impl Cause {
         Cause { blame: Blame::Successor, sort: Sort::SuccessorDied, what: what.into() }
     }
 
-    /// The operator called it off.
-    pub fn called_off() -> Cause {
-        Cause { blame: Blame::Operator, sort: Sort::CalledOff, what: "the operator called the update off".into() }
+    /// The operator called it off: `by` says how, as "`baton cancel`" or "^C at `baton upgrade`".
+    pub fn called_off(by: &str) -> Cause {
+        Cause { blame: Blame::Operator, sort: Sort::CalledOff, what: format!("called off by {by}") }
+    }
+
+    /// It was not tried, because something before it failed. Who is to blame for that has to act first.
+    pub fn kept(blame: Blame, why: &str) -> Cause {
+        Cause { blame, sort: Sort::Kept, what: format!("kept, because it may still be in use ({why})") }
     }
 
     /// Time ran out while this effect was carried out. Whom it asked is to blame.
@@ -59,7 +66,7 @@ impl Cause {
     }
 }
 
-/// Something that was to be done or undone, and was not.
+/// Something that was to be done or undone, and was not: it failed, or ([`Sort::Kept`]) it was not tried.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
     /// What.

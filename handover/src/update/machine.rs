@@ -2,21 +2,29 @@
 //!
 //! One effect is under way at a time, and every effect is answered by one event. So the driver is four lines, and
 //! everything that can happen at any moment happens *to an effect*: it was done, it failed, or nobody knows.
+//!
+//! The way back has three rules beside the list of undos:
+//!
+//! 1. Clients wait for the shortest time: while nobody serves, what lets the incumbent serve again comes first.
+//! 2. An undo that fails is reported, and the others are done all the same...
+//! 3. ...but for those that would do harm after that failure ([`Effect::forbids`]): memory that a device or a CPU may still
+//!    write is not given back. It is reported as kept.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::blame::Blame;
 use super::cpu::Cpu;
+use super::deadline::Share;
 use super::effect::Effect;
 use super::error::{Cause, Left, OutOfOrder, Outcome, Sort};
 use super::phase::Phase;
 use super::plan::{Goal, Plan};
 
-/// Version of [`JournalLine`].
-pub const JOURNAL_VERSION: u32 = 1;
+/// Version of [`JournalLine`]. Version 1 had no plan, so that its lines could be shown, but not be
+/// [recovered](super::recover::recover) from.
+pub const JOURNAL_VERSION: u32 = 2;
 
 /// What happened to the effect under way.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,9 +34,16 @@ pub enum Event {
     Begin,
     /// It is so.
     Done,
+    /// It is so, but the update turns back: it took longer than it may, or its driver died. [`Update::step`] makes this of a `Done` that
+    /// comes after the deadline.
+    Late(Cause),
+    /// It is so, and meanwhile the operator has called the update off. [`Update::step`] makes this of a `Done` that comes after
+    /// [`Update::call_off`].
+    CalledOff(Cause),
     /// It is not so, and nothing of it is left behind.
     Failed(Cause),
-    /// It may be so, or half so: time ran out, the successor died, or the operator called the update off meanwhile.
+    /// It may be so, or half so: time ran out, the successor died, or the driver broke off a wait because the operator has
+    /// called the update off ([`Cause::called_off`]).
     Unknown(Cause),
 }
 
@@ -37,6 +52,8 @@ impl Event {
         match self {
             Event::Begin => "begin",
             Event::Done => "done",
+            Event::Late(_) => "late",
+            Event::CalledOff(_) => "called off",
             Event::Failed(_) => "failed",
             Event::Unknown(_) => "unknown",
         }
@@ -65,7 +82,21 @@ pub enum Serves {
     Successor,
 }
 
-/// One step of an update, as it is kept. The lines of an update can be [replayed](Update::replay).
+/// What became of the wish to call an update off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallOff {
+    /// The update turns back as soon as the effect under way is over.
+    Accepted,
+    /// It is on its way back already.
+    GoingBack,
+    /// The commit is under way or over: there is no way back.
+    TooLate,
+    /// It has not begun, or has ended.
+    NotUnderWay,
+}
+
+/// One step of an update, as it is kept. From the lines of an update that was cut off, [`super::recover::recover`] says what is to
+/// be done.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalLine {
     /// [`JOURNAL_VERSION`].
@@ -84,6 +115,9 @@ pub struct JournalLine {
     pub event: Event,
     /// What was to be done next.
     pub next: Next,
+    /// The plan; in the first line only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,12 +145,21 @@ pub struct Update {
     /// Steps of the script that are done.
     done: usize,
     phase: Phase,
+    /// With which other steps the effect under way shares its deadline.
+    share: Option<Share>,
     limit: Duration,
     deadline: Duration,
-    /// What would undo all that has been done, the last first.
+    /// By when the incumbent shall serve again: set when the way back enters the blackout.
+    serve_again_by: Option<Duration>,
+    /// What would undo all that has been done; the last of the list is the next to be carried out.
     undo: Vec<Effect>,
     left: Vec<Left>,
     serves: Serves,
+    /// Nobody has served since before the effect under way: the journal has to wait.
+    silent: bool,
+    /// The services have been told to fall silent, and not yet to go on.
+    frozen: bool,
+    called_off: Option<Cause>,
     /// CPUs that the successor may be running on.
     with_successor: Vec<Cpu>,
     /// The successor may hold its epoch.
@@ -136,11 +179,16 @@ impl Update {
             state: State::New,
             done: 0,
             phase: Phase::Planned,
+            share: None,
             limit: Duration::MAX,
             deadline: Duration::MAX,
+            serve_again_by: None,
             undo: Vec::new(),
             left: Vec::new(),
             serves: Serves::Incumbent,
+            silent: false,
+            frozen: false,
+            called_off: None,
             with_successor: Vec::new(),
             told_to_answer: false,
             committed: false,
@@ -154,6 +202,8 @@ impl Update {
     /// # Errors
     /// An event that cannot be now; the update stays as it was.
     pub fn step(&mut self, now: Duration, event: Event) -> Result<Next, OutOfOrder> {
+        let silent = self.is_blackout();
+        let event = self.in_time(now, event);
         let said = event.clone();
         let next = match (&self.state, event) {
             (State::New, Event::Begin) => self.forward(now),
@@ -161,6 +211,10 @@ impl Update {
             (State::Forward, Event::Done) => {
                 self.is_done();
                 self.forward(now)
+            }
+            (State::Forward, Event::Late(cause) | Event::CalledOff(cause)) => {
+                self.is_done();
+                if self.committed { self.forward(now) } else { self.turn_back(now, cause, false) }
             }
             (State::Forward, Event::Failed(cause)) => {
                 self.never_happened();
@@ -177,14 +231,56 @@ impl Update {
                 self.back(now)
             }
 
-            (State::New, Event::Done | Event::Failed(_) | Event::Unknown(_))
-            | (State::Forward | State::Back { .. }, Event::Begin)
+            (State::New, Event::Done | Event::Late(_) | Event::CalledOff(_) | Event::Failed(_) | Event::Unknown(_))
+            | (State::Forward, Event::Begin)
+            | (State::Back { .. }, Event::Begin | Event::Late(_) | Event::CalledOff(_))
             | (State::Ended, _) => {
                 return Err(OutOfOrder { event: said.name(), state: self.describe() });
             }
         };
+        self.silent = silent && self.is_blackout();
         self.write_line(now, said, &next);
         Ok(next)
+    }
+
+    /// What `Done` means if it comes too late, or after the operator has called the update off. After the commit neither
+    /// changes anything.
+    fn in_time(&self, now: Duration, event: Event) -> Event {
+        if event != Event::Done || self.state != State::Forward || self.committed {
+            return event;
+        }
+        let (Some((phase, effect)), next) = (self.script.get(self.done), self.script.get(self.done + 1)) else {
+            return event;
+        };
+        if *effect == Effect::Commit {
+            return event; // done: this was the point of no return
+        }
+        if let Some(cause) = &self.called_off {
+            return Event::CalledOff(cause.clone());
+        }
+        // What has a deadline of its own does not suffer from what came before it.
+        match next {
+            Some((next_phase, next))
+                if now > self.deadline && Share::of(*next_phase, next) == Share::of(*phase, effect) =>
+            {
+                Event::Late(Cause::deadline(*phase, effect, self.limit))
+            }
+            _ => event,
+        }
+    }
+
+    /// The operator wants the machine back as it was. The update turns back when the effect under way has been answered; a
+    /// driver that waits for something may also break the wait off and answer `Unknown` with the same cause.
+    pub fn call_off(&mut self, by: &str) -> CallOff {
+        match self.state {
+            State::New | State::Ended => CallOff::NotUnderWay,
+            State::Back { .. } => CallOff::GoingBack,
+            State::Forward if self.committed || self.under_way() == Some(&Effect::Commit) => CallOff::TooLate,
+            State::Forward => {
+                self.called_off.get_or_insert_with(|| Cause::called_off(by));
+                CallOff::Accepted
+            }
+        }
     }
 
     /// The phase it is in, or turned back from.
@@ -202,21 +298,21 @@ impl Update {
         matches!(self.state, State::Back { .. })
     }
 
-    /// The operator may still call it off (by answering the effect under way with `Unknown`).
-    pub fn can_be_called_off(&self) -> bool {
-        matches!(self.state, State::Forward) && !self.committed
-    }
-
-    /// When the effect under way must be answered, on the driver's clock. What is not done by then is `Unknown`, with
-    /// [`Update::deadline_cause`].
+    /// When the effect under way must be answered, on the driver's clock. What is not done by then is `Unknown`; an undo that
+    /// needs no waiting is carried out all the same.
     pub fn deadline(&self) -> Duration {
         self.deadline
     }
 
-    /// The cause to give when the deadline has passed.
-    pub fn deadline_cause(&self) -> Option<Cause> {
-        let effect = self.under_way()?;
-        Some(Cause::deadline(self.phase, effect, self.limit))
+    /// The journal may be written now. Not so in a blackout; but the line that announces its first effect (the freeze, the order to stand
+    /// down, the fence of a successor that died) is written before that is carried out: a [recovery](super::recover::recover) needs it.
+    pub fn may_write_journal(&self) -> bool {
+        !self.silent
+    }
+
+    /// The successor has agreed that it stays.
+    pub fn is_committed(&self) -> bool {
+        self.committed
     }
 
     /// Epoch that the incumbent holds, or would go on with.
@@ -253,29 +349,43 @@ impl Update {
         std::mem::take(&mut self.journal)
     }
 
-    /// Brings a new update to where the lines of an old one end: after a restart of the agent, which answers the
-    /// effect under way with `Unknown`, and so goes back in order.
+    /// Brings a new update to where the lines of an old one end. The effect under way may have been carried out, or not, or in
+    /// part. No time has passed, whatever the lines say: who is late or not was decided when they were written.
     ///
     /// # Errors
-    /// If the lines are of another version or plan, or are not all there.
-    pub fn replay(plan: Plan, lines: &[JournalLine]) -> Result<Update, ReplayError> {
-        let mut update = Update::new(plan);
+    /// If the lines are of another version, are not all there, or this program would have done something else.
+    pub fn replay(lines: &[JournalLine]) -> Result<Update, ReplayError> {
+        let Some(first) = lines.first() else { return Err(ReplayError::NoPlan) };
+        if first.journal_version != JOURNAL_VERSION {
+            return Err(ReplayError::Version { found: first.journal_version, seq: first.seq });
+        }
+        let mut update = Update::new(first.plan.clone().ok_or(ReplayError::NoPlan)?);
         for (index, line) in lines.iter().enumerate() {
             let seq = line.seq;
             if line.journal_version != JOURNAL_VERSION {
-                let found = line.journal_version;
-                return Err(ReplayError::Version { found, seq });
+                return Err(ReplayError::Version { found: line.journal_version, seq });
             }
             if seq as usize != index || line.update != update.plan.update.to_string() {
                 return Err(ReplayError::Line { seq, index });
             }
-            let next = update.step(Duration::from_nanos(line.at_ns), line.event.clone())?;
+            let next = update.step(Duration::ZERO, line.event.clone())?;
             if next != line.next {
                 return Err(ReplayError::Diverged { seq });
             }
         }
         update.journal.clear();
         Ok(update)
+    }
+
+    /// The effect under way once more, by a driver whose clock begins anew: after a [replay](Update::replay).
+    pub(super) fn again(&mut self, now: Duration) -> Option<Next> {
+        let effect = self.under_way()?.clone();
+        self.serve_again_by = None;
+        match self.state {
+            State::Back { .. } => self.give_time_to_undo(now, &effect),
+            _ => self.deadline = now.saturating_add(self.limit),
+        }
+        Some(Next::Do(effect))
     }
 
     /// The next step of the script, or the turn at its end.
@@ -286,24 +396,37 @@ impl Update {
                 Goal::Canary => self.turn(now, None),
             };
         };
-        if phase != self.phase {
-            self.phase = phase;
-            self.limit = self.plan.deadlines.of(phase, self.plan.cpus.others.len());
+        let share = Share::of(phase, &effect);
+        if Some(share) != self.share {
+            self.share = Some(share);
+            self.limit = self.plan.deadlines.of(share);
             self.deadline = now.saturating_add(self.limit);
-        } else if now > self.deadline && !self.committed {
-            let cause = Cause::deadline(phase, &effect, self.limit);
-            return self.turn(now, Some(cause));
         }
+        self.phase = phase;
         match &effect {
-            Effect::Freeze => self.serves = Serves::Nobody,
+            Effect::Freeze => (self.serves, self.frozen) = (Serves::Nobody, true),
             Effect::Activate { .. } => self.told_to_answer = true,
             Effect::StartCpu { cpu } | Effect::HandCpu { cpu } => self.with_successor.push(*cpu),
             _ => {}
         }
         // Before it is carried out: should its outcome never be known, its undo is on the list.
-        self.undo.extend(effect.undo().into_iter().rev());
+        for undo in effect.undo().into_iter().rev() {
+            self.list(undo);
+        }
         self.state = State::Forward;
         Next::Do(effect)
+    }
+
+    /// Puts an undo on the list: it is the next to be carried out, but for the instance. That one goes, and the memory after it, when
+    /// the devices have been taken back and every CPU is home.
+    fn list(&mut self, undo: Effect) {
+        let at = match undo {
+            Effect::DestroyInstance => {
+                self.undo.iter().position(|other| *other == Effect::GiveBackMemory).map(|at| at + 1)
+            }
+            _ => None,
+        };
+        self.undo.insert(at.unwrap_or(self.undo.len()), undo);
     }
 
     /// The effect under way is done.
@@ -325,14 +448,18 @@ impl Update {
             return;
         };
         match effect {
-            Effect::Freeze => self.serves = Serves::Incumbent,
+            Effect::Freeze => (self.serves, self.frozen) = (Serves::Incumbent, false),
             Effect::Activate { .. } => self.told_to_answer = false,
             Effect::StartCpu { cpu } | Effect::HandCpu { cpu } => {
                 self.with_successor.retain(|other| other != cpu);
             }
             _ => {}
         }
-        self.undo.truncate(self.undo.len() - effect.undo().len().min(self.undo.len()));
+        for undo in effect.undo() {
+            if let Some(at) = self.undo.iter().rposition(|listed| *listed == undo) {
+                self.undo.remove(at);
+            }
+        }
     }
 
     /// Something went wrong on the way forward. After the commit: report what is left. Before: go back.
@@ -376,14 +503,30 @@ impl Update {
         if let State::Back { undoing, .. } = &mut self.state {
             undoing.clone_from(&effect);
         }
-        self.limit = self.plan.deadlines.of_undo(&effect);
-        self.deadline = now.saturating_add(self.limit);
+        self.give_time_to_undo(now, &effect);
         Next::Do(effect)
+    }
+
+    /// The services are silent here, and do not answer in the successor.
+    fn is_blackout(&self) -> bool {
+        self.frozen && self.serves == Serves::Nobody
+    }
+
+    fn give_time_to_undo(&mut self, now: Duration, effect: &Effect) {
+        let deadlines = &self.plan.deadlines;
+        self.deadline = if self.is_blackout() {
+            // One deadline for all that clients wait for.
+            let all = *self.serve_again_by.get_or_insert(now.saturating_add(deadlines.cutover));
+            all.max(now.saturating_add(deadlines.least_in_blackout()))
+        } else {
+            now.saturating_add(deadlines.of_undo(effect))
+        };
+        self.limit = self.deadline.saturating_sub(now);
     }
 
     fn is_undone(&mut self, effect: &Effect) {
         match effect {
-            Effect::Unfreeze { .. } => self.serves = Serves::Incumbent,
+            Effect::Unfreeze { .. } => (self.serves, self.frozen) = (Serves::Incumbent, false),
             Effect::TakeCpuBack { cpu } => self.with_successor.retain(|other| other != cpu),
             Effect::Fence { .. } => self.with_successor.clear(),
             _ => {}
@@ -396,31 +539,36 @@ impl Update {
             self.fence_first();
             return;
         }
-        let unstoppable = matches!(effect, Effect::Fence { .. });
-        let why = cause.what.clone();
-        self.left.push(Left { effect, cause });
-        if unstoppable {
-            // It may still run: what remains on the list is what it may still be using.
-            for effect in std::mem::take(&mut self.undo).into_iter().rev() {
-                let cause = Cause::broken(
-                    Blame::Hardware,
-                    format!("not tried, because the successor could not be stopped: {why}"),
-                );
-                self.left.push(Left { effect, cause });
-            }
+        let (kept, rest) = std::mem::take(&mut self.undo).into_iter().partition(|other| effect.forbids(other));
+        self.undo = rest;
+        // What cannot bring the services back any more is not hurried.
+        self.frozen &= self.undo.iter().any(|other| matches!(other, Effect::Unfreeze { .. }));
+        let why = format!("{} failed: {}", effect.name(), cause.what);
+        self.left.push(Left { effect, cause: cause.clone() });
+        for effect in Vec::into_iter(kept).rev() {
+            self.left.push(Left { effect, cause: Cause::kept(cause.blame, &why) });
         }
     }
 
-    /// The successor may answer clients and cannot be asked to stop: before anything else it is made to.
+    /// The successor may answer clients and cannot be asked to stop: it is made to, then the services go on, and whatever needs
+    /// its help is not asked for.
     fn fence_first(&mut self) {
         if !self.told_to_answer {
-            return; // it never had the address or the arenas: the services go on first, it is fenced in its turn
+            return; // it never had the address or the arenas: the services go on first, and it is fenced in its turn
         }
-        self.undo.retain(|effect| !effect.needs_successor());
-        if let Some(at) = self.undo.iter().position(|e| matches!(e, Effect::Fence { .. })) {
-            let fence = self.undo.remove(at);
-            self.undo.push(fence);
+        let mut first = Vec::new();
+        let mut rest = Vec::with_capacity(self.undo.len());
+        let mut fence = None;
+        for undo in std::mem::take(&mut self.undo) {
+            match undo {
+                Effect::Fence { .. } => fence = Some(undo),
+                _ if undo.needs_successor() => {}
+                _ if undo.is_in_blackout() => first.push(undo),
+                _ => rest.push(undo),
+            }
         }
+        rest.extend(first.into_iter().chain(fence));
+        self.undo = rest;
     }
 
     fn end(&mut self) -> Next {
@@ -452,6 +600,7 @@ impl Update {
             serves: self.serves,
             event,
             next: next.clone(),
+            plan: (self.steps == 0).then(|| self.plan.clone()),
         });
         self.steps += 1;
     }
@@ -469,6 +618,9 @@ pub enum ReplayError {
         /// Which line.
         seq: u32,
     },
+    /// The first line has no plan.
+    #[error("the first line, which has the plan, is missing")]
+    NoPlan,
     /// A line is missing, or of another update.
     #[error("line {seq} stands at place {index}, or is of another update")]
     Line {

@@ -7,7 +7,9 @@
 //! | [`effect`], [`undo`] | what is done to the world, and what undoes it |
 //! | [`plan`] | the script: every effect of an update, top to bottom |
 //! | [`deadline`] | how long each effect may take |
+//! | [`sizes`] | what is said to the other kernel fits the channel, whatever the machine's size |
 //! | [`machine`] | THE MAIN PATH: what comes next, forward and back |
+//! | [`recover`] | what is to be done about an update whose driver died |
 //! | [`error`] | causes, and how an update can end |
 //! | [`successor`] | the other role: what the successor does at each word |
 
@@ -19,5 +21,7 @@ pub mod error;
 pub mod machine;
 pub mod phase;
 pub mod plan;
+pub mod recover;
+pub mod sizes;
 pub mod successor;
 pub mod undo;

@@ -14,6 +14,7 @@ use super::cpu::{Cpu, Cpus, Moving};
 use super::deadline::Deadlines;
 use super::effect::{Effect, Epochs};
 use super::phase::Phase;
+use super::sizes::{self, CPU_LIMIT};
 
 /// How far the update shall go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +43,10 @@ pub enum ProbationPolicy {
 pub struct Plan {
     /// Identity of the update.
     pub update: UpdateId,
+    /// This kernel's boot id (`/proc/sys/kernel/random/boot_id`): after a boot, its journal is history.
+    pub boot: String,
+    /// Names of the services that shall stand by in the successor.
+    pub services: Vec<String>,
     /// How far.
     pub goal: Goal,
     /// Epoch that this kernel holds at the beginning.
@@ -68,6 +73,25 @@ pub enum Refusal {
         /// Its APIC id.
         apic_id: u32,
     },
+    /// More CPUs than an update can move.
+    #[error("{count} CPUs, but this version of Baton moves {CPU_LIMIT} at most")]
+    TooManyCpus {
+        /// How many.
+        count: usize,
+    },
+    /// The names of the services do not fit in the one message that carries them.
+    #[error(
+        "{count} services: their names make a message of {len} bytes, but the channel between the kernels carries {limit}: \
+         shorten the names, or let fewer services cross"
+    )]
+    Services {
+        /// How many.
+        count: usize,
+        /// Bytes of the message.
+        len: u64,
+        /// Bytes that a message may have.
+        limit: u64,
+    },
     /// Too many updates, or a number that is none.
     #[error("epoch {epoch} leaves no room for another update")]
     Epoch {
@@ -85,6 +109,13 @@ impl Plan {
         let epoch = self.epoch;
         if epoch > u64::MAX - 4 {
             return Err(Refusal::Epoch { epoch });
+        }
+        let count = self.cpus.others.len() + 2;
+        if count > CPU_LIMIT {
+            return Err(Refusal::TooManyCpus { count });
+        }
+        if let Err((len, limit)) = sizes::standing(&self.services) {
+            return Err(Refusal::Services { count: self.services.len(), len, limit });
         }
         let others = self.cpus.others.iter().map(|moving| moving.cpu);
         let mut seen = BTreeSet::new();

@@ -7,6 +7,9 @@
 //! ```
 //! A word that does not belong where it comes is refused and changes nothing; the incumbent gets the refusal as
 //! `Failed` and decides. The epoch and the CPUs that may be named are those of the handover record.
+//!
+//! A word that has been obeyed already gets the same answer once more ([`Order::Repeat`]), and nothing is done: the incumbent's agent may
+//! have died before it read the answer, and the one that follows asks again.
 
 use state_schemas::handover_record::{HandoverRecord, PhaseMark};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
@@ -67,16 +70,8 @@ pub enum Order {
         /// APIC id of the incumbent's last CPU.
         last: u32,
     },
-    /// Log this; the end is near.
-    Abort {
-        /// Why.
-        reason: String,
-    },
-    /// Answer a ping.
-    Pong {
-        /// From the ping.
-        nonce: u64,
-    },
+    /// It is so already, or (a ping) there is nothing to do: answer this.
+    Repeat(ToIncumbent),
 }
 
 /// What came of an order.
@@ -124,6 +119,12 @@ pub enum Unheard {
         /// The APIC id in it.
         apic_id: u32,
     },
+    /// A word that no incumbent says.
+    #[error("{what} is nothing that an incumbent says")]
+    Unsaid {
+        /// The word.
+        what: &'static str,
+    },
     /// The answer does not fit the order.
     #[error("{answer:?} is no answer to {order:?}")]
     Answer {
@@ -139,10 +140,14 @@ pub enum Unheard {
 pub struct Successor {
     stage: Stage,
     epoch: u64,
-    /// CPUs that may still come.
+    /// Services that wait, or serve.
+    services: Vec<String>,
+    /// Since when clients are answered, on the TSC.
+    since: u64,
+    /// APIC ids of the CPUs that may still come.
     away: Vec<u32>,
-    /// CPUs that came.
-    here: Vec<u32>,
+    /// CPUs that came: APIC id, and number here.
+    here: Vec<(u32, u32)>,
 }
 
 impl Successor {
@@ -152,6 +157,8 @@ impl Successor {
         Successor {
             stage: Stage::Born,
             epoch: record.epoch + 1,
+            services: Vec::new(),
+            since: 0,
             away: record.machine.cpus.iter().map(|cpu| cpu.apic_id).filter(|&id| id != own).collect(),
             here: Vec::new(),
         }
@@ -186,41 +193,50 @@ impl Successor {
             let own = self.epoch;
             if given == own { Ok(()) } else { Err(Unheard::Epoch { what, given, own }) }
         };
-        let among = |cpus: &[u32], apic_id: u32| {
-            if cpus.contains(&apic_id) { Ok(()) } else { Err(Unheard::Cpu { what, apic_id }) }
-        };
+        let again = |reply: ToIncumbent| Ok(Order::Repeat(reply));
+        let no_such_cpu = |apic_id| Err(Unheard::Cpu { what, apic_id });
+        let online = |apic_id: u32| self.here.iter().find(|(id, _)| *id == apic_id).map(|(_, cpu)| *cpu);
         match *word {
+            ToSuccessor::StandBy if self.stage == Standing => {
+                again(ToIncumbent::Standing { services: self.services.clone() })
+            }
             ToSuccessor::StandBy => at(&[Born], Order::StandBy),
             ToSuccessor::CheckHealth => at(&[Standing, Active], Order::CheckHealth),
             ToSuccessor::Activate { epoch } => {
                 ours(epoch)?;
-                at(&[Standing], Order::Activate { epoch })
+                match self.stage {
+                    Active => again(ToIncumbent::Activated { epoch, tsc: self.since }),
+                    _ => at(&[Standing], Order::Activate { epoch }),
+                }
             }
-            ToSuccessor::CpuParked { apic_id } => {
-                among(&self.away, apic_id)?;
-                at(&[Active], Order::OnlineCpu { apic_id })
-            }
-            ToSuccessor::ReleaseCpu { apic_id } => {
-                among(&self.here, apic_id)?;
-                at(&[Active], Order::OfflineCpu { apic_id })
-            }
+            ToSuccessor::CpuParked { apic_id } => match online(apic_id) {
+                Some(cpu) if self.stage == Active => again(ToIncumbent::CpuOnline { apic_id, cpu }),
+                None if !self.away.contains(&apic_id) => no_such_cpu(apic_id),
+                _ => at(&[Active], Order::OnlineCpu { apic_id }),
+            },
+            ToSuccessor::ReleaseCpu { apic_id } => match online(apic_id) {
+                None if !self.away.contains(&apic_id) => no_such_cpu(apic_id),
+                None if self.stage == Active => again(ToIncumbent::CpuReleased { apic_id }),
+                _ => at(&[Active], Order::OfflineCpu { apic_id }),
+            },
             ToSuccessor::StandDown { epoch } => {
                 ours(epoch)?;
-                at(&[Active], Order::StandDown { epoch })
+                match self.stage {
+                    Standing => again(ToIncumbent::StoodDown { epoch }),
+                    _ => at(&[Active], Order::StandDown { epoch }),
+                }
             }
+            ToSuccessor::Commit { .. } if self.stage == Committed => again(ToIncumbent::Committed),
             ToSuccessor::Commit { ref timeline } => {
                 let timeline = timeline.clone();
                 at(&[Active], Order::Commit { timeline })
             }
-            ToSuccessor::LastCpu { apic_id } => {
-                among(&self.away, apic_id)?;
-                at(&[Committed], Order::Drain { last: apic_id })
-            }
-            ToSuccessor::Abort { ref reason } => {
-                let reason = reason.clone();
-                at(&[Born, Standing, Active], Order::Abort { reason })
-            }
-            ToSuccessor::Ping { nonce } => Ok(Order::Pong { nonce }),
+            ToSuccessor::LastCpu { apic_id } => match self.away.contains(&apic_id) {
+                true => at(&[Committed], Order::Drain { last: apic_id }),
+                false => no_such_cpu(apic_id),
+            },
+            ToSuccessor::Abort { .. } => Err(Unheard::Unsaid { what }),
+            ToSuccessor::Ping { nonce } => again(ToIncumbent::Pong { nonce }),
         }
     }
 
@@ -230,22 +246,25 @@ impl Successor {
     /// An answer that does not fit the order: a mistake of the driver, which changes nothing.
     pub fn answer(&mut self, order: &Order, answer: Answer) -> Result<Option<ToIncumbent>, Unheard> {
         let reply = match (order, answer) {
+            (Order::Repeat(reply), Answer::Done) => reply.clone(),
             (Order::StandBy, Answer::Services(services)) => {
                 self.stage = Stage::Standing;
+                self.services.clone_from(&services);
                 ToIncumbent::Standing { services }
             }
             (Order::CheckHealth, Answer::Done) => ToIncumbent::Healthy,
             (&Order::Activate { epoch }, Answer::AnsweringSince(tsc)) => {
                 self.stage = Stage::Active;
+                self.since = tsc;
                 ToIncumbent::Activated { epoch, tsc }
             }
             (&Order::OnlineCpu { apic_id }, Answer::Online(cpu)) => {
                 self.away.retain(|&id| id != apic_id);
-                self.here.push(apic_id);
+                self.here.push((apic_id, cpu));
                 ToIncumbent::CpuOnline { apic_id, cpu }
             }
             (&Order::OfflineCpu { apic_id }, Answer::Done) => {
-                self.here.retain(|&id| id != apic_id);
+                self.here.retain(|(id, _)| *id != apic_id);
                 self.away.push(apic_id);
                 ToIncumbent::CpuReleased { apic_id }
             }
@@ -257,9 +276,9 @@ impl Successor {
                 self.stage = Stage::Committed;
                 ToIncumbent::Committed
             }
-            (Order::Drain { last }, Answer::Online(_)) => {
+            (Order::Drain { last }, Answer::Online(cpu)) => {
                 self.away.retain(|id| id != last);
-                self.here.push(*last);
+                self.here.push((*last, cpu));
                 self.stage = Stage::Alone;
                 return Ok(None);
             }
@@ -267,15 +286,20 @@ impl Successor {
                 self.stage = Stage::Drained;
                 return Ok(None);
             }
-            (Order::Abort { .. }, _) => return Ok(None),
-            (&Order::Pong { nonce }, Answer::Done) => ToIncumbent::Pong { nonce },
-            (order, Answer::Failed(cause)) => ToIncumbent::Failed { what: order.name().into(), cause },
+            (order, Answer::Failed(cause)) => ToIncumbent::Failed { what: order.name().into(), cause: cause.into() },
             (order, answer) => {
                 let order = order.clone();
                 return Err(Unheard::Answer { order, answer });
             }
         };
         Ok(Some(reply))
+    }
+}
+
+impl Unheard {
+    /// What to tell the incumbent of a word that cannot be heard now.
+    pub fn reply(&self, word: &ToSuccessor) -> ToIncumbent {
+        ToIncumbent::Failed { what: name(word).into(), cause: self.to_string().into() }
     }
 }
 
@@ -291,8 +315,7 @@ impl Order {
             Order::StandDown { .. } => "stand down",
             Order::Commit { .. } => "commit",
             Order::Drain { .. } => "drain",
-            Order::Abort { .. } => "abort",
-            Order::Pong { .. } => "pong",
+            Order::Repeat(_) => "answer again",
         }
     }
 }

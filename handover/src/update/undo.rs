@@ -1,4 +1,4 @@
-//! The one table that says how each effect is undone.
+//! How each effect is undone, and what must not be undone after a failure: two tables.
 
 use super::effect::Effect;
 
@@ -36,6 +36,19 @@ impl Effect {
             | Effect::OnlineCpu { .. }
             | Effect::TakeDevicesBack
             | Effect::GiveBackMemory => vec![],
+        }
+    }
+
+    /// THE OTHER TABLE: once this undo has failed, that one must not be tried. Memory is given back only when nothing can
+    /// write there any more: no kernel, no device, no CPU that waits in it. A CPU is taken online only from where it is.
+    pub fn forbids(&self, other: &Effect) -> bool {
+        let memory = matches!(other, Effect::DestroyInstance | Effect::GiveBackMemory);
+        match self {
+            // It may still run, and use whatever was not taken back yet.
+            Effect::Fence { .. } => true,
+            Effect::TakeDevicesBack | Effect::DestroyInstance => memory,
+            Effect::UnparkCpu { cpu } => memory || *other == Effect::OnlineCpu { cpu: *cpu },
+            _ => false,
         }
     }
 }

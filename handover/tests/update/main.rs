@@ -3,5 +3,8 @@
 
 mod histories;
 mod plans;
+mod recovery;
 mod roles;
+mod sizes;
+mod talk;
 mod world;

@@ -1,11 +1,24 @@
 //! Plans, and what there is no plan for.
 
 use handover::update::cpu::{Cpu, Cpus, Moving};
+use std::time::Duration;
+
+use handover::channel::MESSAGE_LIMIT;
 use handover::update::deadline::Deadlines;
 use handover::update::effect::Effect;
 use handover::update::phase::{self, Phase};
 use handover::update::plan::{Goal, Plan, ProbationPolicy, Refusal};
 use state_schemas::handover_record::UpdateId;
+
+pub const DEADLINES: Deadlines = Deadlines {
+    granted: Duration::from_secs(60),
+    booting: Duration::from_secs(120),
+    trial: Duration::from_secs(60),
+    cutover: Duration::from_secs(5),
+    per_cpu: Duration::from_secs(20),
+    commit: Duration::from_secs(20),
+    undo: Duration::from_secs(20),
+};
 
 /// A machine of `cpus` CPUs. From five on, one of those that follow is offline; so is the spare one from seven on.
 pub fn plan(cpus: u32, goal: Goal) -> Plan {
@@ -13,6 +26,8 @@ pub fn plan(cpus: u32, goal: Goal) -> Plan {
     let moving = |number| Moving { cpu: cpu(number), online: number != 3 || cpus < 5 };
     Plan {
         update: UpdateId([0xab; 16]),
+        boot: "b".into(),
+        services: vec!["kv".into()],
         goal,
         epoch: 7,
         cpus: Cpus {
@@ -22,10 +37,8 @@ pub fn plan(cpus: u32, goal: Goal) -> Plan {
         },
         devices: true,
         probation: ProbationPolicy::CommitAtOnce,
-        deadlines: Deadlines::default(),
+        deadlines: DEADLINES,
     }
-    .check()
-    .unwrap()
 }
 
 #[test]
@@ -94,6 +107,19 @@ fn what_cannot_be_is_refused_by_name() {
     let mut twice = plan(4, Goal::Upgrade);
     twice.cpus.last = twice.cpus.others[1].cpu;
     assert_eq!(twice.check(), Err(Refusal::CpuTwice { number: 2, apic_id: 4 }));
+    let mut many = plan(4097, Goal::Upgrade);
+    assert_eq!(many.clone().check().as_ref(), Err(&Refusal::TooManyCpus { count: 4097 }));
+    many.cpus.others.pop();
+    many.check().unwrap();
+    let mut crowded = plan(4, Goal::Upgrade);
+    crowded.services = (0..226).map(|n| format!("{n:064}")).collect();
+    crowded.clone().check().unwrap();
+    crowded.services.push("x".repeat(64));
+    let refusal = crowded.check().unwrap_err();
+    assert!(
+        matches!(refusal, Refusal::Services { count: 227, len, limit: MESSAGE_LIMIT } if len > MESSAGE_LIMIT),
+        "{refusal}"
+    );
     let mut late = plan(4, Goal::Upgrade);
     late.epoch = u64::MAX;
     assert_eq!(late.check(), Err(Refusal::Epoch { epoch: u64::MAX }));

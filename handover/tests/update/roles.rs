@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use state_schemas::handover_record::*;
 use state_schemas::message::{ToIncumbent, ToSuccessor};
 
-fn record() -> HandoverRecord {
+pub fn record() -> HandoverRecord {
     let range = |start, len| PhysRange { start, len };
     HandoverRecord {
         update: UpdateId([1; 16]),
@@ -38,7 +38,7 @@ fn record() -> HandoverRecord {
     }
 }
 
-fn good_answer(order: &Order) -> Answer {
+pub fn good_answer(order: &Order) -> Answer {
     match order {
         Order::StandBy => Answer::Services(vec!["kv".into()]),
         Order::Activate { .. } => Answer::AnsweringSince(5),
@@ -81,7 +81,9 @@ fn what_does_not_belong_is_refused_and_changes_nothing() {
     assert!(matches!(refused(ToSuccessor::Activate { epoch: 8 }), Unheard::Stage { stage: Stage::Born, .. }));
     assert!(matches!(refused(ToSuccessor::Activate { epoch: 7 }), Unheard::Epoch { given: 7, own: 8, .. }));
     assert!(matches!(refused(ToSuccessor::CpuParked { apic_id: 2 }), Unheard::Cpu { apic_id: 2, .. }));
-    assert!(matches!(refused(ToSuccessor::ReleaseCpu { apic_id: 1 }), Unheard::Cpu { apic_id: 1, .. }));
+    assert!(matches!(refused(ToSuccessor::ReleaseCpu { apic_id: 1 }), Unheard::Stage { stage: Stage::Born, .. }));
+    assert!(matches!(refused(ToSuccessor::ReleaseCpu { apic_id: 9 }), Unheard::Cpu { apic_id: 9, .. }));
+    assert!(matches!(refused(ToSuccessor::Abort { reason: "".into() }), Unheard::Unsaid { what: "abort" }));
     assert!(matches!(refused(ToSuccessor::LastCpu { apic_id: 0 }), Unheard::Stage { .. }));
 }
 
@@ -106,7 +108,8 @@ fn word() -> impl Strategy<Value = ToSuccessor> {
         1 => (7u64..10).prop_map(|epoch| ToSuccessor::StandDown { epoch }),
         1 => Just(ToSuccessor::Commit { timeline: vec![] }),
         1 => (0u32..4).prop_map(|apic_id| ToSuccessor::LastCpu { apic_id }),
-        1 => Just(ToSuccessor::Abort { reason: String::new() }),
+        1 => Just(ToSuccessor::Abort { reason: "".into() }),
+        1 => any::<u64>().prop_map(|nonce| ToSuccessor::Ping { nonce }),
     ]
 }
 
@@ -145,6 +148,33 @@ proptest! {
                 _ => {}
             }
             prop_assert!(served || successor.stage() <= Stage::Standing);
+        }
+    }
+}
+
+/// An agent that follows one that died asks again for what may be so already.
+#[test]
+fn what_was_obeyed_is_answered_again_and_not_done_again() {
+    let mut successor = Successor::new(&record());
+    let words = [
+        ToSuccessor::StandBy,
+        ToSuccessor::Activate { epoch: 8 },
+        ToSuccessor::CpuParked { apic_id: 1 },
+        ToSuccessor::ReleaseCpu { apic_id: 1 },
+        ToSuccessor::StandDown { epoch: 8 },
+        ToSuccessor::Activate { epoch: 8 },
+        ToSuccessor::Commit { timeline: vec![] },
+    ];
+    for word in words {
+        let order = successor.hear(&word).unwrap();
+        assert!(!matches!(order, Order::Repeat(_)), "{order:?}");
+        let reply = successor.answer(&order, good_answer(&order)).unwrap();
+        let after = successor.clone();
+        for _ in 0..2 {
+            let again = successor.hear(&word).unwrap();
+            assert_eq!(again, Order::Repeat(reply.clone().unwrap()), "at {word:?}");
+            assert_eq!(successor.answer(&again, Answer::Done).unwrap(), reply);
+            assert_eq!(successor, after);
         }
     }
 }

@@ -37,8 +37,10 @@ pub enum Fate {
     Died,
     /// The same, and it had.
     DiedAfter,
-    /// The operator calls it off.
+    /// The operator calls it off, and the wait is broken off.
     CalledOff,
+    /// The operator calls it off while it is done.
+    DoneCalledOff,
 }
 
 /// What the successor is.
@@ -71,6 +73,8 @@ pub struct World {
     /// The incumbent is gone.
     pub gone: bool,
     pub confirmed: bool,
+    /// The epoch word of the control block.
+    pub epoch_word: u64,
     /// What the successor was told and has not done yet.
     pub later: Vec<Effect>,
 }
@@ -95,6 +99,7 @@ impl World {
             quiesced: false,
             gone: false,
             confirmed: false,
+            epoch_word: plan.epoch,
             later: Vec::new(),
         }
     }
@@ -120,6 +125,10 @@ impl World {
             // After the fence a successor's death is no news.
             fate => fate,
         };
+        // The agent writes the word before it does anything else for these.
+        if let Effect::Activate { epoch } | Effect::Unfreeze { epoch } = effect {
+            self.epoch_word = *epoch;
+        }
         match fate {
             Fate::Done => {
                 self.perform(effect);
@@ -153,7 +162,12 @@ impl World {
                 }
                 died()
             }
-            Fate::CalledOff => Event::Unknown(Cause::called_off()),
+            Fate::CalledOff => Event::Unknown(Cause::called_off("the test")),
+            Fate::DoneCalledOff if self.can(effect) && !self.is_parked(effect) && !is_undo(effect) => {
+                self.perform(effect);
+                Event::CalledOff(Cause::called_off("the test"))
+            }
+            Fate::DoneCalledOff => self.carry_out(effect, Fate::Done),
         }
     }
 
@@ -179,8 +193,22 @@ impl World {
         matches!(effect, Effect::OnlineCpu { cpu } if self.at(cpu) == At::Parked)
     }
 
+    /// It is so already: carried out before by a driver that died. Only what may be asked for again is meant here.
+    fn is_so(&self, effect: &Effect) -> bool {
+        match effect {
+            Effect::Activate { epoch } => self.successor_active == Some(*epoch),
+            Effect::OfflineCpu { cpu } => self.successor_active.is_some() && self.at(cpu) != At::Incumbent,
+            Effect::ParkCpu { cpu } => matches!(self.at(cpu), At::Parked | At::Successor),
+            Effect::HandCpu { cpu } => self.at(cpu) == At::Successor,
+            _ => false,
+        }
+    }
+
     /// It happens.
     pub fn perform(&mut self, effect: &Effect) {
+        if self.is_so(effect) {
+            return;
+        }
         let running = self.successor != Kernel::Absent;
         match effect {
             Effect::TakeMemory => self.memory_taken = true,
@@ -285,6 +313,7 @@ impl World {
             }
             Effect::DestroyInstance => {
                 assert!(!running, "destroyed under a running kernel");
+                assert!(!self.devices_granted, "destroyed before the devices that may write there are back");
                 self.instance = false;
             }
             Effect::OnlineCpu { cpu } => {
@@ -298,6 +327,8 @@ impl World {
             }
             Effect::GiveBackMemory => {
                 assert!(!running, "memory of a running kernel given back");
+                assert!(!self.devices_granted, "memory given back that a device may still write");
+                assert!(!self.cpus.values().any(|at| *at == At::Parked), "memory given back in which a CPU waits");
                 self.memory_taken = false;
             }
         }
@@ -338,7 +369,12 @@ impl World {
 
     /// Performs undos with a fence that works and without asking anybody.
     pub fn undo_by_hand<'a>(&mut self, undos: impl Iterator<Item = &'a Effect>) {
-        let undos: Vec<_> = undos.cloned().collect();
+        let mut undos: Vec<_> = undos.cloned().collect();
+        undos.sort_by_key(|undo| match undo {
+            Effect::GiveBackMemory => 2,
+            Effect::DestroyInstance => 1,
+            _ => 0,
+        });
         if undos.iter().any(|effect| matches!(effect, Effect::Fence { .. })) {
             let cpus = self.cpus.keys().map(|&apic_id| Cpu { number: apic_id, apic_id }).collect();
             self.perform(&Effect::Fence { cpus });
@@ -357,7 +393,7 @@ impl World {
     pub fn is_as_before(&self, before: &World, left: &[Left]) {
         let mut now = self.clone();
         now.undo_by_hand(left.iter().map(|left| &left.effect));
-        now.arena_epoch = before.arena_epoch;
+        (now.arena_epoch, now.epoch_word) = (before.arena_epoch, before.epoch_word);
         assert_eq!(&now, before);
     }
 }
@@ -376,7 +412,7 @@ pub fn asks_successor(effect: &Effect) -> bool {
     )
 }
 
-fn is_undo(effect: &Effect) -> bool {
+pub fn is_undo(effect: &Effect) -> bool {
     matches!(
         effect,
         Effect::StandDown { .. }

@@ -12,8 +12,10 @@
 //!    |  Commit ---> <--- Committed     |     the point of no return is the answer
 //!    |  LastCpu{id} --->               |     the incumbent is gone
 //! ```
-//! Backwards: `ReleaseCpu` is answered by `CpuReleased`, `StandDown` by `StoodDown`; `Abort` is not answered. Anything
-//! may be answered by `Failed`.
+//! Backwards: `ReleaseCpu` is answered by `CpuReleased`, `StandDown` by `StoodDown`. Anything may be answered by `Failed`.
+//!
+//! A word that has been obeyed may come again, from an agent that follows one that died: it gets the same answer again. Such an agent
+//! sends `Ping` first. Answers that it finds before the `Pong` with its nonce were meant for the one that died.
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -58,14 +60,14 @@ pub enum ToSuccessor {
         /// Its APIC id.
         apic_id: u32,
     },
-    /// 8: it is over, you are about to be fenced.
+    /// 8: no Baton says this, and a successor refuses it: who is about to be fenced has no time to listen. The number stays taken.
     Abort {
-        /// Why, for the successor's log.
-        reason: String,
+        /// Why.
+        reason: Text,
     },
     /// 9: answer with [`ToIncumbent::Pong`].
     Ping {
-        /// To be sent back.
+        /// To be sent back. Of its sender's own choice: another one than in earlier pings.
         nonce: u64,
     },
 }
@@ -117,9 +119,9 @@ pub enum ToIncumbent {
     /// 8: this was asked for, and cannot be done.
     Failed {
         /// What was asked.
-        what: String,
+        what: Text,
         /// Why not.
-        cause: String,
+        cause: Text,
     },
     /// 9: the answer to a ping.
     Pong {
@@ -156,6 +158,51 @@ pub enum MessageError {
 
 /// Longest text in a message, in bytes.
 pub const TEXT_LIMIT: usize = 1024;
+
+/// A text for people, of at most [`TEXT_LIMIT`] bytes: one that is made here is cut to that length, so that the message in which it
+/// goes is not refused on the other side. (One that was received may be longer until its message has been checked.)
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Text(String);
+
+impl Text {
+    /// What stands at the end of a text that was cut.
+    const CUT: &str = "…";
+
+    /// The text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Cuts what is too long, between two characters.
+impl From<String> for Text {
+    fn from(mut text: String) -> Text {
+        if text.len() > TEXT_LIMIT {
+            text.truncate(text.floor_char_boundary(TEXT_LIMIT - Text::CUT.len()));
+            text.push_str(Text::CUT);
+        }
+        Text(text)
+    }
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Text {
+        Text::from(text.to_owned())
+    }
+}
+
+impl From<Text> for String {
+    fn from(text: Text) -> String {
+        text.0
+    }
+}
+
+impl std::fmt::Display for Text {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
 /// Most items in a message.
 pub const ITEM_LIMIT: usize = 1024;
 
@@ -183,7 +230,7 @@ impl Check for ToSuccessor {
                 few("phase marks", timeline.len())?;
                 timeline.iter().try_for_each(|mark| short("phase name", &mark.phase))
             }
-            ToSuccessor::Abort { reason } => short("reason", reason),
+            ToSuccessor::Abort { reason } => short("reason", reason.as_str()),
             ToSuccessor::StandBy
             | ToSuccessor::CheckHealth
             | ToSuccessor::Activate { .. }
@@ -211,8 +258,8 @@ impl Check for ToIncumbent {
                 services.iter().try_for_each(|name| short("service name", name))
             }
             ToIncumbent::Failed { what, cause } => {
-                short("what failed", what)?;
-                short("cause", cause)
+                short("what failed", what.as_str())?;
+                short("cause", cause.as_str())
             }
             ToIncumbent::Healthy
             | ToIncumbent::Activated { .. }
@@ -221,6 +268,34 @@ impl Check for ToIncumbent {
             | ToIncumbent::StoodDown { .. }
             | ToIncumbent::Committed
             | ToIncumbent::Pong { .. } => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_text_is_cut_between_characters_and_then_believed() {
+        for (unit, len) in
+            [("x", 1023), ("x", 1024), ("x", 1025), ("ä", 513), ("日本", 700), ("🦀", 257), ("x", 100_000)]
+        {
+            for before in ["", "x", "xx", "xxx"] {
+                let long = format!("{before}{}", unit.repeat(len));
+                let text = Text::from(long.clone());
+                assert!(text.as_str().len() <= TEXT_LIMIT);
+                match long.len() <= TEXT_LIMIT {
+                    true => assert_eq!(text.as_str(), long),
+                    false => {
+                        // Not more is lost than the mark and a part of a character.
+                        assert!(text.as_str().len() > TEXT_LIMIT - 4);
+                        assert!(long.starts_with(text.as_str().strip_suffix('…').unwrap()));
+                    }
+                }
+                let failed = ToIncumbent::Failed { what: text.clone(), cause: text };
+                assert_eq!(failed.check(&()), Ok(()));
+            }
         }
     }
 }

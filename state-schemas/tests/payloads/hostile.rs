@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use state_schemas::arena::ArenaHeader;
 use state_schemas::convert::PayloadError;
-use state_schemas::handover_record::{HandoverRecord, Kho, PhysRange, RecordError, Service};
+use state_schemas::handover_record::{HandoverRecord, Kho, PhaseMark, PhysRange, RecordError, Service};
 use state_schemas::header::{FRAME_LIMIT, Frame, HEADER_LEN, HeaderError, Kind};
 use state_schemas::message::{MessageError, ToIncumbent, ToSuccessor};
 use state_schemas::{CodecError, Payload};
@@ -149,7 +149,8 @@ fn an_unknown_kind_is_carried_through_untouched() {
 
 #[test]
 fn a_message_too_long_is_refused_by_its_writer() {
-    let message = ToSuccessor::Abort { reason: "x".repeat(FRAME_LIMIT) };
+    let mark = PhaseMark { phase: "x".repeat(FRAME_LIMIT), start_tsc: 0, end_tsc: 1 };
+    let message = ToSuccessor::Commit { timeline: vec![mark] };
     assert!(matches!(message.to_frame(1), Err(PayloadError::Codec(CodecError::TooLong { .. }))));
 }
 

@@ -304,10 +304,11 @@ fn lines(at: &str, text: &str) -> Vec<Piece> {
             let at = format!("{at}, line {}", index + 1);
             let value = serde_json::from_str::<Map<String, Value>>(line).map(Value::Object);
             let problem = match (serde_json::from_str::<JournalLine>(line), &value) {
-                (Ok(line), _) if line.journal_version == JOURNAL_VERSION => None,
-                (Ok(line), _) => {
-                    Some(format!("a line of version {}, this program knows {JOURNAL_VERSION}", line.journal_version))
-                }
+                (Ok(line), _) if (1..=JOURNAL_VERSION).contains(&line.journal_version) => None,
+                (Ok(line), _) => Some(format!(
+                    "a line of version {}, this program knows 1 to {JOURNAL_VERSION}",
+                    line.journal_version
+                )),
                 (Err(error), _) => Some(format!("no line of a journal: {error}")),
             };
             piece("journal line", at, value.unwrap_or_default(), problem)

@@ -19,6 +19,7 @@ use handover::update::blame::Blame;
 use handover::update::effect::Effect;
 use handover::update::error::{Cause, Sort};
 use handover::update::machine::Event;
+use handover::update::sizes;
 use kexec_core::device::Device;
 use kexec_core::registry::State;
 use kexec_core::trampoline::SipiArgs;
@@ -44,6 +45,9 @@ use crate::update::timeline::Timeline;
 /// does not wait: it is with the successor already. A time, since no event tells: when the asker has read the word, what it
 /// prints has still to leave the machine through a shell's connection, of which batond knows nothing.
 const FAREWELL: Duration = Duration::from_millis(200);
+
+/// Who calls an update off, in its cause: `baton cancel`, or a second ^C at `baton upgrade`.
+pub const CALLED_OFF_BY: &str = "the operator";
 
 /// What the successor's CPUs need to know, once it is placed.
 struct Placed {
@@ -161,7 +165,7 @@ impl<'k> Hands<'k> {
         let answer = error.downcast_ref::<Unanswered>();
         let cause = match answer {
             Some(Unanswered::Panicked(_)) => Cause::successor_died(what),
-            Some(Unanswered::CalledOff) => Cause::called_off(),
+            Some(Unanswered::CalledOff) => Cause::called_off(CALLED_OFF_BY),
             Some(Unanswered::Silent { .. }) => Cause { blame: Blame::Successor, sort: Sort::Deadline, what },
             Some(Unanswered::Refused { .. }) => Cause::broken(Blame::Successor, what),
             None => Cause::broken(effect.carried_out_by(), what),
@@ -265,7 +269,9 @@ impl<'k> Hands<'k> {
                 self.device.update_instance(instance, State::Running, None)?;
                 Ok(())
             }
-            ToIncumbent::Failed { what, cause } => Err(Unanswered::Refused { what, cause }.into()),
+            ToIncumbent::Failed { what, cause } => {
+                Err(Unanswered::Refused { what: what.into(), cause: cause.into() }.into())
+            }
             other => bail!("the successor began with {other:?}"),
         }
     }
@@ -383,8 +389,7 @@ impl<'k> Hands<'k> {
 
     /// Passes the point of no return.
     fn commit(&mut self) -> Result<()> {
-        let timeline = self.timeline.marks().to_vec();
-        self.ask(&ToSuccessor::Commit { timeline }, |answer| matches!(answer, ToIncumbent::Committed).then_some(()))
+        self.ask(&sizes::commit(self.timeline.marks()), |answer| matches!(answer, ToIncumbent::Committed).then_some(()))
     }
 
     /// Stops everything in this kernel that could still write memory by itself.
