@@ -9,7 +9,7 @@ use state_schemas::shared::SharedMemory;
 use trampoline::{MAILBOX_APIC_IDS, Mailbox, mailbox_command};
 
 /// What is known of one CPU of this kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuFacts {
     /// Linux's number.
     pub cpu: u32,

@@ -33,6 +33,28 @@ pub enum State {
 }
 
 impl State {
+    /// All of them, by their numbers.
+    pub const ALL: [State; 7] =
+        [State::Created, State::Loaded, State::Booting, State::Running, State::Serving, State::Failed, State::Retired];
+
+    /// Its name in `/proc/multikernel`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            State::Created => "created",
+            State::Loaded => "loaded",
+            State::Booting => "booting",
+            State::Running => "running",
+            State::Serving => "serving",
+            State::Failed => "failed",
+            State::Retired => "retired",
+        }
+    }
+
+    /// The state of this name, if there is one.
+    pub fn named(name: &str) -> Option<State> {
+        State::ALL.into_iter().find(|state| state.name() == name)
+    }
+
     /// Whether one may follow the other.
     pub fn may_become(self, next: State) -> bool {
         use State::*;

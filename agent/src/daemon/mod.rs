@@ -28,7 +28,7 @@ use self::config::Config;
 use self::control::{Reply, Request, Stage};
 use self::kernel::{Ground, Kernel};
 use crate::daemon::outcome::Failure;
-use crate::recovery::recover;
+use crate::recovery::recover::{self, GoingOn};
 use crate::services::Admitted;
 use crate::takeover::successor;
 use crate::update::{check, upgrade};
@@ -54,8 +54,16 @@ pub fn run(args: Args) -> Result<()> {
     crate::machine::sys::keep_no_large_buffers();
     let config = Config::load(&args.config)?;
     let ground = Ground::open(config, args.config.clone())?;
-    recover::recover(&ground);
+    let going_on = recover::recover(&ground);
     let kernel = Arc::new(Kernel::find(ground)?);
+    if let Some(GoingOn { resumed, crossing }) = going_on {
+        let kernel = kernel.clone();
+        std::thread::Builder::new().name("update".into()).spawn(move || {
+            if let Err(error) = upgrade::go_on(&kernel, resumed, &crossing) {
+                tracing::error!("cannot go on with the update of an earlier batond: {error:#}");
+            }
+        })?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(serve(kernel, &args))
 }

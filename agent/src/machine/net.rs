@@ -42,6 +42,11 @@ pub fn parse_mac(text: &str) -> Result<Mac> {
     bytes.try_into().map_err(|_| anyhow!("`{text}` is not a MAC address: it needs six bytes"))
 }
 
+/// Writes `52:54:00:12:34:56`.
+pub fn mac_name(mac: Mac) -> String {
+    mac.map(|byte| format!("{byte:02x}")).join(":")
+}
+
 /// An open netlink socket with its own small runtime, so that plain threads can use it.
 pub struct Netlink {
     runtime: tokio::runtime::Runtime,

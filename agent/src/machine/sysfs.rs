@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
 
 fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).with_context(|| format!("cannot write `{text}` to {}", path.display()))
@@ -56,7 +57,7 @@ pub fn pci_function_of(interface: &str) -> Result<(Bdf, PathBuf)> {
 }
 
 /// A driver taken off its device; [`Unbound::bind`] is the undo.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Unbound {
     device: String,
     driver: PathBuf,

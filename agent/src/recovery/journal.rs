@@ -3,11 +3,13 @@
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use handover::update::effect::Effect;
-use handover::update::machine::{JournalLine, Next};
+use handover::update::machine::{Event, JournalLine, Next, Serves, Update};
 use handover::update::phase::Phase;
+use handover::update::recover::Resumed;
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -16,24 +18,35 @@ use nix::unistd::{AccessFlags, access};
 /// Where it is.
 pub const JOURNAL: &str = "/var/lib/baton/journal.jsonl";
 
-/// Set aside on the disk when a journal begins, in bytes: an update of 256 CPUs writes less, so a disk that fills up meanwhile
-/// does not take the journal away.
-const ROOM: u64 = 1 << 20;
+/// What is set aside on the disk when a journal begins, in bytes, so that a disk that fills up meanwhile does not take the journal
+/// away. More than an update of so many CPUs writes: 6 lines of at most 400 bytes for each, there and back, and some 50 others.
+pub const fn room(cpus: usize) -> u64 {
+    (32 + 3 * cpus as u64) << 10
+}
 
-/// Begins a journal anew, with room for all that an ordinary update writes.
+/// Tells this boot of the kernel from all others.
+///
+/// # Errors
+/// The kernel does not say.
+pub fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    Ok(fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?.trim().to_owned())
+}
+
+/// Begins a journal anew, with `room` bytes set aside for it.
 ///
 /// # Errors
 /// The folder or the file cannot be written, or the disk is full.
-pub fn create(path: &Path) -> Result<File> {
+pub fn create(path: &Path, room: u64) -> Result<File> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
     }
     let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
-    match fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, ROOM.cast_signed()) {
+    match fallocate(&file, FallocateFlags::FALLOC_FL_KEEP_SIZE, 0, room.cast_signed()) {
         // A file system that cannot set room aside says so when it is written to.
         Ok(()) | Err(Errno::EOPNOTSUPP) => {}
         Err(errno) => {
-            return Err(errno).with_context(|| format!("no room of {} KiB for {}", ROOM >> 10, path.display()));
+            return Err(errno).with_context(|| format!("no room of {} KiB for {}", room >> 10, path.display()));
         }
     }
     file.sync_all().with_context(|| format!("cannot flush {}", path.display()))?;
@@ -44,7 +57,7 @@ pub fn create(path: &Path) -> Result<File> {
 ///
 /// # Errors
 /// As [`create`], as far as can be seen beforehand.
-pub fn could_begin(path: &Path) -> Result<String> {
+pub fn could_begin(path: &Path, room: u64) -> Result<String> {
     let folder = path.parent().context("a journal has a folder")?;
     let there = folder.ancestors().find(|folder| folder.exists()).context("there is no root folder")?;
     access(there, AccessFlags::W_OK).with_context(|| format!("{} cannot be written", there.display()))?;
@@ -53,8 +66,8 @@ pub fn could_begin(path: &Path) -> Result<String> {
     if disk.flags().contains(FsFlags::ST_RDONLY) {
         bail!("{} is on a file system that is mounted read-only", there.display());
     }
-    if free < ROOM {
-        bail!("the disk of {} has {} KiB left, a journal needs {}", there.display(), free >> 10, ROOM >> 10);
+    if free < room {
+        bail!("the disk of {} has {} KiB left, a journal needs {}", there.display(), free >> 10, room >> 10);
     }
     Ok(format!("{} can be written", path.display()))
 }
@@ -94,6 +107,36 @@ impl Journal {
         Journal::parse(&text).with_context(|| format!("in {}", path.display()))
     }
 
+    /// The same, if this very kernel wrote it: what an update of another boot held is gone with that kernel. (One without a plan in
+    /// its first line is of an older batond, and is believed.)
+    ///
+    /// # Errors
+    /// As [`Journal::read`].
+    pub fn of_this_boot(path: &Path) -> Result<Journal> {
+        let journal = Journal::read(path)?;
+        let boot = boot_id()?;
+        let other = |line: &JournalLine| line.plan.as_ref().is_some_and(|plan| plan.boot != boot);
+        Ok(if journal.lines.first().is_some_and(other) { Journal::default() } else { journal })
+    }
+
+    /// The update that was under way, given that its successor has answered that it serves, and what comes next.
+    ///
+    /// While nobody serves nothing is written. So where the lines end before the successor's answer, what lies between was done.
+    ///
+    /// # Errors
+    /// The lines do not lead to an update whose successor serves.
+    pub fn resume_serving(&self) -> Result<Resumed> {
+        let mut update = Update::replay(&self.lines).context("the journal does not lead to where the update is")?;
+        let mut next = update.again(Duration::ZERO).context("the journal says that the update had ended")?;
+        while update.serves() == Serves::Nobody && !update.is_rolling_back() {
+            next = update.step(Duration::ZERO, Event::Done)?;
+        }
+        if update.serves() == Serves::Incumbent {
+            bail!("the journal ends in phase {}, in which no successor serves", update.phase());
+        }
+        Ok(Resumed { update, next })
+    }
+
     /// Reads its text.
     fn parse(text: &str) -> Result<Journal> {
         let lines = handover::update::recover::parse(text);
@@ -117,9 +160,11 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
-    use handover::update::cpu::Cpu;
+    use handover::update::cpu::{Cpu, Cpus, Moving};
+    use handover::update::deadline::Deadlines;
     use handover::update::error::Outcome;
-    use handover::update::machine::{Event, Serves};
+    use handover::update::plan::{Goal, Plan, ProbationPolicy};
+    use state_schemas::handover_record::UpdateId;
 
     use super::*;
 
@@ -156,5 +201,65 @@ mod tests {
         assert!(left != begun && Journal::parse(&left).unwrap().unfinished().is_none());
         assert!(Journal::parse("no journal\n").is_err());
         assert!(Journal::read(Path::new("/nonexistent")).unwrap().unfinished().is_none());
+    }
+
+    fn plan() -> Plan {
+        let cpu = |number| Cpu { number, apic_id: number };
+        let second = Duration::from_secs(1);
+        let deadlines = Deadlines {
+            granted: second,
+            booting: second,
+            trial: second,
+            cutover: second,
+            per_cpu: second,
+            commit: second,
+            undo: second,
+        };
+        Plan {
+            update: UpdateId([7; 16]),
+            boot: boot_id().unwrap(),
+            services: vec!["kv".into()],
+            goal: Goal::Upgrade,
+            epoch: 4,
+            cpus: Cpus {
+                spare: Moving { cpu: cpu(3), online: true },
+                others: vec![Moving { cpu: cpu(1), online: true }, Moving { cpu: cpu(2), online: true }],
+                last: cpu(0),
+            },
+            devices: true,
+            probation: ProbationPolicy::CommitAtOnce,
+            deadlines,
+        }
+    }
+
+    /// A driver that dies at each step of an update that goes well: once its successor has answered that it serves, the next one
+    /// goes on with the very effect that was under way, also where nobody could write down that it serves.
+    #[test]
+    fn an_update_whose_successor_serves_is_gone_on_with_at_any_line() {
+        let mut update = Update::new(plan());
+        let (mut lines, mut unwritten) = (Vec::new(), Vec::new());
+        let mut next = update.step(Duration::ZERO, Event::Begin).unwrap();
+        let (mut resumed_at, mut refused_at) = (0, 0);
+        while let Next::Do(effect) = &next {
+            unwritten.extend(update.take_journal());
+            if update.may_write_journal() {
+                lines.append(&mut unwritten);
+            }
+            let journal = Journal { lines: lines.clone() };
+            if update.serves() == Serves::Successor {
+                let resumed = journal.resume_serving().unwrap();
+                assert_eq!(resumed.next, Next::Do(effect.clone()));
+                assert_eq!((resumed.update.serves(), resumed.update.is_rolling_back()), (Serves::Successor, false));
+                resumed_at += 1;
+            } else if update.serves() == Serves::Incumbent {
+                assert!(journal.resume_serving().unwrap_err().to_string().contains("no successor serves"));
+                refused_at += 1;
+            }
+            next = update.step(Duration::ZERO, Event::Done).unwrap();
+        }
+        assert!(resumed_at > 5 && refused_at > 5, "{resumed_at} {refused_at}");
+        lines.extend(update.take_journal());
+        let ended = Journal { lines }.resume_serving().unwrap_err().to_string();
+        assert!(ended.contains("had ended"), "{ended}");
     }
 }

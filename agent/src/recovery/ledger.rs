@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::net::{ArpRules, Mac};
 use crate::machine::rewrite::rewrite;
+use crate::machine::sysfs::{Bdf, Unbound};
+use crate::recovery::journal::boot_id;
 
 /// Where it is.
 pub const PATH: &str = "/run/baton/arenas.json";
@@ -87,6 +89,41 @@ pub struct Pages {
     /// Interfaces whose rules an update under way has changed, with the rules as they were.
     #[serde(default)]
     pub arp_rules: Vec<(Mac, ArpRules)>,
+    /// What it takes to go on with an update whose successor serves. Written in its trial, before nobody serves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub crossing: Option<Crossing>,
+}
+
+/// A successor in its place: all that a batond must know of it that has not put it there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Crossing {
+    /// The module's number of it.
+    pub instance: u32,
+    /// Its kernel.
+    pub release: String,
+    /// Start and length of its region, which begins with the control block.
+    pub region: (u64, u64),
+    /// Where its slot below 1 MiB begins.
+    pub low_slot: u64,
+    /// How a CPU gets to its park page: page table, entry, argument and stack of the SIPI page.
+    pub park: [u64; 4],
+    /// The identity map in which this kernel leaves its last CPU.
+    pub root: u64,
+    /// APIC id of the CPU that the firmware booted, which must not get INIT.
+    pub firmware_bsp: Option<u32>,
+    /// The interface that was granted.
+    pub granted: Option<Granted>,
+}
+
+/// An interface that was granted, and how its driver gets it back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Granted {
+    /// Its hardware address.
+    pub mac: Mac,
+    /// Its PCI function.
+    pub bdf: Bdf,
+    /// The driver that was taken off it; nothing when this kernel never saw it.
+    pub unbound: Option<Unbound>,
 }
 
 /// The file. One without a path, as a test has it, is not written.
@@ -99,7 +136,7 @@ pub struct Ledger {
 impl Ledger {
     /// Begins with what an earlier batond of this kernel wrote, if there was one.
     pub fn open(path: &Path) -> Result<Ledger> {
-        let boot = boot()?;
+        let boot = boot_id()?;
         let pages = read(path, &boot)?.unwrap_or(Pages { version: VERSION, boot, ..Pages::default() });
         Ok(Ledger { path: Some(path.to_owned()), pages: Mutex::new(pages) })
     }
@@ -122,11 +159,6 @@ impl Ledger {
         *pages = changed;
         Ok(())
     }
-}
-
-fn boot() -> Result<String> {
-    let path = "/proc/sys/kernel/random/boot_id";
-    Ok(fs::read_to_string(path).with_context(|| format!("cannot read {path}"))?.trim().to_owned())
 }
 
 fn read(path: &Path, boot: &str) -> Result<Option<Pages>> {
@@ -185,6 +217,7 @@ mod tests {
             keepers: ["memo".to_owned()].into(),
             files: vec![(1 << 21, 4096)],
             arp_rules: vec![([2, 0, 0, 0, 0, 9], ArpRules::strict())],
+            crossing: None,
         };
         let first =
             r#"{"version":1,"boot":"b","drained":false,"epoch":1,"services":{"kv":{"schema_kind":7,"schema_version":2,"#

@@ -1,6 +1,6 @@
 //! After a batond that died in the middle of an update: the module still accounts for what it held, and the journal for
-//! what it was doing. What has not passed the cutover is taken back, as an update that fails would; what serves is left
-//! alone, because only its own agent may stop it.
+//! what it was doing. What has not passed the cutover is taken back, as an update that fails would; where the successor serves,
+//! the update is gone on with ([`crate::update::upgrade::go_on`]).
 //!
 //! What is not taken back: the services' connections. They come by themselves ([`baton_sdk`]) for the arenas that they
 //! have ([`crate::recovery::ledger`]).
@@ -13,10 +13,12 @@ use anyhow::{Context, Result, bail};
 use handover::update::blame::Blame;
 use handover::update::effect::Effect;
 use handover::update::error::{Cause, Left, Outcome};
-use handover::update::machine::{Event, JournalLine, Next};
+use handover::update::machine::{Event, JournalLine, Next, Serves};
+use handover::update::recover::Resumed;
 use kexec_core::device::{Access, Device, TakeCpu};
 use kexec_core::layout::{PAGE, SIPI_PAGE};
 use kexec_core::memory_map::Range;
+use kexec_core::registry::State;
 
 use crate::daemon::config::Config;
 use crate::daemon::kernel::Ground;
@@ -24,6 +26,7 @@ use crate::machine::net::{Netlink, parse_mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
 use crate::recovery::journal::{self, JOURNAL, Journal};
+use crate::recovery::ledger::Crossing;
 use crate::takeover::birth::Birth;
 use crate::takeover::home::Home;
 use crate::userland::kernels::{self, Instance};
@@ -31,44 +34,93 @@ use crate::userland::kernels::{self, Instance};
 /// How long a CPU may take to its park page: it runs some dozen instructions.
 const HOMECOMING: Duration = Duration::from_secs(5);
 
-/// Takes back what an earlier batond left, and says in log and journal what it found. Before anything of the machine is looked
-/// at: a CPU or an interface may be missing.
-pub fn recover(ground: &Ground) {
+/// An update that an earlier batond began, and that this one goes on with: its successor serves.
+pub struct GoingOn {
+    /// The update, where the journal leaves it, and what comes next.
+    pub resumed: Resumed,
+    /// The successor in its place.
+    pub crossing: Crossing,
+}
+
+/// Finds out what an earlier batond was doing when it died. What no successor serves yet is taken back here, and log and journal say
+/// so; an update whose successor serves is to be gone on with. Before anything else of the machine is looked at: a CPU or an
+/// interface may be missing.
+pub fn recover(ground: &Ground) -> Option<GoingOn> {
     // Without the module nothing can be missing; a kernel that has not taken over yet has nothing to take back.
-    let Some(device) = ground.device().filter(|_| ground.is_settled()) else { return };
-    let Ground { netlink, config, ledger, .. } = ground;
-    let birth = ground.birth.as_ref();
-    let journal = Journal::read(Path::new(JOURNAL)).unwrap_or_else(|error| {
-        tracing::warn!("the last update's journal cannot be read: {error:#}");
-        Journal::default()
+    let device = ground.device().filter(|_| ground.is_settled())?;
+    let found = kernels::others().and_then(|others| {
+        let journal = Journal::of_this_boot(Path::new(JOURNAL)).unwrap_or_else(|error| {
+            tracing::warn!("the last update's journal cannot be read: {error:#}");
+            Journal::default()
+        });
+        match others.iter().find(|other| other.state == State::Serving) {
+            Some(serving) => go_on(ground, serving, &journal).map(Some),
+            None => {
+                take_back_and_say(ground, device, &journal, &others);
+                Ok(None)
+            }
+        }
     });
-    let Some(last) = journal.unfinished() else { return };
-    let during = match &last.next {
-        Next::Do(effect) => effect.name(),
-        Next::End(_) => "its end",
+    found.unwrap_or_else(|error| {
+        tracing::error!("an update that an earlier batond began is neither finished nor undone: {error:#}");
+        None
+    })
+}
+
+/// The successor serves, so the way on is the only one on which nobody notices anything.
+fn go_on(ground: &Ground, serving: &Instance, journal: &Journal) -> Result<GoingOn> {
+    let who = || {
+        format!(
+            "instance {} ({}) serves; stop it by restarting the machine, or leave both kernels as they are",
+            serving.id, serving.image
+        )
     };
-    tracing::warn!(update = last.update, phase = last.phase.name(), during, "an earlier batond died in an update");
-    let taken_back = take_back(device, netlink, config, &journal, birth);
+    let crossing = ground.ledger.pages().crossing.filter(|crossing| crossing.instance == serving.id);
+    let crossing = crossing.context("what it takes to go on was not written down").with_context(who)?;
+    let resumed = journal.resume_serving().with_context(who)?;
+    tracing::warn!(
+        release = crossing.release,
+        "an earlier batond died in an update whose successor serves: going on with it"
+    );
+    Ok(GoingOn { resumed, crossing })
+}
+
+/// Takes back what no successor serves with, and says in log and journal what came of it.
+fn take_back_and_say(ground: &Ground, device: &Device, journal: &Journal, others: &[Instance]) {
+    let last = journal.unfinished();
+    if last.is_none() && others.is_empty() {
+        return;
+    }
+    let during = match last.map(|last| &last.next) {
+        Some(Next::Do(effect)) => effect.name(),
+        _ => "an update without a journal",
+    };
+    tracing::warn!(during, "an earlier batond died in an update");
+    let Ground { netlink, config, ledger, .. } = ground;
+    let taken_back = take_back(device, netlink, config, journal, ground.birth.as_ref(), others);
     let taken_back = taken_back.and_then(|()| {
         netlink.restore(ledger.pages().arp_rules)?;
-        ledger.change(|pages| pages.arp_rules.clear())
+        ledger.change(|pages| {
+            pages.arp_rules.clear();
+            pages.crossing = None;
+        })
     });
-    let left = match taken_back {
-        Ok(()) => Vec::new(),
+    let (what, left) = match taken_back {
+        Ok(()) => (format!("batond died during `{during}`; the next one took everything back"), Vec::new()),
         Err(error) => {
             tracing::error!("what an earlier batond left could not be taken back: {error:#}");
             let cause = Cause::broken(Blame::Incumbent, format!("{error:#}"));
-            vec![Left { effect: Effect::DestroyInstance, cause }]
+            let what = format!("batond died during `{during}`; the next one could not take everything back");
+            (what, vec![Left { effect: Effect::DestroyInstance, cause }])
         }
     };
-    let cause =
-        Cause::broken(Blame::Incumbent, format!("batond died during `{during}`; its successor took everything back"));
-    let outcome = Outcome::RolledBack { cause: cause.clone(), phase: last.phase, left };
+    let Some(last) = last else { return };
+    let cause = Cause::broken(Blame::Incumbent, what);
     let line = JournalLine {
         seq: last.seq + 1,
-        serves: handover::update::machine::Serves::Incumbent,
-        event: Event::Unknown(cause),
-        next: Next::End(outcome),
+        serves: Serves::Incumbent,
+        event: Event::Unknown(cause.clone()),
+        next: Next::End(Outcome::RolledBack { cause, phase: last.phase, left }),
         plan: None,
         ..last.clone()
     };
@@ -83,17 +135,14 @@ fn take_back(
     config: &Config,
     journal: &Journal,
     birth: Option<&Birth>,
+    left: &[Instance],
 ) -> Result<()> {
     let home = birth.map(Home::of);
-    let left = kernels::others()?;
-    if let Some(serving) = left.iter().find(|instance| instance.state == "serving") {
-        bail!("instance {} ({}) serves: its own agent has to finish the update", serving.id, serving.image);
-    }
     let bsp = birth.and_then(|birth| birth.facts().bsp);
     if let Some(apic_id) = left.iter().flat_map(|instance| &instance.cpus).find(|apic_id| bsp == Some(**apic_id)) {
         bail!("the CPU with APIC id {apic_id:#x} booted the machine: it cannot be stopped, and is with the successor");
     }
-    for instance in &left {
+    for instance in left {
         for apic_id in &instance.cpus {
             device.take_cpu(instance.id, *apic_id, TakeCpu::Fence)?;
         }
@@ -103,7 +152,7 @@ fn take_back(
     }
     // Before its memory is anybody's: a device that it had may still write there.
     take_devices_back(device, netlink, config, birth)?;
-    for instance in &left {
+    for instance in left {
         device.destroy_instance(instance.id)?;
     }
     let theirs = |apic_id| left.iter().any(|instance| instance.cpus.contains(&apic_id));

@@ -19,6 +19,8 @@ use state_schemas::latest::message::MessageError;
 use state_schemas::latest::message::{ToIncumbent, ToSuccessor};
 use state_schemas::shared::SharedMemory;
 
+use crate::machine::sys::tsc;
+
 /// A bell is rung again after this long without an answer: an interrupt that comes while the other side takes its
 /// vector over is lost, a message is not.
 const RING_AGAIN: Duration = Duration::from_millis(250);
@@ -195,6 +197,20 @@ where
 }
 
 impl Line<Incumbent> {
+    /// Takes up the line of an incumbent's agent that has died: what the successor answered to that one is of no use any more.
+    pub fn take_up(control: Arc<Mapping>, base: u64, until: Instant) -> Result<Line<Incumbent>> {
+        let mut line = Line::attach(control, base)?;
+        let ours = tsc();
+        line.send(&ToSuccessor::Ping { nonce: ours })?;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match line.receive(left).context("the successor does not answer a new batond")? {
+                ToIncumbent::Pong { nonce } if nonce == ours => return Ok(line),
+                late => tracing::info!("an answer for the batond that died: {late:?}"),
+            }
+        }
+    }
+
     /// Sends a message and waits for its answer. Everything else that arrives is refused: one thing at a time.
     pub fn ask<T>(
         &mut self,

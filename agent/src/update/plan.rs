@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
@@ -13,14 +14,15 @@ use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
 use kexec_core::memory_map::{RangeSet, struct_page_bytes};
 use kexec_core::placement::smallest_region;
 
-use crate::daemon::config::Nic;
+use crate::daemon::config::{Cidr, Nic};
 use crate::daemon::control::Upgrade;
 use crate::daemon::kernel::{Kernel, unusable};
 use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::{Facts, available_memory, managed_memory};
-use crate::machine::net::{Mac, parse_mac};
+use crate::machine::net::{Mac, mac_name, parse_mac};
 use crate::machine::sysfs::Bdf;
 use crate::recovery::journal::{self, JOURNAL};
+use crate::recovery::ledger::Crossing;
 use crate::update::findings::Findings;
 use crate::update::kho::{self, Spoken};
 use crate::update::versions;
@@ -61,6 +63,31 @@ pub struct Plan {
     pub facts: Facts,
 }
 
+impl Plan {
+    /// What is left of a plan whose successor serves: what was to be placed is in its place, and which CPUs follow is in the journal.
+    pub fn of_crossing(crossing: &Crossing, facts: Facts, epoch: u64) -> Plan {
+        let nic = crossing.granted.as_ref().map(|granted| GrantedNic {
+            nic: Nic { mac: mac_name(granted.mac), address: Cidr { address: Ipv4Addr::UNSPECIFIED, prefix: 0 } },
+            mac: granted.mac,
+            bdf: granted.bdf,
+        });
+        Plan {
+            image: Vec::new(),
+            release: crossing.release.clone(),
+            initrd: Vec::new(),
+            cmdline: String::new(),
+            kho: None,
+            spare: CpuFacts::default(),
+            moves: Vec::new(),
+            region_len: crossing.region.1,
+            block_size: 0,
+            nic,
+            record_version: 0,
+            facts: Facts { epoch, ..facts },
+        }
+    }
+}
+
 /// An interface for the successor.
 #[derive(Debug, Clone)]
 pub struct GrantedNic {
@@ -78,7 +105,6 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
     let plan = (|| {
         let device = findings.check("module", module(kernel))?;
         findings.check("update", no_update_unfinished(kernel))?;
-        findings.check("journal", journal());
         let image = findings.check("image", read_image(kernel, &wish.kernel))?;
         let parsed = BzImage::parse(&image).ok()?;
         let release = parsed.release().to_owned();
@@ -86,6 +112,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let kho = findings.check("kexec handover", kho::spoken(&looked, &release))?;
         let initrd = findings.check("initrd", make_initrd(kernel, wish, &release));
         let cpus = findings.check("cpus", cpus(kernel, device))?;
+        findings.check("journal", journal(cpus.len()));
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
         let nic = findings.check("network", network(kernel));
         findings.check("services", services(kernel));
@@ -137,11 +164,22 @@ fn no_update_unfinished(kernel: &Kernel) -> Result<((), String)> {
         )
         .into());
     }
+    if let Some(other) = kernels::others()?.first() {
+        return Err(Failure::new(
+            Class::Busy,
+            format!(
+                "instance {} ({}) of an earlier update is {} and was neither finished nor undone",
+                other.id, other.image, other.state
+            ),
+            "see batond's log for what keeps it from going on",
+        )
+        .into());
+    }
     Ok(((), "none runs".to_owned()))
 }
 
-fn journal() -> Result<((), String)> {
-    let found = journal::could_begin(Path::new(JOURNAL)).map_err(|error| {
+fn journal(cpus: usize) -> Result<((), String)> {
+    let found = journal::could_begin(Path::new(JOURNAL), journal::room(cpus)).map_err(|error| {
         Failure::precondition(
             format!("the update's journal could not be written: {error:#}"),
             "make room there; without a journal nobody could clean up after a batond that dies",

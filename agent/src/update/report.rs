@@ -12,6 +12,7 @@ use handover::update::effect::Effect;
 use handover::update::error::Outcome;
 use handover::update::machine::{Event, JournalLine, Update};
 use handover::update::phase::Phase;
+use handover::update::plan::Plan as Steps;
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -49,12 +50,39 @@ impl<'a> Report<'a> {
         id: UpdateId,
         replies: &'a UnboundedSender<Reply>,
     ) -> Result<Report<'a>> {
-        let journal = journal::create(Path::new(JOURNAL)).map_err(|error| {
+        let journal = journal::create(Path::new(JOURNAL), journal::room(plan.moves.len() + 1)).map_err(|error| {
             Failure::precondition(
                 format!("the update's journal cannot be begun: {error:#}"),
                 "make room on its disk; without a journal nobody could clean up after a batond that dies",
             )
         })?;
+        Ok(Report::with_journal(journal, kernel, plan, id, replies))
+    }
+
+    /// Of an update that an earlier batond began. Its lines follow those that are there.
+    ///
+    /// # Errors
+    /// The journal cannot be written.
+    pub fn go_on(
+        kernel: &'a Kernel,
+        plan: &'a Plan,
+        steps: &Steps,
+        replies: &'a UnboundedSender<Reply>,
+    ) -> Result<Report<'a>> {
+        let journal = File::options().append(true).open(JOURNAL).with_context(|| format!("cannot open {JOURNAL}"))?;
+        let report = Report::with_journal(journal, kernel, plan, steps.update, replies);
+        let cpus = steps.cpus.others.len() + 2;
+        kernel.note(|update| update.cpus_total = u32::try_from(cpus).unwrap_or(u32::MAX));
+        Ok(report)
+    }
+
+    fn with_journal(
+        journal: File,
+        kernel: &'a Kernel,
+        plan: &'a Plan,
+        id: UpdateId,
+        replies: &'a UnboundedSender<Reply>,
+    ) -> Report<'a> {
         kernel.state().update = Some(UpdateStatus {
             id: id.to_string(),
             phase: Stage::In(Phase::Planned),
@@ -66,7 +94,7 @@ impl<'a> Report<'a> {
             timeline: Vec::new(),
             zero: None,
         });
-        Ok(Report {
+        Report {
             kernel,
             release: &plan.release,
             replies,
@@ -77,7 +105,7 @@ impl<'a> Report<'a> {
             waiting: Vec::new(),
             journal,
             unwritten: Vec::new(),
-        })
+        }
     }
 
     /// The clock of the state machine.

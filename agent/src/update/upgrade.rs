@@ -11,9 +11,8 @@
 //! ```
 //! What comes next, and what undoes what, is `handover`'s to say ([`Update`]); [`Hands`] do it; [`Report`] tells of it.
 
-use std::fs;
-use std::sync::TryLockError;
 use std::sync::atomic::Ordering;
+use std::sync::{PoisonError, TryLockError};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -24,6 +23,7 @@ use handover::update::error::{Cause, Left, Outcome};
 use handover::update::machine::{Event, Next, Update};
 use handover::update::phase::Phase;
 use handover::update::plan::{Goal, ProbationPolicy};
+use handover::update::recover::Resumed;
 use kexec_core::cpus::{CpuFacts, Move};
 use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
@@ -31,22 +31,22 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::daemon::control::{Reply, Upgrade};
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::{Class, Failure};
+use crate::recovery::journal::boot_id;
+use crate::recovery::ledger::Crossing;
 use crate::update::hands::{self, Hands};
 use crate::update::plan::{self, Plan};
 use crate::update::report::Report;
 
-/// Tells this boot of the kernel from all others.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-
 /// Each effect is carried out, and its outcome decides on the next, until there is none.
-fn drive(update: &mut Update, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
-    let mut event = Event::Begin;
+fn drive(update: &mut Update, first: Next, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
+    let mut next = first;
     loop {
+        let event;
         if hands.is_called_off() {
             // What it says to that is no news: too late, or on its way back already.
             let _ = update.call_off(hands::CALLED_OFF_BY);
         }
-        match update.step(report.now(), event).expect("each effect is answered once") {
+        match next {
             Next::Do(effect) => {
                 event = match report.begins(update, &effect, &mut hands.timeline) {
                     // Nobody could clean up after what is not in the journal. On the way back it is done all the same.
@@ -64,6 +64,7 @@ fn drive(update: &mut Update, hands: &mut Hands<'_>, report: &mut Report<'_>) ->
             }
             Next::End(outcome) => return outcome,
         }
+        next = update.step(report.now(), event).expect("each effect is answered once");
     }
 }
 
@@ -96,9 +97,28 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
     let mut update = Update::new(steps(id, plan, kernel)?);
     let mut report = Report::open(kernel, plan, id, replies)?;
     let mut hands = Hands::new(kernel, plan, id)?;
-    let outcome = drive(&mut update, &mut hands, &mut report);
+    // What an earlier update has left there is not this one's.
+    kernel.ledger.change(|pages| pages.crossing = None)?;
+    let first = update.step(report.now(), Event::Begin)?;
+    let outcome = drive(&mut update, first, &mut hands, &mut report);
     report.close(&mut update, &outcome);
     Ok(failure(outcome, &hands))
+}
+
+/// Goes on with an update of a batond that died, whose successor serves. Comes back only if this kernel could not leave.
+///
+/// # Errors
+/// The successor does not answer, so nobody knows how far it is; or this kernel could not leave.
+pub fn go_on(kernel: &Kernel, resumed: Resumed, crossing: &Crossing) -> Result<()> {
+    let _held = kernel.updating.lock().unwrap_or_else(PoisonError::into_inner);
+    let Resumed { mut update, next } = resumed;
+    let plan = Plan::of_crossing(crossing, kernel.facts(), update.plan().epoch);
+    let (replies, _) = tokio::sync::mpsc::unbounded_channel();
+    let mut report = Report::go_on(kernel, &plan, update.plan(), &replies)?;
+    let mut hands = Hands::resumed(kernel, &plan, update.plan().update, crossing)?;
+    let outcome = drive(&mut update, next, &mut hands, &mut report);
+    report.close(&mut update, &outcome);
+    Err(failure(outcome, &hands).into())
 }
 
 /// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
@@ -110,7 +130,7 @@ fn steps(id: UpdateId, plan: &Plan, kernel: &Kernel) -> Result<handover::update:
     let (last, _) = plan.moves.iter().find(|(_, how)| *how == Move::Yield).context("there is no last CPU")?;
     let plan = handover::update::plan::Plan {
         update: id,
-        boot: fs::read_to_string(BOOT_ID).context("cannot read this kernel's boot id")?.trim().to_owned(),
+        boot: boot_id()?,
         services: kernel.services.crossings().into_iter().map(|crossing| crossing.name).collect(),
         goal: Goal::Upgrade,
         epoch: plan.facts.epoch,

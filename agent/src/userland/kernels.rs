@@ -9,6 +9,7 @@ use kexec_core::cpus::parse_cpu_list;
 use kexec_core::image::BzImage;
 use kexec_core::image::bzimage::MAX_IMAGE;
 use kexec_core::memory_map::Range;
+use kexec_core::registry::State;
 use serde::Serialize;
 
 use crate::daemon::outcome::Failure;
@@ -24,7 +25,7 @@ pub struct Instance {
     /// What people call it.
     pub name: String,
     /// How far it is.
-    pub state: String,
+    pub state: State,
     /// APIC ids of its CPUs.
     pub cpus: Vec<u32>,
     /// Bytes of memory accounted to it.
@@ -118,7 +119,7 @@ pub fn parse_instances(text: &str) -> Option<Vec<Instance>> {
             Some(Instance {
                 id: next()?.parse().ok()?,
                 name: next()?.to_owned(),
-                state: next()?.to_owned(),
+                state: State::named(next()?)?,
                 cpus: match next()? {
                     "-" => Vec::new(),
                     cpus => parse_cpu_list(cpus).ok()?,
@@ -157,7 +158,16 @@ impl fmt::Display for Kernels {
         writeln!(f, "{:>3} {:<16} {:<9} {:<12} {:>9}  kernel", "id", "name", "state", "cpus", "MiB")?;
         for i in &self.instances {
             let cpus = i.cpus.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-            writeln!(f, "{:>3} {:<16} {:<9} {:<12} {:>9}  {}", i.id, i.name, i.state, cpus, i.bytes >> 20, i.image)?;
+            writeln!(
+                f,
+                "{:>3} {:<16} {:<9} {:<12} {:>9}  {}",
+                i.id,
+                i.name,
+                i.state.name(),
+                cpus,
+                i.bytes >> 20,
+                i.image
+            )?;
         }
         for image in &self.images {
             let text = match (&image.release, &image.problem) {

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use handover::channel::{Channel, Side};
 use kexec_core::device::{Access, Device, Mapping};
 use kexec_core::memory_map::Range;
+use kexec_core::registry::State;
 use state_schemas::control_block::{self, HANDOVER, RING_TO_INCUMBENT, RING_TO_SUCCESSOR, words};
 use state_schemas::handover_record::{HandoverRecord, PhysRange};
 use state_schemas::header::{Frame, HEADER_LEN, Kind};
@@ -26,7 +27,7 @@ const LOOK: Duration = Duration::from_millis(5);
 
 fn main() -> Result<()> {
     let lie = std::env::args().nth(1).context("which lie?")?;
-    let successor = wait_for(|row| row.is_some_and(|row| row.state == "booting"))?.context("it is gone again")?;
+    let successor = wait_for(|row| row.is_some_and(|row| row.state == State::Booting))?.context("it is gone again")?;
     let device = Device::open()?;
     let region = successor.region().with_context(|| format!("no region in {:?}", successor.ranges))?;
     let block = Range::with_len(region.start(), control_block::SIZE).context("no control block fits")?;

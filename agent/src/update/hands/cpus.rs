@@ -90,7 +90,7 @@ impl<'k> Hands<'k> {
     }
 
     fn is_firmware_bsp(&self, apic_id: u32) -> bool {
-        self.plan.moves.iter().any(|(cpu, _)| cpu.apic_id == apic_id && cpu.firmware_bsp)
+        self.firmware_bsp == Some(apic_id)
     }
 
     /// How far a successor came that never answered.
@@ -121,10 +121,14 @@ impl<'k> Hands<'k> {
         let site = self.site()?;
         match self.home().map(Home::mailbox) {
             Some(own) if own.is_parked(cpu.apic_id) => {
-                self.device.give_cpu(site.instance, cpu.apic_id, GiveCpu::Record)?;
-                self.given.insert(cpu.apic_id);
+                if !self.given.contains(&cpu.apic_id) {
+                    self.device.give_cpu(site.instance, cpu.apic_id, GiveCpu::Record)?;
+                    self.given.insert(cpu.apic_id);
+                }
                 own.wake(cpu.apic_id, park.entry, || pause(self.until))?;
             }
+            // A batond before this one has sent it there.
+            _ if self.given.contains(&cpu.apic_id) => {}
             _ if self.is_firmware_bsp(cpu.apic_id) => {
                 bail!("{} booted the machine and waits at no mailbox: it cannot be moved", name(cpu))
             }

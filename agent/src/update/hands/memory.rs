@@ -31,9 +31,16 @@ pub(super) struct Site {
     pub(super) instance: u32,
     pub(super) region: Range,
     pub(super) low_slot: LowSlot,
-    pub(super) division: Division,
+    /// Which memory reaches it by which road. Only who places it has to know.
+    pub(super) division: Option<Division>,
     /// Pages below 1 MiB that are written: the SIPI page, and the slot's first.
     pub(super) low: Vec<(Range, Mapping)>,
+}
+
+impl Site {
+    fn division(&self) -> Result<&Division> {
+        self.division.as_ref().context("the successor's memory is divided already")
+    }
 }
 
 impl Hands<'_> {
@@ -42,7 +49,7 @@ impl Hands<'_> {
         let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
         let settled = self.kernel.files.close(self.device, &self.kernel.services.ranges()).map(drop);
         let taken = settled.and_then(|()| self.take_region(instance)).and_then(|region| {
-            let division = self.divide(instance, region)?;
+            let division = Some(self.divide(instance, region)?);
             let mut low = Vec::new();
             let low_slot = self.free_slot()?;
             for page in [Range::new(SIPI_PAGE, SIPI_PAGE + PAGE), low_slot.root_page()] {
@@ -138,11 +145,11 @@ impl Hands<'_> {
         let facts = &self.plan.facts;
         let info = self.device.info()?;
         let image = BzImage::parse(&self.plan.image)?;
-        let division = &site.division;
+        let division = site.division()?;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let first = 1 + self.kernel.services.crossings().len() as u32;
         let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
-        let mut record = self.record(site, info.tsc_khz, &kept);
+        let mut record = self.record(site, info.tsc_khz, &kept)?;
         let spoken = self.plan.kho;
         let handover = spoken.map(|spoken| self.hand_over(spoken, site, &image, &mut record, &kept)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
@@ -194,7 +201,7 @@ impl Hands<'_> {
         record: &mut record::HandoverRecord,
         kept: &Numbered,
     ) -> Result<HandedOver> {
-        let known = site.region.len() + site.division.reserved_in_successor().total();
+        let known = site.region.len() + site.division()?.reserved_in_successor().total();
         let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
         let handed = kho::write(spoken, places, record, kept)?;
         // An older agent over there finds it by the kernel alone.
@@ -216,14 +223,14 @@ impl Hands<'_> {
     }
 
     /// What the successor's agent must know.
-    fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> record::HandoverRecord {
-        let division = &site.division;
+    fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> Result<record::HandoverRecord> {
+        let division = site.division()?;
         let facts = &self.plan.facts;
         let crossings = self.kernel.services.crossings();
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
         let boot_cpus = self.plan.moves.iter().map(|(cpu, _)| cpu).chain([&self.plan.spare]);
         let numbered = || crossings.iter().zip(1u32..);
-        record::HandoverRecord {
+        Ok(record::HandoverRecord {
             update: self.id,
             hop: facts.hops + 1,
             epoch: self.epoch(),
@@ -272,7 +279,7 @@ impl Hands<'_> {
             journal: self.timeline.marks().to_vec(),
             kho: None,
             carried: self.kernel.birth.as_ref().map(|birth| birth.record.carried.clone()).unwrap_or_default(),
-        }
+        })
     }
 
     fn network_record(&self) -> record::Network {

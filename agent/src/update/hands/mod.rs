@@ -9,6 +9,7 @@
 
 mod cpus;
 mod memory;
+mod resumed;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
@@ -69,6 +70,8 @@ pub struct Hands<'k> {
     /// How far a successor came that never answered.
     pub last_words: Option<String>,
     id: record::UpdateId,
+    /// APIC id of the CPU that the firmware booted: INIT would reset the machine there.
+    firmware_bsp: Option<u32>,
     /// When the effect under way must be over.
     until: Instant,
     site: Option<Site>,
@@ -99,6 +102,7 @@ impl<'k> Hands<'k> {
             refusal: None,
             last_words: None,
             id,
+            firmware_bsp: plan.moves.iter().find(|(cpu, _)| cpu.firmware_bsp).map(|(cpu, _)| cpu.apic_id),
             until: Instant::now(),
             site: None,
             placed: None,
@@ -312,7 +316,10 @@ impl<'k> Hands<'k> {
         if let Some(cidr) = network.service_address {
             self.address = Some(self.kernel.netlink.held(cidr)?);
         }
-        self.kernel.files.settle_again(self.device)
+        self.kernel.files.settle_again(self.device)?;
+        // From here on a batond that dies can be followed by one that goes on.
+        let crossing = self.crossing()?;
+        self.kernel.ledger.change(|pages| pages.crossing = Some(crossing))
     }
 
     // ---- cutover: between freeze and activate nobody serves. No file, no log, nothing that can wait -----------------
@@ -397,7 +404,10 @@ impl<'k> Hands<'k> {
         std::thread::sleep(FAREWELL);
         self.kernel.services.stop();
         // Whatever does not get to its disk in time is no reason to stay: this kernel has promised to leave.
-        if let Err(error) = within(self.until, "write everything to the disks", || Ok(nix::unistd::sync())) {
+        if let Err(error) = within(self.until, "write everything to the disks", || {
+            nix::unistd::sync();
+            Ok(())
+        }) {
             tracing::error!("{error:#}");
         }
         let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
