@@ -31,7 +31,7 @@ fn main() {
         let (took, written) = best(|out| {
             let memfd = File::memfd(1, Memfd::over(content, size, 0).write(out).unwrap());
             let sessions = vec![Session { name: "kv".to_owned(), files: vec![memfd] }];
-            Orchestration { update: 1, sessions, flbs: Vec::new() }.write(out).unwrap();
+            Orchestration { update: 1, sessions, ..Orchestration::default() }.write(out).unwrap();
         });
         report(size, "a memfd of 4 KiB pages", took, &written, &limits);
     }

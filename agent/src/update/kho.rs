@@ -16,10 +16,10 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use handover::kho::abi::{Expected, SPOKEN};
+use handover::kho::abi::Expected;
 use handover::kho::v4::SCRATCH_ALIGN;
 use handover::kho::{Abi, Handed, Incoming, Limits, Memory, Outgoing, PAGE, Segments, Written};
-use handover::luo::{File, Memfd, Orchestration, Session, speaks};
+use handover::luo::{File, Memfd, Names, Orchestration, Session};
 use kexec_core::image::{BzImage, KernelFacts};
 use kexec_core::layout::KERNEL_OFFSET;
 use kexec_core::memory_map::{Range, RangeSet, struct_page_bytes};
@@ -53,8 +53,8 @@ const UNMOVABLE: u64 = 32 << 20;
 pub struct Spoken {
     /// The version.
     pub abi: Abi,
-    /// It has the Live Update Orchestrator too, in versions that we speak.
-    pub luo: bool,
+    /// It has the Live Update Orchestrator too, in versions that we speak: by which names it knows them.
+    pub luo: Option<Names>,
 }
 
 /// How to speak to a kernel; nothing for one without KHO.
@@ -62,21 +62,20 @@ pub fn spoken(facts: &KernelFacts, release: &str) -> Result<(Option<Spoken>, Str
     let Some(expected) = &facts.kho else {
         return Ok((None, "not built in: memory is kept by setup_data".to_owned()));
     };
-    let Some(abi) = Abi::from_compatible(expected) else {
-        let ours = SPOKEN.iter().map(|abi| abi.compatible()).collect::<Vec<_>>().join(", ");
-        return Err(Failure::precondition(
-            format!("kernel {release} expects kexec handover in version {expected}; this baton speaks {ours}"),
+    let abi = Abi::named(expected).map_err(|unspoken| {
+        Failure::precondition(
+            format!("kernel {release}: {unspoken}"),
             "update baton first, or choose a kernel of another version, or one without CONFIG_KEXEC_HANDOVER",
         )
-        .into());
-    };
+    })?;
     let set = |name: &Option<String>| name.iter().cloned().collect();
-    let luo = speaks(&Expected { kho: set(&facts.kho), luo: set(&facts.luo), memfd: set(&facts.memfd) });
-    let with = match (&facts.luo, luo) {
-        (Some(name), true) => format!(" with {name}"),
-        (Some(name), false) => format!("; its {name} is not spoken here, so no session is handed over"),
-        (None, _) => String::new(),
+    let luo = Names::of(&Expected { kho: set(&facts.kho), luo: set(&facts.luo), memfd: set(&facts.memfd) });
+    let with = match &luo {
+        Ok(Some(names)) => format!(" with {} and {}", names.luo, names.memfd),
+        Err(unspoken) => format!("; no session is handed over: {unspoken}"),
+        Ok(None) => String::new(),
     };
+    let luo = luo.ok().flatten();
     Ok((Some(Spoken { abi, luo }), format!("{expected}{with}")))
 }
 
@@ -95,7 +94,7 @@ pub fn as_told(spoken: Spoken, cmdline: &str) -> Spoken {
     };
     // kstrtobool()
     let off = ["off", "of", "0", "n", "N", "no", "f", "F"];
-    Spoken { luo: spoken.luo && !says("liveupdate", &off) && !says("kho", &off), ..spoken }
+    Spoken { luo: spoken.luo.filter(|_| !says("liveupdate", &off) && !says("kho", &off)), ..spoken }
 }
 
 /// Bytes that a region must have free, beside image and initrd, when its kernel will know `known` bytes of RAM from the start.
@@ -178,7 +177,7 @@ pub fn write(spoken: Spoken, places: Places, record: &HandoverRecord, kept: &Num
     let mut frame = record.to_frame(HandoverRecord::VERSION)?;
     out.subtree(NAME, &frame)?;
     let mut memfd = Vec::new();
-    if spoken.luo {
+    if let Some(names) = spoken.luo {
         let len = frame.len() as u64;
         if len > files.len() {
             bail!("the handover record has {len} bytes, the memfd for it {}", files.len());
@@ -191,14 +190,14 @@ pub fn write(spoken: Spoken, places: Places, record: &HandoverRecord, kept: &Num
         for (_, file, place) in &to_kernel {
             place.add(file, &mut sessions, &mut out)?;
         }
-        Orchestration { update: record.hop.into(), sessions, flbs: Vec::new() }.write(&mut out)?;
+        Orchestration { update: record.hop.into(), sessions, flbs: Vec::new(), names }.write(&mut out)?;
         memfd = (pages.start..pages.start + pages.len).step_by(PAGE as usize).collect();
     }
     let written = out.write()?;
     let (setup_data, handed) = (written.setup_data(), written.handed);
     let places = places_of(spoken.abi, places, &written);
     let mut segments = written.segments;
-    if spoken.luo {
+    if spoken.luo.is_some() {
         segments.insert(files.start(), frame);
     }
     let over = HandedOver { setup_data, segments, places, memfd, handed };
@@ -250,9 +249,15 @@ mod tests {
     #[test]
     fn a_version_that_we_do_not_speak_is_refused_by_name() {
         let of = |kho, luo| spoken(&facts(kho, luo), "8.0.1");
-        assert_eq!(of("kho-v4", "luo-v5").unwrap().0, Some(Spoken { abi: Abi::V4, luo: true }));
-        assert_eq!(of("kho-v4", "luo-v6").unwrap().0, Some(Spoken { abi: Abi::V4, luo: false }));
-        assert_eq!(of("kho-v4", "").unwrap().0, Some(Spoken { abi: Abi::V4, luo: false }));
+        assert_eq!(of("kho-v4", "luo-v5").unwrap().0, Some(Spoken { abi: Abi::V4, luo: Some(Names::default()) }));
+        assert_eq!(of("kho-v4", "luo-v6").unwrap().0, Some(Spoken { abi: Abi::V4, luo: None }));
+        assert!(of("kho-v4", "luo-v5;block-v2").unwrap().1.contains("block-v2 is not spoken"));
+        assert_eq!(of("kho-v4", "").unwrap().0, Some(Spoken { abi: Abi::V4, luo: None }));
+        let newer = Names { luo: "luo-v5;block-v1", ..Names::default() };
+        let expected = Spoken { abi: Abi::V4RadixVmalloc, luo: Some(newer) };
+        assert_eq!(of("kho-v4;radix-v1;vmalloc-v1", "luo-v5;block-v1").unwrap().0, Some(expected));
+        let failure = Failure::from_error(&of("kho-v4;radix-v7", "luo-v5").unwrap_err());
+        assert!(failure.cause.contains("radix-v7 is not spoken"), "{}", failure.cause);
         assert_eq!(of("", "").unwrap().0, None);
         let failure = Failure::from_error(&of("kho-v5", "luo-v5").unwrap_err());
         assert_eq!(failure.class, Class::Precondition);
@@ -266,7 +271,7 @@ mod tests {
         assert_eq!(cmdline(String::new()), "kho=on liveupdate=on");
         assert_eq!(cmdline("quiet kho=off".to_owned()), "quiet kho=off liveupdate=on");
         assert_eq!(cmdline("kho=on liveupdate=off".to_owned()), "kho=on liveupdate=off");
-        let has_luo = |cmdline| as_told(Spoken { abi: Abi::V4, luo: true }, cmdline).luo;
+        let has_luo = |cmdline| as_told(Spoken { abi: Abi::V4, luo: Some(Names::default()) }, cmdline).luo.is_some();
         assert!(has_luo("kho=on liveupdate=on") && has_luo("liveupdate=0 liveupdate=1"));
         assert!(!has_luo("kho=on liveupdate=off") && !has_luo("kho=0 liveupdate=on"));
     }

@@ -17,7 +17,7 @@ use crate::machine::rewrite::rewrite;
 /// Where it is remembered. Root's alone: it is trusted as the image would be.
 pub const PATH: &str = "/var/cache/baton/images.json";
 /// Grows when kernels are asked something else, or are judged otherwise.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Images remembered at most; then all are forgotten.
 const MOST: usize = 64;
 /// Largest file that is read.
@@ -118,7 +118,7 @@ mod tests {
         let images = BTreeMap::from([("ab".to_owned(), found())]);
         assert_eq!(
             serde_json::to_string(&Known { version: VERSION, images }).unwrap(),
-            r#"{"version":1,"images":{"ab":{"mailbox_reset_vector":true,"kho":"kho-v4","luo":"luo-v5","memfd":"memfd-v2"}}}"#
+            r#"{"version":2,"images":{"ab":{"mailbox_reset_vector":true,"kho":"kho-v4","luo":"luo-v5","memfd":"memfd-v2"}}}"#
         );
     }
 }

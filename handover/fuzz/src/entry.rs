@@ -157,5 +157,5 @@ pub fn image(input: &[u8]) {
     for name in expected.kho.iter().chain(&expected.luo).chain(&expected.memfd) {
         assert!(name.len() < 48, "{name}");
     }
-    let _ = (expected.abi(), handover::luo::speaks(&expected));
+    let _ = (expected.abi(), handover::luo::Names::of(&expected));
 }

@@ -6,17 +6,25 @@
 use std::collections::BTreeSet;
 
 use memchr::memmem;
+use thiserror::Error;
 
 /// A version of KHO that we speak.
+///
+/// Newer trees name the parts of which a format is made, behind its own name and separated by semicolons, so that each part has a version
+/// of its own. A kernel compares the whole name, so what is written for it has to bear exactly the name that it expects.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum Abi {
     /// "kho-v4": one radix tree whose keys hold page and order; blobs with their size.
     V4,
+    /// "kho-v4;radix-v1": the same bytes.
+    V4Radix,
+    /// "kho-v4;radix-v1;vmalloc-v1": the same bytes.
+    V4RadixVmalloc,
 }
 
-/// Every version that we speak, oldest first. The next one is a module beside [`super::v4`] and a line here.
-pub const SPOKEN: &[Abi] = &[Abi::V4];
+/// Every version that we speak, oldest first. One with another form is a module beside [`super::v4`] and a line here.
+pub const SPOKEN: &[Abi] = &[Abi::V4, Abi::V4Radix, Abi::V4RadixVmalloc];
 
 /// Every version that is known to exist, oldest first, and what sets it apart. What upstream says of none of them is
 /// how long it will be read.
@@ -35,12 +43,52 @@ impl Abi {
     pub const fn compatible(self) -> &'static str {
         match self {
             Abi::V4 => super::v4::COMPATIBLE,
+            Abi::V4Radix => "kho-v4;radix-v1",
+            Abi::V4RadixVmalloc => "kho-v4;radix-v1;vmalloc-v1",
         }
     }
 
     /// Which version this string names, if we speak it.
     pub fn from_compatible(compatible: &str) -> Option<Abi> {
         SPOKEN.iter().copied().find(|abi| abi.compatible() == compatible)
+    }
+
+    /// Which version this string names.
+    ///
+    /// # Errors
+    /// We do not speak it: which part of it is the reason.
+    pub fn named(compatible: &str) -> Result<Abi, Unspoken> {
+        let spoken = SPOKEN.iter().map(|abi| abi.compatible());
+        Abi::from_compatible(compatible).ok_or_else(|| Unspoken::new("kexec handover", compatible, spoken))
+    }
+}
+
+/// A kernel expects a format in a version that this Baton does not speak: nothing of that format can be handed to it.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error("{format} is expected as {found}: {} is not spoken; this baton speaks {spoken}", parts.join(", "))]
+pub struct Unspoken {
+    /// Of what.
+    pub format: &'static str,
+    /// The whole name.
+    pub found: String,
+    /// The parts of the name that are not spoken; the whole name if each part is, and not in this combination.
+    pub parts: Vec<String>,
+    /// The names that are.
+    pub spoken: String,
+}
+
+impl Unspoken {
+    pub(crate) fn new<'a>(
+        format: &'static str,
+        found: &str,
+        spoken: impl Iterator<Item = &'a str> + Clone,
+    ) -> Unspoken {
+        let known: BTreeSet<&str> = spoken.clone().flat_map(|name| name.split(';')).collect();
+        let mut parts: Vec<String> = found.split(';').filter(|part| !known.contains(part)).map(String::from).collect();
+        if parts.is_empty() {
+            parts.push(found.to_owned());
+        }
+        Unspoken { format, found: found.to_owned(), parts, spoken: spoken.collect::<Vec<_>>().join(", ") }
     }
 }
 
@@ -66,27 +114,42 @@ impl Expected {
         }
     }
 
-    /// The version to write for this kernel. `None`: it has no KHO, or only one that we do not speak, or names several
-    /// and does not say which counts.
+    /// The version to write for this kernel; nothing if it has no KHO.
+    ///
+    /// # Errors
+    /// It has one that we do not speak, or names several and does not say which counts.
+    pub fn spoken(&self) -> Result<Option<Abi>, Unspoken> {
+        one("kexec handover", &self.kho)?.map(Abi::named).transpose()
+    }
+
+    /// The same, where it does not matter why there is none.
     pub fn abi(&self) -> Option<Abi> {
-        match self.kho.iter().map(|name| Abi::from_compatible(name)).collect::<Vec<_>>()[..] {
-            [only] => only,
-            _ => None,
-        }
+        self.spoken().ok().flatten()
     }
 }
 
-/// Strings of `prefix` and a number, ended by a zero. Between number and zero may be more, behind a dash: patches that
-/// were never released had "luo-v4-block-v1", and such a name must not pass for that of a kernel without the format.
+/// The one name of a format; nothing if there is none.
+pub(crate) fn one<'a>(format: &'static str, names: &'a BTreeSet<String>) -> Result<Option<&'a str>, Unspoken> {
+    if names.len() > 1 {
+        let all = names.iter().map(String::as_str).collect::<Vec<_>>().join(" and ");
+        return Err(Unspoken { format, found: all.clone(), parts: vec![all], spoken: "one version at a time".into() });
+    }
+    Ok(names.first().map(String::as_str))
+}
+
+/// Strings of `prefix` and a number, ended by a zero. Between number and zero may be the names of parts, behind a semicolon, or other words
+/// behind a dash (patches that were never released had "luo-v4-block-v1"): such a name must not pass for that of a kernel without the
+/// format.
 fn versions(bytes: &[u8], prefix: &str) -> BTreeSet<String> {
-    const LONGEST: usize = 32;
+    /// The longest name that a field of the format holds (`LIVEUPDATE_HNDL_COMPAT_LENGTH`), and more than the names of today.
+    const LONGEST: usize = 48;
     memmem::find_iter(bytes, prefix)
         .filter_map(|at| {
             let rest = &bytes[at + prefix.len()..];
             let name = &rest[..rest.iter().take(LONGEST).position(|byte| *byte == 0)?];
             let number = name.iter().take_while(|byte| byte.is_ascii_digit()).count();
-            let tail = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._".contains(byte);
-            let good = number > 0 && number <= 4 && (number == name.len() || name[number] == b'-');
+            let tail = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._;".contains(byte);
+            let good = number > 0 && number <= 4 && (number == name.len() || b"-;".contains(&name[number]));
             (good && name.iter().all(tail)).then(|| format!("{prefix}{}", String::from_utf8_lossy(name)))
         })
         .collect()
@@ -111,10 +174,29 @@ mod tests {
     }
 
     #[test]
+    fn a_name_of_parts_is_spoken_or_says_which_part_is_not() {
+        let of = |image: &[u8]| Expected::of_kernel(image).spoken();
+        assert_eq!(of(b"..\0kho-v4;radix-v1;vmalloc-v1\0.."), Ok(Some(Abi::V4RadixVmalloc)));
+        assert_eq!(of(b"kho-v4;radix-v1\0"), Ok(Some(Abi::V4Radix)));
+        assert_eq!(of(b"no such format"), Ok(None));
+        let parts = |image: &[u8]| of(image).unwrap_err().parts;
+        assert_eq!(parts(b"kho-v4;radix-v2;vmalloc-v1\0"), ["radix-v2"]);
+        assert_eq!(parts(b"kho-v5;block-v9;radix-v1\0"), ["kho-v5", "block-v9"]);
+        assert_eq!(parts(b"kho-v4;vmalloc-v1\0"), ["kho-v4;vmalloc-v1"]);
+        assert_eq!(parts(b"kho-v4\0kho-v5\0"), ["kho-v4 and kho-v5"]);
+        assert_eq!(
+            of(b"kho-v4;radix-v2\0").unwrap_err().to_string(),
+            "kexec handover is expected as kho-v4;radix-v2: radix-v2 is not spoken; this baton speaks kho-v4, kho-v4;radix-v1, \
+             kho-v4;radix-v1;vmalloc-v1"
+        );
+    }
+
+    #[test]
     fn every_spoken_version_has_one_name() {
         for abi in SPOKEN {
             assert_eq!(Abi::from_compatible(abi.compatible()), Some(*abi));
-            assert!(KNOWN.iter().any(|(name, _)| *name == abi.compatible()));
+            let base = abi.compatible().split(';').next();
+            assert!(KNOWN.iter().any(|(name, _)| Some(*name) == base));
         }
         assert_eq!(Abi::from_compatible("kho-v3"), None);
     }

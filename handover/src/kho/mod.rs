@@ -34,7 +34,7 @@ mod outline;
 mod pool;
 pub mod v4;
 
-pub use abi::Abi;
+pub use abi::{Abi, Unspoken};
 pub use error::{IncomingError, OutgoingError, Overlap, ReadError, ScratchAlign};
 pub use incoming::{Incoming, Machine};
 pub use memory::{Memory, OutOfReach, PAGE, Segments};

@@ -237,7 +237,7 @@ impl Outgoing {
             self.pool.put(at, &bytes);
         }
         let fdt = match self.abi {
-            Abi::V4 => v4::fdt::write(root, &self.subtrees)?,
+            Abi::V4 | Abi::V4Radix | Abi::V4RadixVmalloc => v4::fdt::write(self.abi, root, &self.subtrees)?,
         };
         self.pool.put(self.fdt, &fdt);
         let list: Vec<u8> = self

@@ -8,10 +8,14 @@ use zerocopy::byteorder::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::error::LuoError;
+use super::names;
 use crate::kho::{Incoming, Limits, Memory, Outgoing, PAGE, ReadError, Vmalloc};
 
-/// `MEMFD_LUO_FH_COMPATIBLE`
-pub const COMPATIBLE: &str = "memfd-v2";
+/// Whether a handler of this name restores memfds of this form.
+pub fn is_ours(compatible: &str) -> bool {
+    names::MEMFD.contains(&compatible)
+}
+
 /// `MEMFD_LUO_ALL_SEALS`
 pub const SEALS: u32 = state_schemas::handover_record::SEALS;
 /// `MEMFD_LUO_FOLIO_DIRTY`: the content counts. Without it the kernel may throw the page away.

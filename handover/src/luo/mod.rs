@@ -23,21 +23,15 @@
 //! The kernel checks little and forgives nothing: one session that it cannot restore, and `/dev/liveupdate` cannot be
 //! opened (`luo_session_deserialize`, EIO); another version, or a list of sessions that is not one, and it *panics*
 //! (`luo_restore_fail`). So what is written is checked before, and written only for a kernel that names all three
-//! formats ([`speaks`]). What nobody retrieves of a session is freed when the session is closed.
+//! formats in versions that we speak ([`Names::of`]). What nobody retrieves of a session is freed when the session is closed.
 
 mod error;
 pub mod memfd_v2;
 mod model;
+pub mod names;
 pub mod v5;
 
 pub use error::LuoError;
 pub use memfd_v2::{Memfd, Piece};
 pub use model::{File, Flb, Orchestration, Session};
-
-use crate::kho::abi::Expected;
-
-/// Whether a kernel that expects these formats can be given sessions.
-pub fn speaks(expected: &Expected) -> bool {
-    let only = |found: &std::collections::BTreeSet<String>, ours: &str| found.len() == 1 && found.contains(ours);
-    expected.abi().is_some() && only(&expected.luo, v5::COMPATIBLE) && only(&expected.memfd, memfd_v2::COMPATIBLE)
-}
+pub use names::Names;

@@ -7,6 +7,7 @@ use state_schemas::handover_record::PhysRange;
 
 use super::error::LuoError;
 use super::memfd_v2;
+use super::names::{MEMFD, Names};
 use crate::kho::{Incoming, OutgoingError, PAGE};
 
 /// Bytes of a session's name, without the zero behind it (`LIVEUPDATE_SESSION_NAME_LENGTH`).
@@ -23,6 +24,8 @@ pub struct Orchestration {
     pub sessions: Vec<Session>,
     /// Objects that several files share. Baton makes none; it carries those of others.
     pub flbs: Vec<Flb>,
+    /// The names of the formats in the kernel that reads it.
+    pub names: Names,
 }
 
 /// Files that are retrieved together.
@@ -39,16 +42,16 @@ pub struct Session {
 pub struct File {
     /// By which it is asked for within its session.
     pub token: u64,
-    /// Who can restore it: "memfd-v2".
+    /// Who can restore it: "memfd-v2", maybe with the names of its parts.
     pub compatible: String,
     /// What that one is told. For a memfd the address from [`crate::luo::Memfd::write`].
     pub data: u64,
 }
 
 impl File {
-    /// A memfd that has been written.
+    /// A memfd that has been written. It goes by the name that [`Orchestration::names`] has for memfds.
     pub fn memfd(token: u64, data: u64) -> File {
-        File { token, compatible: memfd_v2::COMPATIBLE.to_owned(), data }
+        File { token, compatible: MEMFD[0].to_owned(), data }
     }
 }
 
@@ -86,7 +89,7 @@ impl Orchestration {
                 if !tokens.insert(file.token) {
                     return Err(LuoError::TokenTwice { session: session.name.clone(), token: file.token });
                 }
-                if file.compatible == memfd_v2::COMPATIBLE && !contents.insert(file.data) {
+                if memfd_v2::is_ours(&file.compatible) && !contents.insert(file.data) {
                     return Err(LuoError::DataTwice { data: file.data });
                 }
             }
@@ -110,7 +113,7 @@ impl Check for Orchestration {
     fn check(&self, incoming: &Incoming) -> Result<(), LuoError> {
         self.consistent()?;
         let memfds = self.sessions.iter().flat_map(|session| &session.files);
-        for file in memfds.filter(|file| file.compatible == memfd_v2::COMPATIBLE) {
+        for file in memfds.filter(|file| memfd_v2::is_ours(&file.compatible)) {
             if incoming.folio_at(file.data).is_none() {
                 let range = PhysRange { start: file.data, len: PAGE };
                 return Err(OutgoingError::Range { what: "a memfd that is not preserved", range }.into());

@@ -1,4 +1,4 @@
-//! "luo-v5", as in Linux 7.3: `include/linux/kho/abi/luo.h` and `block.h`.
+//! "luo-v5", as in Linux 7.3, and "luo-v5;block-v1" of newer trees, whose bytes differ in the name alone: `include/linux/kho/abi/luo.h` and `block.h`.
 
 use std::collections::HashSet;
 
@@ -7,22 +7,21 @@ use zerocopy::byteorder::little_endian::U64;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::error::LuoError;
-use super::model::{File, Flb, Orchestration, Session};
+use super::memfd_v2::is_ours;
+use super::model::{File, Flb, HANDLER_NAME, Orchestration, Session};
+use super::names::{LUO, MEMFD, Names, spoken};
 use crate::kho::v4::text;
 use crate::kho::{Incoming, Limits, Memory, Outgoing, PAGE, ReadError};
 
 /// `LUO_KHO_ENTRY_NAME`
 pub const BLOB: &str = "LUO";
-/// `LUO_ABI_COMPATIBLE`
-pub const COMPATIBLE: &str = "luo-v5";
 /// `KHO_MAX_BLOCKS`: a kernel that finds more in one list takes it for a corrupt one.
 pub const MAX_BLOCKS: usize = 10_000;
 
-/// `struct luo_ser`.
+/// `struct luo_ser` behind its name, whose field ends at a multiple of 8 bytes (`LUO_ABI_COMPAT_LEN`).
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawLuo {
-    compatible: [u8; 8],
     liveupdate_num: U64,
     sessions_pa: U64,
     flbs_pa: U64,
@@ -63,11 +62,16 @@ struct RawBlock {
     count: U64,
 }
 
-const _: () = assert!(size_of::<RawLuo>() == 32);
+const _: () = assert!(size_of::<RawLuo>() == 24);
 const _: () = assert!(size_of::<RawSession>() == 80);
 const _: () = assert!(size_of::<RawFile>() == 64);
 const _: () = assert!(size_of::<RawFlb>() == 64);
 const _: () = assert!(size_of::<RawBlock>() == 16);
+
+/// Bytes of the field that this name has at the beginning of `struct luo_ser`: with its zero, up to a multiple of 8.
+const fn name_field(name: &str) -> usize {
+    (name.len() + 1).next_multiple_of(8)
+}
 
 /// Entries of a block.
 const fn per_block(entry: usize) -> usize {
@@ -94,7 +98,7 @@ impl Orchestration {
                 .files
                 .iter()
                 .map(|file| RawFile {
-                    compatible: field(&file.compatible),
+                    compatible: field(if is_ours(&file.compatible) { self.names.memfd } else { &file.compatible }),
                     data: file.data.into(),
                     token: file.token.into(),
                 })
@@ -104,12 +108,14 @@ impl Orchestration {
             sessions.push(RawSession { name: field(&session.name), files: head.into(), count: count.into() });
         }
         let ser = RawLuo {
-            compatible: field(COMPATIBLE),
             liveupdate_num: self.update.into(),
             sessions_pa: write_blocks(out, "sessions", &sessions)?.into(),
             flbs_pa: self.write_flbs(out)?.into(),
         };
-        out.subtree(BLOB, ser.as_bytes())?;
+        let mut blob = self.names.luo.as_bytes().to_vec();
+        blob.resize(name_field(self.names.luo), 0);
+        blob.extend(ser.as_bytes());
+        out.subtree(BLOB, &blob)?;
         Ok(())
     }
 
@@ -141,15 +147,7 @@ impl Orchestration {
         limits: &Limits,
     ) -> Result<Option<Received<Orchestration>>, ReadError> {
         let Some(blob) = incoming.blob(memory, BLOB, limits)? else { return Ok(None) };
-        let (ser, _) = RawLuo::ref_from_prefix(&blob).map_err(|_| ReadError::Mismatch {
-            what: "bytes of the orchestrator's blob",
-            found: blob.len() as u64,
-            stated: size_of::<RawLuo>() as u64,
-        })?;
-        if ser.compatible != field(COMPATIBLE) {
-            let found = String::from_utf8_lossy(&ser.compatible).trim_end_matches('\0').to_owned();
-            return Err(ReadError::Version { found, spoken: COMPATIBLE.to_owned() });
-        }
+        let (name, ser) = header(&blob)?;
         let mut reader = Reader { memory, incoming, limits, seen: HashSet::new() };
         let mut sessions = Vec::new();
         for raw in reader.blocks::<RawSession>("a block of sessions", ser.sessions_pa.get())? {
@@ -166,7 +164,31 @@ impl Orchestration {
             sessions.push(Session { name: text("a session's name", &raw.name)?, files });
         }
         let flbs = reader.flbs(ser.flbs_pa.get())?;
-        Ok(Some(Received::new(Orchestration { update: ser.liveupdate_num.get(), sessions, flbs })))
+        let mut files = sessions.iter().flat_map(|session: &Session| &session.files);
+        let memfd = files.find_map(|file| spoken(MEMFD, &file.compatible)).unwrap_or(Names::default().memfd);
+        let names = Names { luo: name, memfd };
+        Ok(Some(Received::new(Orchestration { update: ser.liveupdate_num.get(), sessions, flbs, names })))
+    }
+}
+
+/// The name at the beginning of the blob, and what follows it.
+fn header(blob: &[u8]) -> Result<(&'static str, RawLuo), ReadError> {
+    let text = blob.split(|byte| *byte == 0).next().unwrap_or_default();
+    let found = String::from_utf8_lossy(&text[..text.len().min(HANDLER_NAME)]).into_owned();
+    let Some(name) = spoken(LUO, &found) else {
+        return Err(ReadError::Version { found, spoken: LUO.join(", ") });
+    };
+    let at = name_field(name);
+    let short = || ReadError::Mismatch {
+        what: "bytes of the orchestrator's blob",
+        found: blob.len() as u64,
+        stated: (at + size_of::<RawLuo>()) as u64,
+    };
+    let (field, rest) = blob.split_at_checked(at).ok_or_else(short)?;
+    let (ser, _) = RawLuo::read_from_prefix(rest).map_err(|_| short())?;
+    match field[name.len()..].iter().all(|byte| *byte == 0) {
+        true => Ok((name, ser)),
+        false => Err(ReadError::Text { what: "the orchestrator's version", bytes: field.to_vec() }),
     }
 }
 

@@ -9,11 +9,11 @@ use std::fs;
 use std::path::Path;
 
 use handover::kho::{Abi, Handed, Incoming, Limits, Machine, Metadata, Outline, Segments};
-use handover::luo::{Memfd, Orchestration};
+use handover::luo::{Memfd, Names, Orchestration};
 
 use crate::entry::BASE;
 use crate::round_trip::range;
-use crate::sample::{Sample, bytes, sample};
+use crate::sample::{Sample, bytes, sample, sample_named};
 
 /// Writes what is missing, if that is asked for.
 pub fn kept(file: &str, bytes: &[u8]) -> Vec<u8> {
@@ -76,6 +76,34 @@ fn the_bytes_of_kho_v4() {
     let read = Orchestration::read(&memory, &incoming, &limits).unwrap().unwrap().check(&incoming).unwrap();
     assert_eq!(read, luo);
     assert_eq!(Memfd::read(&memory, &incoming, memfd, &limits).unwrap().check(&()).unwrap(), content);
+}
+
+/// A newer tree names the parts of its formats. Nothing but the names is different, and they are written and read as a whole.
+#[test]
+fn names_of_parts_are_written_for_a_kernel_that_has_them() {
+    let names = Names { luo: "luo-v5;block-v1", memfd: "memfd-v2;vmalloc-v1" };
+    let Sample { written, memfd, luo, content } = sample_named(Abi::V4RadixVmalloc, names);
+    let memory = &written.segments;
+    let has = |text: &[u8]| bytes(&written).windows(text.len()).filter(|window| *window == text).count();
+    assert_eq!(has(b"kho-v4;radix-v1;vmalloc-v1\0"), 1);
+    assert_eq!((has(b"memfd-v2;vmalloc-v1\0"), has(b"memfd-v2\0")), (2, 0));
+
+    let limits = Limits::default();
+    let machine = Machine { ram: vec![range(1 << 20, 1 << 36)] };
+    let incoming = Incoming::read(memory, written.handed, &limits).unwrap().check(&machine).unwrap();
+    assert_eq!(incoming.abi, Abi::V4RadixVmalloc);
+    let blob = incoming.blob(memory, "LUO", &limits).unwrap().unwrap();
+    // LUO_ABI_COMPAT_LEN: the field of the name ends at a multiple of 8 bytes.
+    assert_eq!((blob.len(), &blob[..16], blob[16]), (40, b"luo-v5;block-v1\0".as_slice(), 2));
+
+    let read = Orchestration::read(memory, &incoming, &limits).unwrap().unwrap().check(&incoming).unwrap();
+    assert_eq!((read.names, read.update), (names, luo.update));
+    let files = |luo: &Orchestration| -> Vec<_> {
+        luo.sessions.iter().flat_map(|session| &session.files).map(|file| (file.token, file.data)).collect()
+    };
+    assert_eq!(files(&read), files(&luo));
+    assert!(read.sessions[0].files.iter().all(|file| file.compatible == names.memfd));
+    assert_eq!(Memfd::read(memory, &incoming, memfd, &limits).unwrap().check(&()).unwrap(), content);
 }
 
 /// What libfdt makes of the calls of `kho_out_fdt_setup` and `kho_add_subtree`: sub-nodes from last to first, each

@@ -16,7 +16,7 @@ const CONTENT: u64 = 0x2_0000_0000;
 pub fn write(memfds: &[Memfd], sessions: &[(String, Vec<u64>)], flbs: &[Flb]) -> (Written, Orchestration) {
     let mut out = Outgoing::new(Abi::V4, POOL).unwrap();
     let mut memfds = memfds.iter();
-    let mut luo = Orchestration { update: 7, sessions: Vec::new(), flbs: flbs.to_vec() };
+    let mut luo = Orchestration { update: 7, flbs: flbs.to_vec(), ..Orchestration::default() };
     for (name, tokens) in sessions {
         let mut files = Vec::new();
         for token in tokens {

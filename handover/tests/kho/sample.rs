@@ -2,7 +2,7 @@
 
 use handover::kho::{Abi, Outgoing, PAGE, Written};
 use handover::luo::memfd_v2::{DIRTY, UPTODATE};
-use handover::luo::{File, Flb, Memfd, Orchestration, Piece, Session};
+use handover::luo::{File, Flb, Memfd, Names, Orchestration, Piece, Session};
 
 use crate::entry::{BASE, HANDED, PAGES};
 use crate::round_trip::{MIB, range};
@@ -18,8 +18,14 @@ pub struct Sample {
     pub content: Memfd,
 }
 
+/// The sample as Linux 7.3 expects it.
 pub fn sample() -> Sample {
-    let mut out = Outgoing::new(Abi::V4, range(BASE, PAGES * PAGE)).unwrap();
+    sample_named(Abi::V4, Names::default())
+}
+
+/// The sample as a kernel with these names expects it.
+pub fn sample_named(abi: Abi, names: Names) -> Sample {
+    let mut out = Outgoing::new(abi, range(BASE, PAGES * PAGE)).unwrap();
     out.metadata("6.12.95-amd64", 3).unwrap();
     out.preserve(range(ARENA, 0x2345_6000)).unwrap();
     out.preserve_folios(0x3_0000_0000, 9, 5).unwrap();
@@ -43,6 +49,7 @@ pub fn sample() -> Sample {
         update: 2,
         sessions: vec![session("kv", files), session("nothing in it", vec![])],
         flbs: vec![Flb { name: "iommu-v1".to_owned(), data: 0x77, count: 1 }],
+        names,
     };
     luo.write(&mut out).unwrap();
     out.scratch(range(0x4200_0000, 64 * MIB));

@@ -189,7 +189,7 @@ pub struct KernelFacts {
     /// It can take CPUs through the ACPI mailbox **and** give them back through the reset vector: Linux 6.10 or newer with
     /// `CONFIG_ACPI_MADT_WAKEUP`.
     pub mailbox_reset_vector: bool,
-    /// The KHO format it reads ("kho-v4"), if it was built with `CONFIG_KEXEC_HANDOVER`.
+    /// The KHO format it reads ("kho-v4", in newer trees with its parts: "kho-v4;radix-v1;vmalloc-v1"), if it was built with `CONFIG_KEXEC_HANDOVER`.
     pub kho: Option<String>,
     /// The format of the Live Update Orchestrator's state ("luo-v5"), if it was built with `CONFIG_LIVEUPDATE`.
     pub luo: Option<String>,
@@ -200,8 +200,9 @@ pub struct KernelFacts {
 impl KernelFacts {
     /// Looks into the image.
     pub fn of(image: &BzImage<'_>) -> Result<KernelFacts, PayloadError> {
-        const DIGITS: usize = 4;
-        let format = |text| Question { text, tail: DIGITS, accept: is_number_and_nul, depth: Depth::Constants };
+        // As long as the longest field for such a name (LIVEUPDATE_HNDL_COMPAT_LENGTH).
+        const NAME: usize = 48;
+        let format = |text| Question { text, tail: NAME, accept: is_version_and_nul, depth: Depth::Constants };
         let questions = [
             // acpi_parse_mp_wake(): printed when the version 1 structure cannot be set up.
             Question::contains(b"Failed to setup MADT reset vector"),
@@ -230,10 +231,14 @@ impl KernelFacts {
     }
 }
 
-/// Digits, then the NUL of the string literal: "kho-v4" and not "kho-vmalloc".
-fn is_number_and_nul(tail: &[u8]) -> bool {
+/// A number, then the NUL of the string literal, maybe with the names of parts between them: "kho-v4", "kho-v4;radix-v1", and not
+/// "kho-vmalloc". A name with a dash ("luo-v4-block-v1", of patches that were never released) is one too: of a format that nobody speaks.
+fn is_version_and_nul(tail: &[u8]) -> bool {
     let digits = tail.iter().take_while(|b| b.is_ascii_digit()).count();
-    digits > 0 && tail.get(digits) == Some(&0)
+    let Some(end) = tail.iter().position(|b| *b == 0) else { return false };
+    let parts = &tail[digits.min(end)..end];
+    let printable = |b: &u8| b.is_ascii_alphanumeric() || b"-._;".contains(b);
+    (1..=4).contains(&digits) && (parts.is_empty() || b"-;".contains(&parts[0])) && parts.iter().all(printable)
 }
 
 #[cfg(test)]
@@ -263,7 +268,7 @@ mod tests {
         kernel[late..late + 7].copy_from_slice(b"kho-v4\0");
         let questions = [
             Question::contains(b"needle"),
-            Question { tail: 4, accept: is_number_and_nul, ..Question::contains(b"kho-v") },
+            Question { tail: 4, accept: is_version_and_nul, ..Question::contains(b"kho-v") },
             Question::contains(b"absent"),
         ];
         let answers = search_stream(kernel.as_slice(), &questions, MAX_UNPACKED).unwrap();
@@ -273,8 +278,19 @@ mod tests {
     }
 
     #[test]
+    fn the_parts_of_a_format_belong_to_its_name() {
+        for name in ["4", "12", "4;radix-v1;vmalloc-v1", "5;block-v1", "4-block-v1"] {
+            assert!(is_version_and_nul(format!("{name}\0kho-v9;x").as_bytes()), "{name}");
+        }
+        for name in ["", "malloc", "4 ", "4x", "4;a b", "12345", ";radix-v1"] {
+            assert!(!is_version_and_nul(format!("{name}\0").as_bytes()), "{name}");
+        }
+        assert!(!is_version_and_nul(b"4;radix-v1"), "no end");
+    }
+
+    #[test]
     fn a_tail_cut_by_the_end_is_judged_as_it_is() {
-        let questions = [Question { tail: 4, accept: is_number_and_nul, ..Question::contains(b"kho-v") }];
+        let questions = [Question { tail: 4, accept: is_version_and_nul, ..Question::contains(b"kho-v") }];
         assert!(search_stream(b"..kho-v4\0".as_slice(), &questions, 100).unwrap()[0].is_some());
         assert!(search_stream(b"..kho-v4".as_slice(), &questions, 100).unwrap()[0].is_none());
     }

@@ -212,7 +212,7 @@ impl Hands<'_> {
 
     /// Whether the successor's kernel gives sessions back by itself.
     pub(super) fn takes_sessions(&self) -> bool {
-        self.plan.kho.is_some_and(|spoken| spoken.luo)
+        self.plan.kho.is_some_and(|spoken| spoken.luo.is_some())
     }
 
     /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.

@@ -10,7 +10,7 @@ use state_schemas::handover_record::PhysRange;
 use zerocopy::FromBytes;
 use zerocopy::byteorder::big_endian::U32;
 
-use super::{COMPATIBLE, FDT_LIMIT};
+use super::FDT_LIMIT;
 use crate::kho::abi::{Abi, SPOKEN};
 use crate::kho::error::{OutgoingError, ReadError};
 use crate::kho::memory::Memory;
@@ -31,9 +31,9 @@ pub fn name_is_good(name: &str) -> bool {
 }
 
 /// The bytes of the FDT.
-pub(crate) fn write(tree_root: u64, subtrees: &[Subtree]) -> Result<Vec<u8>, OutgoingError> {
+pub(crate) fn write(abi: Abi, tree_root: u64, subtrees: &[Subtree]) -> Result<Vec<u8>, OutgoingError> {
     let mut tree = DeviceTree::new();
-    tree.root.add_property(property("compatible", [COMPATIBLE.as_bytes(), b"\0"].concat()));
+    tree.root.add_property(property("compatible", [abi.compatible().as_bytes(), b"\0"].concat()));
     tree.root.add_property(number(MEMORY_MAP, tree_root));
     for Subtree { name, blob } in subtrees {
         let mut node = DeviceTreeNode::new(name.as_str()).map_err(|_| OutgoingError::Name { name: name.clone() })?;
