@@ -4,7 +4,7 @@
 //! the machine or a count inside reason is a second question, and it is asked in one place per type: its [`Check`].
 //! There is no other way from `Received<T>` to `T`, so that a skipped check does not compile.
 
-/// The bounds of a type, checked once.
+/// A type whose values have bounds, and the one place where these are checked.
 pub trait Check {
     /// What the bounds are measured against (the memory's size, the machine's limits); `()` if nothing.
     type Against;

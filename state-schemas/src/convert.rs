@@ -176,7 +176,7 @@ fn record_1_to_2(old: v1::record::HandoverRecord) -> HandoverRecord {
     }
 }
 
-/// Refuses what a reader of version 1 would lose: it takes what the record does not name for memory of nobody.
+/// Refuses what a reader of version 1 would lose: it uses as free memory whatever the record does not name.
 fn record_2_to_1(new: HandoverRecord) -> Result<v1::record::HandoverRecord, PayloadError> {
     let HandoverRecord {
         update,

@@ -23,7 +23,7 @@ pub trait SharedMemory {
     fn store(&self, offset: u64, value: u64);
 }
 
-/// What points to such memory is as good: `&T`, `Arc<T>`.
+/// Pointers to such memory can be used in its place: `&T`, `Arc<T>`.
 impl<P: Deref<Target: SharedMemory>> SharedMemory for P {
     fn size(&self) -> u64 {
         (**self).size()

@@ -39,7 +39,7 @@ const SECOND: u32 = 1 << SECOND_BITS;
 /// `log2(MIN_BLOCK)`.
 const FIRST_SHIFT: u32 = 5;
 const FIRST: u32 = 46 - FIRST_SHIFT + 1;
-/// How many blocks of a list are looked at when no list of surely fitting blocks has any.
+/// When every list whose blocks would all be large enough is empty, so many blocks of the list below are looked at: some may be.
 const LAST_RESORT: u32 = 8;
 
 const FIRST_MAP_AT: u64 = at::TABLES;
@@ -148,7 +148,7 @@ impl Arena<'_> {
         Ok(self.block(self.owned_block(payload)?)?.size - HEADER)
     }
 
-    /// Forgets every allocation.
+    /// Makes the arena empty: no allocation is known any more.
     pub(super) fn free_all(&mut self) {
         for at in (FIRST_MAP_AT..HEADS_AT + 8 * u64::from(FIRST * SECOND)).step_by(8) {
             self.put(at, 0);
@@ -220,7 +220,7 @@ impl Arena<'_> {
         Ok(Some(head))
     }
 
-    /// The same among blocks of which only some fit. The number looked at is bounded, so that time stays constant.
+    /// A free block that fits, of a list in which only some do. A bounded number of them is looked at, so that the time stays constant.
     fn find_in_own_list(&self, size: u64) -> Result<Option<u64>, ArenaError> {
         let (first, second) = list_of(size);
         let mut at = self.get(head_at(first, second));

@@ -25,7 +25,7 @@ const MAP_BYTES: u64 = SEGMENTS + 8 * SEGMENT_COUNT as u64;
 /// Buckets of the first segment, and of an empty map.
 const FIRST: u64 = 8;
 
-/// A map with more buckets than this for each key loses as many with each key that it loses.
+/// A map that has more buckets than this for each of its keys gives up so many with each key that is taken away.
 const SHRINK: u64 = 4;
 
 const NEXT: u64 = 0;
@@ -160,7 +160,7 @@ impl Arena<'_> {
         Ok(Some(result))
     }
 
-    /// What the owner said the value is.
+    /// The kind of the value, a number of the owner's choice.
     pub(super) fn entry_kind(&self, entry: Entry) -> Result<u32, ArenaError> {
         Ok((self.word(entry.0 + META)? >> 32) as u32)
     }

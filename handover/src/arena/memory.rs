@@ -13,9 +13,9 @@ use state_schemas::arena::ArenaHeaderError;
 pub struct Birth<'a> {
     /// Its name, 1 to 32 bytes.
     pub name: &'a str,
-    /// What will lie in it.
+    /// The kind of its content: the owner's schema.
     pub schema_kind: u32,
-    /// In which version.
+    /// The version of that schema.
     pub schema_version: u32,
     /// Epoch of the kernel that owns it first.
     pub epoch: u64,
@@ -155,8 +155,8 @@ impl<'m> Arena<'m> {
         self.reclaim(epoch)
     }
 
-    /// The same, where an older epoch's owner may have been stopped before it could seal. Only for who knows that it does not run
-    /// any more: a service that is told to go on, since its agent has seen to that.
+    /// Like [`Arena::unseal`], for an arena whose owner, of an older epoch, may have been stopped before it could seal. Only for a caller
+    /// that knows that this owner does not run any more: a service may, when its agent tells it to go on.
     ///
     /// # Errors
     /// If the arena belongs to a newer epoch, the page was changed under the seal, or the owner was stopped within a change.
@@ -172,7 +172,7 @@ impl<'m> Arena<'m> {
         Ok(())
     }
 
-    /// Nobody may write.
+    /// Nobody may write: it is sealed.
     pub fn is_sealed(&self) -> bool {
         self.get(at::STATE_AND_SEAL) as u32 != STATE_LIVE
     }
@@ -257,7 +257,7 @@ impl<'m> Arena<'m> {
         Ok(&self.memory[range])
     }
 
-    /// The same, to be written.
+    /// `len` bytes at `at`, to be written to; never any of the header page.
     pub(super) fn bytes_mut(&mut self, at: u64, len: u64) -> Result<&mut [u8], ArenaError> {
         let range = self.range(at, len)?;
         Ok(&mut self.memory[range])

@@ -153,7 +153,7 @@ impl<'m> Store<'m> {
         Ok(self.arena.take_all(epoch)?)
     }
 
-    /// Nobody may write.
+    /// Nobody may write: it is sealed.
     pub fn is_sealed(&self) -> bool {
         self.arena.is_sealed()
     }

@@ -41,7 +41,7 @@ impl Arena<'_> {
         Ok(new)
     }
 
-    /// The length must fit in the block.
+    /// Checks that the length in memory fits in the block.
     pub(super) fn value_check(&self, value: u64) -> Result<(), ArenaError> {
         let len = self.word(value)?;
         if len > self.capacity(value)?.saturating_sub(HEAD) {

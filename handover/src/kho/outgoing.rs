@@ -14,7 +14,7 @@ use super::v4::tree::{self, Tree};
 use super::v4::vmalloc::{self, Vmalloc};
 use super::v4::{self, KhoData, MAX_PAGE_ORDER, SCRATCH_ALIGN, SCRATCH_LIMIT, Scratch};
 
-/// Memory beyond this is none: the widest physical address of x86.
+/// No physical address of x86 is this high: they have 52 bits at most.
 const TOP: u64 = 1 << 52;
 
 /// A handover in the making. Everything it writes goes into its pool.
@@ -102,7 +102,7 @@ impl Outgoing {
     /// by one.
     ///
     /// # Errors
-    /// As [`Outgoing::preserve`]; or the order is none that a folio has, or the run does not start at a multiple of it.
+    /// As [`Outgoing::preserve`]; or no folio has this order, or the run does not start at a multiple of it.
     pub fn preserve_folios(&mut self, phys: u64, order: u32, count: u64) -> Result<(), OutgoingError> {
         folio(phys, order)?;
         let len = count.saturating_mul(PAGE << order);

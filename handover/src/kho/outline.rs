@@ -24,7 +24,7 @@ impl Outline {
     /// Reads an FDT.
     ///
     /// # Errors
-    /// It is none, or not of a version that we speak.
+    /// It is not a device tree, or not of a version that we speak.
     pub fn read(fdt: &[u8]) -> Result<Received<Outline>, ReadError> {
         let range = PhysRange { start: 0, len: fdt.len() as u64 };
         let v4::fdt::Root { abi, len, tree_root, subtrees } =

@@ -90,7 +90,7 @@ impl Memfd {
         Memfd::across(&[pages], len, seals)
     }
 
-    /// A file whose content lies in several pieces, one behind the other. Pages behind its end are nobody's.
+    /// A file whose content lies in several pieces, one behind the other. Pages behind its end are not handed over.
     pub fn across(ranges: &[PhysRange], len: u64, seals: u32) -> Memfd {
         let mut pieces = Vec::new();
         let (mut index, pages) = (0, len.div_ceil(PAGE));

@@ -8,8 +8,8 @@ pub const LUO: &[&str] = &["luo-v5", "luo-v5;block-v1"];
 /// What we speak of memfds in it (`MEMFD_LUO_FH_COMPATIBLE`), oldest first.
 pub const MEMFD: &[&str] = &["memfd-v2", "memfd-v2;vmalloc-v1"];
 
-/// The names by which a kernel knows the two formats. It compares them byte by byte: a session of another name is none of its own, and
-/// another name of the orchestrator's format makes it *panic*.
+/// The names by which a kernel knows the two formats. It compares them byte by byte: a file of another name it cannot
+/// restore, and at another name of the orchestrator's format it *panics*.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Names {
     /// One of [`LUO`].

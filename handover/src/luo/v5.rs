@@ -119,7 +119,7 @@ impl Orchestration {
         Ok(())
     }
 
-    /// One page (`LUO_FLB_PGCNT`); none at all is none (`luo_flb_setup_incoming`).
+    /// All FLBs lie in one page (`LUO_FLB_PGCNT`). Without any there is no page, and its address is 0 (`luo_flb_setup_incoming`).
     fn write_flbs(&self, out: &mut Outgoing) -> Result<u64, LuoError> {
         let (count, limit) = (self.flbs.len() as u64, per_block(size_of::<RawFlb>()) as u64);
         if count > limit {

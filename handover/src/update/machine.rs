@@ -6,8 +6,8 @@
 //! The way back has three rules beside the list of undos:
 //!
 //! 1. Clients wait for the shortest time: while nobody serves, what lets the incumbent serve again comes first.
-//! 2. An undo that fails is reported, and the others are done all the same...
-//! 3. ...but for those that would do harm after that failure ([`Effect::forbids`]): memory that a device or a CPU may still
+//! 2. An undo that fails is reported, and the others are done all the same.
+//! 3. Only what would do harm after that failure is not tried ([`Effect::forbids`]): memory that a device or a CPU may still
 //!    write is not given back. It is reported as kept.
 
 use std::time::Duration;
@@ -127,7 +127,7 @@ enum State {
     Forward,
     /// It undoes something.
     Back {
-        /// Nothing: the trial was all that was asked for.
+        /// Why; nothing when only a trial was asked for, and it has passed.
         cause: Option<Cause>,
         /// Where the update turned.
         phase: Phase,
