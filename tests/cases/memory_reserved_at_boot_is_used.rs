@@ -1,6 +1,7 @@
 //! Memory that was reserved for a successor on the incumbent's command line (`memmap=SIZE$ADDRESS`) is where the successor goes: an
-//! operator who cannot rely on free memory sets it aside.
+//! operator who cannot rely on free memory sets it aside, and says in the configuration (`update.reserved`) whom it is for.
 
+use agent::daemon::config::Update;
 use anyhow::Result;
 use baton_tests::{NEW, OLD, console, open, snapshot, upgrade};
 use demos::story::stage::Shape;
@@ -11,7 +12,9 @@ const REGION: &str = "region=0x30000000-0x4fffffff";
 
 #[test]
 fn the_successor_goes_into_memory_that_was_reserved_for_it() -> Result<()> {
-    let shape = Shape { cmdline: format!("memmap={RESERVED}"), ..Shape::default() };
+    let reserved = vec![RESERVED.to_owned().try_into().map_err(anyhow::Error::msg)?];
+    let update = Update { reserved, ..Update::default() };
+    let shape = Shape { cmdline: format!("memmap={RESERVED}"), update, ..Shape::default() };
     let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;
     let before = snapshot::of(stage)?;

@@ -5,7 +5,10 @@
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use kexec_core::memory_map::{Range, RangeSet};
 use serde::{Deserialize, Serialize};
+
+use crate::update::stock::accept::Accept;
 
 /// Where the configuration is looked for unless `--config` or `BATON_CONFIG` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/baton/config.toml";
@@ -94,6 +97,52 @@ pub struct Program {
     pub exec: Vec<String>,
 }
 
+/// A range of memory, written as on the kernel's command line: `512M$0x40000000`, size and address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Reserved(Range);
+
+impl Reserved {
+    /// From where to where.
+    pub fn range(self) -> Range {
+        self.0
+    }
+}
+
+impl TryFrom<String> for Reserved {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        /// As the kernel reads it (lib/cmdline.c, memparse): decimal or hexadecimal, with K, M, G or T behind it.
+        fn bytes(text: &str) -> Option<u64> {
+            let shift = match text.chars().last()?.to_ascii_uppercase() {
+                'K' => 10,
+                'M' => 20,
+                'G' => 30,
+                'T' => 40,
+                _ => 0,
+            };
+            let digits = if shift == 0 { text } else { &text[..text.len() - 1] };
+            let number = match digits.strip_prefix("0x") {
+                Some(hex) => u64::from_str_radix(hex, 16).ok()?,
+                None => digits.parse().ok()?,
+            };
+            number.checked_mul(1 << shift)
+        }
+        let range = text.split_once('$').and_then(|(size, start)| {
+            let (size, start) = (bytes(size)?, bytes(start)?);
+            Range::checked(start, start.checked_add(size)?)
+        });
+        let range = range.filter(|range| !range.is_empty());
+        range.map(Reserved).ok_or_else(|| format!("`{text}` is not SIZE$ADDRESS, such as 512M$0x40000000"))
+    }
+}
+
+impl From<Reserved> for String {
+    fn from(Reserved(range): Reserved) -> String {
+        format!("{:#x}${:#x}", range.len(), range.start())
+    }
+}
+
 /// How updates are made.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -110,6 +159,11 @@ pub struct Update {
     pub step_timeout_s: u64,
     /// How long the cutover may take before it is undone, milliseconds.
     pub cutover_timeout_ms: u64,
+    /// Memory that was kept from this kernel on its command line (`memmap=SIZE$ADDRESS`) for a successor. What is not named here is
+    /// somebody else's.
+    pub reserved: Vec<Reserved>,
+    /// What may end, change or be given up with this kernel, by name, in every update.
+    pub accept: Vec<Accept>,
 }
 
 impl Default for Update {
@@ -121,6 +175,8 @@ impl Default for Update {
             boot_timeout_s: 120,
             step_timeout_s: 60,
             cutover_timeout_ms: 5_000,
+            reserved: Vec::new(),
+            accept: Vec::new(),
         }
     }
 }
@@ -180,6 +236,13 @@ pub enum ConfigError {
         /// What is wrong, and with which entry.
         problem: String,
     },
+}
+
+impl Update {
+    /// All memory that was kept for a successor.
+    pub fn reserved(&self) -> RangeSet {
+        self.reserved.iter().map(|reserved| reserved.range()).collect()
+    }
 }
 
 impl Config {
@@ -253,6 +316,28 @@ mod tests {
         for bad in ["10.0.0.1", "10.0.0/24", "10.0.0.1/33"] {
             let error = parse(&format!("[network]\nservice_address = \"{bad}\"")).unwrap_err().to_string();
             assert!(error.contains("ADDRESS/PREFIX"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_is_accepted_has_a_name() {
+        let accept = |names: &str| parse(&format!("[update]\naccept = [{names}]")).map(|config| config.update.accept);
+        assert_eq!(accept("\"mounts\", \"offline-cpus\"").unwrap(), [Accept::Mounts, Accept::OfflineCpus]);
+        let error = accept("\"all\"").unwrap_err().to_string();
+        assert!(error.contains("`all`") && error.contains("`mounts`") && error.contains("`sysctls`"), "{error}");
+    }
+
+    #[test]
+    fn memory_is_written_as_on_the_command_line() {
+        let update = |value: &str| parse(&format!("[update]\nreserved = [\"{value}\"]")).map(|config| config.update);
+        let range = Range::new(0x4000_0000, 0x6000_0000);
+        for same in ["512M$0x40000000", "0x20000000$1G", "536870912$1073741824", "524288k$1g"] {
+            assert_eq!(update(same).unwrap().reserved(), range.into(), "{same}");
+        }
+        assert_eq!(String::from(update("512M$1G").unwrap().reserved[0]), "0x20000000$0x40000000");
+        for bad in ["512M", "512M!1G", "0$1G", "$", "M$G", "512M$", "99999999999999999999$1", "16777216T$1", "é$1"] {
+            let error = update(bad).unwrap_err().to_string();
+            assert!(error.contains("SIZE$ADDRESS"), "{bad}: {error}");
         }
     }
 

@@ -11,6 +11,7 @@ use handover::update::phase::Phase;
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::outcome::{Class, Failure};
+use crate::update::stock::accept::Accept;
 use crate::update::timeline::{Span, Zero};
 
 /// The agent's socket.
@@ -29,6 +30,12 @@ pub struct Upgrade {
     pub cmdline: Option<String>,
     /// The CPU (Linux's number) on which the successor boots.
     pub cpu: Option<u32>,
+    /// What may end, change or be given up with this kernel, beside what the configuration accepts.
+    #[serde(default)]
+    pub accept: Vec<Accept>,
+    /// The process that asks: what it belongs to ends, and whoever asks knows that.
+    #[serde(default)]
+    pub asker: Option<u32>,
 }
 
 /// What `baton` asks for.
@@ -82,8 +89,25 @@ pub enum Reply {
         /// What was measured so far.
         timeline: Vec<Span>,
     },
+    /// The update was not begun: these are the checks, and some of them refuse.
+    Refused {
+        /// All, in order.
+        findings: Vec<Finding>,
+    },
     /// It did not work.
     Failed(Failure),
+}
+
+/// What a check means for the update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// Nothing is lost.
+    Ok,
+    /// It ends or is absent afterwards, and that is accepted, or comes back by itself.
+    Lost,
+    /// There is no update because of it.
+    Refused,
 }
 
 /// One check of `baton check`.
@@ -91,10 +115,33 @@ pub enum Reply {
 pub struct Finding {
     /// What was checked.
     pub check: String,
+    /// What it means.
+    pub verdict: Verdict,
     /// What was found, with the numbers.
     pub found: String,
-    /// Why an upgrade is refused because of it, and what to do; nothing when it is fine.
-    pub refusal: Option<Failure>,
+    /// What would become of it, or why there can be no update; empty when all is well.
+    pub cause: String,
+    /// What to do; empty when there is nothing to do.
+    pub advice: String,
+    /// The name by which it can be accepted, or was.
+    pub accept: Option<Accept>,
+    /// The class of a refusal, when it is not that this machine or image cannot ([`Class::Precondition`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<Class>,
+}
+
+impl Finding {
+    /// The failure that a refusal is.
+    pub fn refusal(&self) -> Option<Failure> {
+        let class = self.class.unwrap_or(Class::Precondition);
+        // What was found is the cause, where the machine is the subject.
+        let cause = match (self.found.is_empty(), self.cause.is_empty()) {
+            (true, _) => self.cause.clone(),
+            (false, true) => self.found.clone(),
+            (false, false) => format!("{}: {}", self.found, self.cause),
+        };
+        (self.verdict == Verdict::Refused).then(|| Failure::new(class, cause, self.advice.clone()))
+    }
 }
 
 /// What a kernel is to the machine.

@@ -366,16 +366,18 @@ impl Kernel {
                 Err(error) => return Err(error.into()),
             }
         }
-        Err(Failure::precondition(
-            format!(
-                "no {} MiB of contiguous memory: {tried} places tried, in each of them something cannot be moved",
-                len >> 20
-            ),
-            "free memory (stop a program, drop caches), ask for a smaller update.region_mib, or reserve memory at boot \
-             with memmap=SIZE$ADDRESS",
-        ))
-        .context("cannot take memory")
+        Err(no_place(len, tried)).context("cannot take memory")
     }
+}
+
+/// No range of memory can be had for a successor.
+pub fn no_place(len: u64, tried: usize) -> Failure {
+    let why = if tried == 0 { "no range of it is that long" } else { "in each of them something cannot be moved" };
+    Failure::precondition(
+        format!("no {} MiB of contiguous memory: {tried} places tried, {why}", len >> 20),
+        "free memory (stop a program, drop caches), ask for a smaller update.region_mib, or reserve memory at boot with \
+         memmap=SIZE$ADDRESS and name it in update.reserved",
+    )
 }
 
 /// A module that cannot be used, and what to do about it.

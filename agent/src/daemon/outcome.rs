@@ -1,35 +1,26 @@
 //! How a command ends: exit codes by class, and failures that say what is wrong and what to do.
 //!
-//! | code | class | meaning |
-//! |---|---|---|
-//! | 0 | | done |
-//! | 1 | `failed` | failed, and not in one of the ways below |
-//! | 2 | `usage` | wrong arguments (clap's own) |
-//! | 3 | `precondition` | this machine or this image cannot; nothing was touched |
-//! | 4 | `rolled_back` | failed on the way; the incumbent goes on with its CPUs, memory, devices and services |
-//! | 5 | `busy` | another update runs |
-//! | 6 | `unreachable` | batond does not answer |
-//! | 7 | `unknown` | the connection ended before the outcome was known |
+//! The classes are the exit codes; `agent/README.md` has them as a table.
 
 use serde::{Deserialize, Serialize};
 
-/// The class of a failure, which is its exit code.
+/// The class of a failure, which is its exit code. 0 is success.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Class {
-    /// Anything that has no class of its own.
+    /// Failed in a way that has no class of its own, or an undo failed: the advice says what is left.
     Failed = 1,
     /// Wrong arguments.
     Usage = 2,
     /// This machine or this image cannot; nothing was touched.
     Precondition = 3,
-    /// Undone; the incumbent goes on.
+    /// Failed on the way and was undone: CPUs, memory, devices and services are where they were.
     RolledBack = 4,
     /// Another update runs.
     Busy = 5,
     /// batond does not answer.
     Unreachable = 6,
-    /// Nobody knows how it ended.
+    /// The connection ended before the outcome was known.
     Unknown = 7,
 }
 
@@ -75,6 +66,23 @@ impl Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The table for people is made of these classes: each with its code, its name in JSON, and its comment above.
+    #[test]
+    fn the_documents_have_each_class() {
+        use Class::{Busy, Failed, Precondition, RolledBack, Unknown, Unreachable, Usage};
+        let source = include_str!("outcome.rs");
+        let readme = include_str!("../../README.md");
+        for class in [Failed, Usage, Precondition, RolledBack, Busy, Unreachable, Unknown] {
+            let line = format!("    {class:?} = {},\n", class.exit_code());
+            let comment = source[..source.find(&line).unwrap()].trim_end().rsplit("/// ").next().unwrap();
+            let name = serde_json::to_value(class).unwrap();
+            let row =
+                format!("| {} | `{}` | {} |", class.exit_code(), name.as_str().unwrap(), comment.trim_end_matches('.'));
+            let found = readme.lines().any(|line| line.to_lowercase() == row.to_lowercase());
+            assert!(found, "agent/README.md has no row {row:?}");
+        }
+    }
 
     #[test]
     fn a_failure_keeps_its_class_through_context() {

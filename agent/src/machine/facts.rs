@@ -21,7 +21,7 @@ pub struct Ecam {
 }
 
 /// The machine.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Facts {
     /// All RAM that the firmware reported.
     pub ram: RangeSet,
@@ -51,7 +51,7 @@ impl Facts {
             }
         }
         Ok(Facts {
-            ram: firmware_memory()?,
+            ram: own_memory(&firmware_memory()?, &managed_memory()?, &config.update.reserved()),
             apic_ids: Vec::new(),
             bsp: None,
             ecam: sysfs::ecam().ok().map(|(base, bus_end)| Ecam { base, bus_end }),
@@ -76,6 +76,12 @@ fn firmware_memory() -> Result<RangeSet> {
     Ok(firmware_ram(&entries))
 }
 
+/// What of the firmware's RAM this kernel may give away: what it manages itself, and what the operator kept for a successor. All
+/// else (above `mem=`, behind `memmap=`) is somebody else's.
+fn own_memory(firmware: &RangeSet, managed: &RangeSet, reserved: &RangeSet) -> RangeSet {
+    firmware.intersect(&managed.union(reserved))
+}
+
 /// RAM that this kernel manages now.
 pub fn managed_memory() -> Result<RangeSet> {
     let text = fs::read_to_string("/proc/iomem").context("cannot read /proc/iomem")?;
@@ -87,4 +93,30 @@ pub fn available_memory() -> Result<u64> {
     let mut system = sysinfo::System::new().map_err(|e| anyhow!("cannot read this system's memory: {e}"))?;
     system.refresh_memory();
     Ok(system.available_memory())
+}
+
+#[cfg(test)]
+mod tests {
+    use kexec_core::memory_map::Range;
+
+    use super::*;
+
+    #[test]
+    fn memory_of_others_is_not_given_away() {
+        const GIB: u64 = 1 << 30;
+        let firmware =
+            RangeSet::from(vec![Range::new(0, 0x9_fc00), Range::new(1 << 20, 2 * GIB), Range::new(4 * GIB, 5 * GIB)]);
+        // mem=4G, memmap=256M!1G, memmap=128M$0x60000000
+        let managed = RangeSet::from(vec![
+            Range::new(0x1000, 0x9_fc00),
+            Range::new(1 << 20, GIB),
+            Range::new(GIB + (256 << 20), 0x6000_0000),
+            Range::new(0x6800_0000, 2 * GIB),
+        ]);
+        assert_eq!(own_memory(&firmware, &managed, &RangeSet::new()), managed);
+        let reserved = RangeSet::from(Range::new(0x6000_0000, 0x6800_0000));
+        assert_eq!(own_memory(&firmware, &managed, &reserved), managed.union(&reserved));
+        let nowhere = RangeSet::from(Range::new(3 * GIB, 4 * GIB));
+        assert_eq!(own_memory(&firmware, &managed, &nowhere), managed, "what the firmware does not call RAM is none");
+    }
 }

@@ -15,22 +15,26 @@
 //! addresses only (`arp_ignore`, Documentation/networking/ip-sysctl.rst).
 
 use std::fs::{File, OpenOptions};
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, anyhow, bail};
 use futures_util::TryStreamExt;
 use rtnetlink::packet_route::AddressFamily;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
-use rtnetlink::packet_route::link::{LinkAttribute, LinkMessage};
-use rtnetlink::{Handle, LinkUnspec};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage};
+use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
+use rtnetlink::packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteMessage, RouteProtocol, RouteType, RouteVia,
+};
+use rtnetlink::packet_route::rule::{RuleAttribute, RuleMessage};
+use rtnetlink::{Handle, IpVersion, LinkUnspec, RouteMessageBuilder};
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::config::Cidr;
+pub use crate::machine::network::Mac;
+use crate::machine::network::{Address, Interface, Neighbour, Network, Route, Rule};
 use crate::machine::sys;
-
-/// A MAC address.
-pub type Mac = [u8; 6];
 
 /// Reads `52:54:00:12:34:56`.
 pub fn parse_mac(text: &str) -> Result<Mac> {
@@ -122,21 +126,13 @@ impl Netlink {
             .context("cannot list network interfaces")
     }
 
-    /// The interface with this MAC address, if there is one.
+    /// The interface with this MAC address, if there is one. VLANs, bridges and bonds have the address of what they lie on: the real
+    /// interface is meant.
     pub fn find(&self, mac: Mac) -> Result<Option<Link>> {
-        Ok(self.links()?.into_iter().find_map(|message| {
-            let index = message.header.index;
-            let mut name = None;
-            let mut matches = false;
-            for attribute in message.attributes {
-                match attribute {
-                    LinkAttribute::Address(bytes) => matches = bytes == mac,
-                    LinkAttribute::IfName(text) => name = Some(text),
-                    _ => {}
-                }
-            }
-            matches.then(|| Link { index, name: name.unwrap_or_default(), mac })
-        }))
+        let mut found: Vec<Interface> =
+            self.links()?.iter().map(seen_interface).filter(|interface| interface.mac == Some(mac)).collect();
+        found.sort_by_key(|interface| (interface.kind.is_some(), interface.index));
+        Ok(found.into_iter().next().map(|Interface { index, name, .. }| Link { index, name, mac }))
     }
 
     /// Brings an interface up by name.
@@ -264,6 +260,35 @@ impl Netlink {
         Ok(all.into_iter().filter(|message: &AddressMessage| message.header.family == AddressFamily::Inet).collect())
     }
 
+    /// The network of this namespace as plain data.
+    pub fn look(&self) -> Result<Network> {
+        self.runtime.block_on(async {
+            let interfaces: Vec<LinkMessage> = self.handle.link().get().execute().try_collect().await?;
+            let addresses: Vec<AddressMessage> = self.handle.address().get().execute().try_collect().await?;
+            let neighbours: Vec<NeighbourMessage> = self.handle.neighbours().get().execute().try_collect().await?;
+            let (mut routes, mut rules) = (Vec::new(), Vec::new());
+            for version in [IpVersion::V4, IpVersion::V6] {
+                let wish = match version {
+                    IpVersion::V4 => RouteMessageBuilder::<Ipv4Addr>::new().build(),
+                    IpVersion::V6 => RouteMessageBuilder::<Ipv6Addr>::new().build(),
+                };
+                // A kernel without IPv6 knows neither.
+                let found: Result<Vec<RouteMessage>, _> = self.handle.route().get(wish).execute().try_collect().await;
+                routes.extend(known_family(found, &version)?);
+                let found: Result<Vec<RuleMessage>, _> =
+                    self.handle.rule().get(version.clone()).execute().try_collect().await;
+                rules.extend(known_family(found, &version)?);
+            }
+            Ok(Network {
+                interfaces: interfaces.iter().map(seen_interface).collect(),
+                addresses: addresses.iter().filter_map(seen_address).collect(),
+                routes: routes.iter().filter_map(seen_route).collect(),
+                rules: rules.iter().map(seen_rule).collect(),
+                neighbours: neighbours.iter().filter_map(seen_neighbour).collect(),
+            })
+        })
+    }
+
     /// Before an interface goes that is on the network of `held`: it may have answered for the addresses of the one that stays, and does
     /// not any more, and whoever sends to them is told which one does. Gives both interfaces' former rules.
     pub fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
@@ -272,13 +297,153 @@ impl Netlink {
         both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
         for message in self.all_addresses()?.iter().filter(|message| message.header.index == held.link.index) {
             for attribute in &message.attributes {
-                if let AddressAttribute::Local(std::net::IpAddr::V4(address)) = attribute {
+                if let AddressAttribute::Local(IpAddr::V4(address)) = attribute {
                     Announcer::new(&held.link, *address)?.announce()?;
                 }
             }
         }
         Ok(before)
     }
+}
+
+/// What is known of a family; a kernel without IPv6 has nothing to say of it.
+fn known_family<T>(found: Result<Vec<T>, rtnetlink::Error>, version: &IpVersion) -> Result<Vec<T>> {
+    match (found, version) {
+        (Ok(found), _) => Ok(found),
+        (Err(rtnetlink::Error::NetlinkError(_)), IpVersion::V6) => Ok(Vec::new()),
+        (Err(error), _) => Err(error).context("cannot list routes and rules"),
+    }
+}
+
+fn seen_interface(message: &LinkMessage) -> Interface {
+    let flags = message.header.flags;
+    let mut interface = Interface {
+        index: message.header.index,
+        up: flags.contains(LinkFlags::Up),
+        loopback: flags.contains(LinkFlags::Loopback),
+        ..Interface::default()
+    };
+    let mut elsewhere = false;
+    for attribute in &message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => interface.name.clone_from(name),
+            LinkAttribute::Address(bytes) => interface.mac = Mac::try_from(bytes.as_slice()).ok(),
+            LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
+            LinkAttribute::Controller(index) => interface.master = Some(*index),
+            LinkAttribute::Link(index) => interface.lower = Some(*index).filter(|lower| *lower != 0),
+            LinkAttribute::LinkNetNsId(_) => elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => {
+                interface.kind = infos.iter().find_map(|info| match info {
+                    LinkInfo::Kind(kind) => Some(kind.to_string()),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    // Its number means something in that other namespace only.
+    interface.lower = interface.lower.filter(|_| !elsewhere);
+    interface
+}
+
+fn seen_address(message: &AddressMessage) -> Option<Address> {
+    let mut address = None;
+    let mut permanent = message.header.flags.contains(AddressHeaderFlags::Permanent);
+    for attribute in &message.attributes {
+        match attribute {
+            AddressAttribute::Local(local) => address = Some(*local),
+            // Of a point-to-point interface, this one is the peer's.
+            AddressAttribute::Address(own) if address.is_none() => address = Some(*own),
+            AddressAttribute::Flags(flags) => permanent = flags.contains(AddressFlags::Permanent),
+            _ => {}
+        }
+    }
+    let address = address?;
+    let automatic = match address {
+        IpAddr::V4(v4) => v4.is_loopback(),
+        // An IPv6 address that is not permanent has come by router advertisement or DHCP, and will again.
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unicast_link_local() || !permanent,
+    };
+    Some(Address { index: message.header.index, address, prefix: message.header.prefix_len, automatic })
+}
+
+fn seen_route(message: &RouteMessage) -> Option<Route> {
+    let header = &message.header;
+    let address = |of: &RouteAddress| match of {
+        RouteAddress::Inet(v4) => Some(IpAddr::V4(*v4)),
+        RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
+        _ => None,
+    };
+    // Local and broadcast routes belong to addresses; cached ones are nobody's.
+    if matches!(header.kind, RouteType::Local | RouteType::Broadcast | RouteType::Anycast | RouteType::Multicast)
+        || header.flags.contains(RouteFlags::Cloned)
+    {
+        return None;
+    }
+    let mut route = Route {
+        destination: None,
+        v6: header.address_family == AddressFamily::Inet6,
+        gateways: Vec::new(),
+        index: None,
+        table: header.table.into(),
+        automatic: matches!(header.protocol, RouteProtocol::Kernel | RouteProtocol::Ra | RouteProtocol::IcmpRedirect),
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Destination(of) => {
+                route.destination = address(of).map(|address| (address, header.destination_prefix_length));
+            }
+            RouteAttribute::Gateway(of) => route.gateways.extend(address(of)),
+            RouteAttribute::Via(RouteVia::Inet(v4)) => route.gateways.push(IpAddr::V4(*v4)),
+            RouteAttribute::Via(RouteVia::Inet6(v6)) => route.gateways.push(IpAddr::V6(*v6)),
+            RouteAttribute::Oif(index) => route.index = Some(*index),
+            RouteAttribute::Table(table) => route.table = *table,
+            RouteAttribute::MultiPath(hops) => {
+                for attribute in hops.iter().flat_map(|hop| &hop.attributes) {
+                    if let RouteAttribute::Gateway(of) = attribute {
+                        route.gateways.extend(address(of));
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(route)
+}
+
+fn seen_rule(message: &RuleMessage) -> Rule {
+    let mut rule = Rule {
+        v6: message.header.family == AddressFamily::Inet6,
+        priority: 0,
+        table: message.header.table.into(),
+        plain: message.header.src_len == 0 && message.header.dst_len == 0,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RuleAttribute::Priority(priority) => rule.priority = *priority,
+            RuleAttribute::Table(table) => rule.table = *table,
+            RuleAttribute::Iifname(_)
+            | RuleAttribute::Oifname(_)
+            | RuleAttribute::FwMark(_)
+            | RuleAttribute::UidRange(_)
+            | RuleAttribute::IpProtocol(_)
+            | RuleAttribute::L3MDev(true) => rule.plain = false,
+            _ => {}
+        }
+    }
+    rule
+}
+
+fn seen_neighbour(message: &NeighbourMessage) -> Option<Neighbour> {
+    if message.header.state != NeighbourState::Permanent || message.header.ifindex == LOOPBACK {
+        return None;
+    }
+    let address = message.attributes.iter().find_map(|attribute| match attribute {
+        NeighbourAttribute::Destination(NeighbourAddress::Inet(v4)) => Some(v4.to_string()),
+        NeighbourAttribute::Destination(NeighbourAddress::Inet6(v6)) => Some(v6.to_string()),
+        _ => None,
+    })?;
+    Some(Neighbour { index: message.header.ifindex, address })
 }
 
 /// How one interface answers ARP, and whose address it names when it asks.

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::daemon::control::Finding;
+use crate::daemon::control::{Finding, Verdict};
 use crate::daemon::outcome::{Class, Failure};
 
 /// Collects findings; the first refusal counts.
@@ -12,20 +12,28 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// Notes what a check found; its value, if it does not refuse.
+    /// Notes what a check found; its value, if it does not refuse. What it refuses cannot be accepted.
     pub fn check<T>(&mut self, what: &str, result: Result<(T, String)>) -> Option<T> {
-        let (value, found, refusal) = match result {
-            Ok((value, found)) => (Some(value), found, None),
-            Err(error) => {
-                let mut failure = Failure::from_error(&error);
-                if failure.class == Class::Failed {
-                    failure.class = Class::Precondition;
-                }
-                (None, String::new(), Some(failure))
+        let (check, accept) = (what.to_owned(), None);
+        match result {
+            Ok((value, found)) => {
+                let (cause, advice) = (String::new(), String::new());
+                self.list.push(Finding { check, verdict: Verdict::Ok, found, cause, advice, accept, class: None });
+                Some(value)
             }
-        };
-        self.list.push(Finding { check: what.to_owned(), found, refusal });
-        value
+            Err(error) => {
+                let Failure { class, cause, advice } = Failure::from_error(&error);
+                let class = Some(class).filter(|class| !matches!(class, Class::Failed | Class::Precondition));
+                let (verdict, found) = (Verdict::Refused, String::new());
+                self.list.push(Finding { check, verdict, found, cause, advice, accept, class });
+                None
+            }
+        }
+    }
+
+    /// Adds what was found elsewhere.
+    pub fn extend(&mut self, findings: Vec<Finding>) {
+        self.list.extend(findings);
     }
 
     /// All of them, in order.
@@ -33,8 +41,8 @@ impl Findings {
         self.list
     }
 
-    /// The first refusal.
-    pub fn refusal(&self) -> Option<Failure> {
-        self.list.iter().find_map(|finding| finding.refusal.clone())
+    /// Whether one of them refuses.
+    pub fn refuse(&self) -> bool {
+        self.list.iter().any(|finding| finding.verdict == Verdict::Refused)
     }
 }

@@ -11,20 +11,23 @@ use anyhow::{Context, Result, anyhow};
 use kexec_core::cpus::{CpuFacts, Move, choose_spare, order_of_moves, parse_cpu_list};
 use kexec_core::device::{Device, DeviceError, InfoFlags};
 use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
-use kexec_core::memory_map::{RangeSet, struct_page_bytes};
+use kexec_core::layout::LOW_MEMORY_END;
+use kexec_core::memory_map::{Range, RangeSet, Wish, candidates, struct_page_bytes};
 use kexec_core::placement::smallest_region;
 
 use crate::daemon::config::{Cidr, Nic};
-use crate::daemon::control::Upgrade;
-use crate::daemon::kernel::{Kernel, unusable};
+use crate::daemon::control::{Finding, Upgrade};
+use crate::daemon::kernel::{Kernel, no_place, unusable};
 use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::{Facts, available_memory, managed_memory};
 use crate::machine::net::{Mac, mac_name, parse_mac};
 use crate::machine::sysfs::Bdf;
+use crate::machine::world::Live;
 use crate::recovery::journal::{self, JOURNAL};
 use crate::recovery::ledger::Crossing;
 use crate::update::findings::Findings;
 use crate::update::kho::{self, Spoken};
+use crate::update::stock::{self, asked::Asked};
 use crate::update::versions;
 use crate::userland::kernels;
 use crate::userland::known_images;
@@ -122,8 +125,10 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
-        let region_len =
-            findings.check("memory", memory(&parsed, initrd.len() as u64, &arenas, asked, block_size, kho))?;
+        let region_len = findings.check(
+            "memory",
+            memory(&parsed, initrd.len() as u64, &arenas, asked, block_size, kho, &kernel.facts().ram),
+        )?;
         let spare = spare?;
         let cmdline = cmdline(kernel, wish, kho);
         Some(Plan {
@@ -141,8 +146,17 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             block_size,
         })
     })();
-    let plan = plan.filter(|_| findings.refusal().is_none());
+    findings.extend(stock(kernel, wish));
+    let plan = plan.filter(|_| !findings.refuse());
     (findings, plan)
+}
+
+/// What the machine would lose.
+fn stock(kernel: &Kernel, wish: &Upgrade) -> Vec<Finding> {
+    let facts = kernel.facts();
+    let asked = Asked { config: &kernel.config, facts: &facts, own: std::process::id(), asker: wish.asker };
+    let accepted = [kernel.config.update.accept.as_slice(), &wish.accept].concat();
+    stock::take(&Live(&kernel.netlink), &asked, &accepted)
 }
 
 fn module(kernel: &Kernel) -> Result<(&Device, String)> {
@@ -410,6 +424,7 @@ fn memory(
     asked: u64,
     block_size: u64,
     kho: Option<Spoken>,
+    ram: &RangeSet,
 ) -> Result<(u64, String)> {
     let region = asked.next_multiple_of(block_size);
     // The initrd is unpacked into RAM while it is still there.
@@ -448,7 +463,15 @@ fn memory(
         )
         .into());
     }
-    Ok((region, format!("{} MiB region of {} MiB available", region >> 20, available >> 20)))
+    // Whether one of them can be had, the update finds out: that takes moving pages out of the way.
+    let avoid = arenas.union(&RangeSet::from(Range::new(0, LOW_MEMORY_END)));
+    let wish = Wish { size: region, grain: block_size, below: None };
+    let places = candidates(ram, &avoid, &wish).map_err(|error| Failure::precondition(error.to_string(), ""))?.count();
+    if places == 0 {
+        return Err(no_place(region, places).into());
+    }
+    let found = format!("{} MiB region of {} MiB available, {places} places", region >> 20, available >> 20);
+    Ok((region, found))
 }
 
 fn cmdline(kernel: &Kernel, wish: &Upgrade, kho: Option<Spoken>) -> String {

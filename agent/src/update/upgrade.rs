@@ -85,8 +85,10 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
     kernel.called_off.store(false, Ordering::SeqCst);
     let (findings, plan) = plan::make(kernel, wish);
     let Some(plan) = plan else {
-        let unknown = || Failure::new(Class::Failed, "no plan could be made", "see batond's log");
-        return Reply::Failed(findings.refusal().unwrap_or_else(unknown));
+        return match findings.refuse() {
+            true => Reply::Refused { findings: findings.into_list() },
+            false => Reply::Failed(Failure::new(Class::Failed, "no plan could be made", "see batond's log")),
+        };
     };
     Reply::Failed(make(kernel, &plan, replies).unwrap_or_else(|error| Failure::from_error(&error)))
 }

@@ -14,7 +14,8 @@ use std::process::ExitCode;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use crate::daemon::control::Finding;
+use crate::cli::check as findings;
+use crate::cli::output::print_json;
 use crate::daemon::outcome::{Class, Failure};
 use crate::update::versions::Versions;
 use show::{INPUT_LIMIT, Piece};
@@ -59,7 +60,7 @@ pub fn run(verb: Verb, socket: &Path, json: bool) -> Result<ExitCode, Failure> {
             };
             Ok(show(&pieces, json))
         }
-        Verb::Check(args) => Ok(print_findings(&check::findings(&args.kernel, socket), json)),
+        Verb::Check(args) => Ok(findings::print(&check::findings(&args.kernel, socket), json)),
         Verb::Versions => {
             versions(json);
             Ok(ExitCode::SUCCESS)
@@ -111,33 +112,4 @@ fn versions(json: bool) {
         println!("to successor     1 to {}", ours.to_successor);
         println!("to incumbent     1 to {}", ours.to_incumbent);
     }
-}
-
-fn print_json(value: &impl Serialize) {
-    let text = serde_json::to_string(value).expect("results are plain data");
-    println!("{text}");
-}
-
-/// One line a finding; the exit code is the first refusal's.
-pub fn print_findings(findings: &[Finding], json: bool) -> ExitCode {
-    #[derive(Serialize)]
-    struct Checked<'a> {
-        schema_version: u32,
-        possible: bool,
-        findings: &'a [Finding],
-    }
-    let refused = findings.iter().find_map(|finding| finding.refusal.as_ref());
-    if json {
-        print_json(&Checked { schema_version: 1, possible: refused.is_none(), findings });
-    } else {
-        for finding in findings {
-            let mark = if finding.refusal.is_some() { "NO" } else { "ok" };
-            println!("{mark}  {:<12} {}", finding.check, finding.found);
-            if let Some(failure) = &finding.refusal {
-                println!("    {:<12} {}", "", failure.cause);
-                println!("    {:<12} {}", "", failure.advice);
-            }
-        }
-    }
-    refused.map_or(ExitCode::SUCCESS, |failure| ExitCode::from(failure.class.exit_code()))
 }

@@ -83,12 +83,16 @@ impl Hands<'_> {
     fn take_region(&self, instance: u32) -> Result<Range> {
         let (len, grain) = (self.plan.region_len, self.plan.block_size);
         let avoid = self.not_for_a_region();
-        let reserved_at_boot = self.plan.facts.ram.subtract(&managed_memory()?);
+        // What the operator has named only: other memory that this kernel does not manage is somebody else's.
+        let named = self.kernel.config.update.reserved();
+        let reserved_at_boot = self.plan.facts.ram.intersect(&named).subtract(&managed_memory()?);
         let wish = Wish { size: len, grain, below: None };
         if let Some(range) = candidates(&reserved_at_boot, &avoid, &wish)?.next() {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
         }
+        // A successor is told of the memory that the firmware listed; what was hot-added since cannot be its region.
+        let avoid = avoid.union(&managed_memory()?.subtract(&self.plan.facts.ram));
         self.kernel.take_contiguous(instance, len, grain, &avoid)
     }
 
@@ -128,6 +132,7 @@ impl Hands<'_> {
     fn free_slot(&self) -> Result<LowSlot> {
         let own = self.kernel.birth.as_ref().map(|birth| birth.record.grant.low_slot.start);
         LowSlot::all()
+            .filter(|slot| self.plan.facts.ram.contains(slot.range()))
             .find(|slot| own.is_none_or(|own| !slot.range().contains(Range::new(own, own + 1))))
             .context("no slot below 1 MiB is free")
     }

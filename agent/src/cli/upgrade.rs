@@ -1,0 +1,98 @@
+//! `baton upgrade`: the main command.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::check::summary;
+use super::output::{complain, print_json, unexpected};
+use crate::daemon::control::{Finding, Reply, Upgrade};
+use crate::daemon::outcome::{Class, Failure};
+use crate::update::stock::accept::Accept;
+
+/// What an upgrade and a check of one are asked for.
+#[derive(Debug, Args)]
+pub struct UpgradeArgs {
+    /// The kernel image (bzImage), such as /boot/vmlinuz-7.3.4+deb13-cloud-amd64.
+    #[arg(long)]
+    kernel: PathBuf,
+    /// An initrd to which the agent's is appended.
+    #[arg(long)]
+    initrd: Option<PathBuf>,
+    /// Added to the successor's command line.
+    #[arg(long, allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// The CPU on which the successor boots (Linux's number); default: the last one that may.
+    #[arg(long)]
+    cpu: Option<u32>,
+    /// What may end or change with this kernel, by name, as `baton check` names it.
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    accept: Vec<Accept>,
+}
+
+impl From<UpgradeArgs> for Upgrade {
+    fn from(args: UpgradeArgs) -> Upgrade {
+        // batond has a working directory of its own.
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Upgrade {
+            kernel: absolute(&args.kernel),
+            initrd: args.initrd.as_deref().map(absolute),
+            cmdline: args.cmdline,
+            cpu: args.cpu,
+            accept: args.accept,
+            asker: Some(std::process::id()),
+        }
+    }
+}
+
+/// Prints how it ended.
+pub fn run(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
+    let (release, timeline) = match reply {
+        Reply::Committed { release, timeline } => (release, timeline),
+        Reply::Refused { findings } => return Ok(refused(json, &findings)),
+        other => return Err(unexpected(&other)),
+    };
+    if json {
+        #[derive(Serialize)]
+        struct Committed<'a> {
+            schema_version: u32,
+            outcome: &'a str,
+            successor_release: &'a str,
+            timeline: &'a [crate::update::timeline::Span],
+        }
+        print_json(&Committed {
+            schema_version: 1,
+            outcome: "committed",
+            successor_release: &release,
+            timeline: &timeline,
+        });
+    } else {
+        println!("committed: {release} serves; this kernel hands over its last CPU now");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Nothing was touched: every refusal is told, not the first only.
+fn refused(json: bool, findings: &[Finding]) -> ExitCode {
+    #[derive(Serialize)]
+    struct Refused<'a> {
+        schema_version: u32,
+        outcome: &'a str,
+        #[serde(flatten)]
+        first: &'a Failure,
+        findings: &'a [Finding],
+    }
+    let refusals: Vec<Failure> = findings.iter().filter_map(Finding::refusal).collect();
+    let unknown = Failure::new(Class::Failed, "batond refuses and does not say why", "see batond's log");
+    let first = refusals.first().unwrap_or(&unknown);
+    if json {
+        print_json(&Refused { schema_version: 1, outcome: "failed", first, findings });
+    }
+    for Failure { cause, advice, .. } in &refusals {
+        complain(cause, advice);
+    }
+    eprintln!("{}", summary(findings));
+    ExitCode::from(first.class.exit_code())
+}
