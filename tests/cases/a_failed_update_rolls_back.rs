@@ -90,7 +90,7 @@ const KEPT_MIB: u64 = 16;
 
 fn keeper() -> Service {
     let exec = ["/usr/sbin/labd", "keep", &KEPT_MIB.to_string()].map(str::to_owned).to_vec();
-    Service { name: keeper::NAME.to_owned(), exec, fd_store: false }
+    Service { name: keeper::NAME.to_owned(), exec, ..Service::default() }
 }
 
 /// Every page of the arena is what it must be, says the service that has it now.

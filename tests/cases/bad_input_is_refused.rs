@@ -109,7 +109,7 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
         change(&mut config.update);
         config
     };
-    let absent = Service { name: "absent".into(), exec: vec!["/usr/sbin/baton-kv".into()], fd_store: false };
+    let absent = Service { name: "absent".into(), exec: vec!["/usr/sbin/baton-kv".into()], ..Service::default() };
     let cases: [(&str, Config, &str, &[&str]); 5] = [
         (
             "unsigned image",

@@ -18,7 +18,7 @@ pub fn service(name: &str, by_library: bool) -> Service {
     let words = ["/usr/sbin/baton-memo", "--report", &report];
     let more: &[&str] = if by_library { &["--sdk", name] } else { &[] };
     let exec = words.iter().chain(more).map(|word| (*word).to_owned()).collect();
-    Service { name: name.to_owned(), exec, fd_store: !by_library }
+    Service { name: name.to_owned(), exec, fd_store: !by_library, ..Service::default() }
 }
 
 /// What a program says of itself, once it is as it should be.

@@ -63,7 +63,7 @@ fn of_guest(guest: &Guest) -> Result<Snapshot> {
         mem_available_kib: field("MemAvailable:")? + kept_by_cpus,
         instances: parse_instances(multikernel).with_context(|| format!("/proc/multikernel reads {multikernel:?}"))?,
         links: links.lines().map(str::to_owned).collect(),
-        services: status.services.into_iter().map(|service| (service.name, service.state)).collect(),
+        services: status.services.into_iter().map(|service| (service.name, service.state.to_string())).collect(),
         role: status.role.to_string(),
     })
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 
@@ -17,11 +17,8 @@ use super::door::{Door, Events};
 use super::held::Held;
 use super::mapping::Arena;
 use super::protocol::{
-    Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, receive, send_all, wait,
+    Hello, Inbox, Standing, ToAgent, ToService, bounded_cause, encode_into, receive, send_all, wait_until,
 };
-
-/// How long an agent may take to find an arena.
-const ARENA_PATIENCE: Duration = Duration::from_secs(60);
 
 /// What the agent wants.
 #[derive(Debug)]
@@ -58,7 +55,8 @@ pub struct Client {
 }
 
 impl Client {
-    /// Connects, introduces the service and receives its arena.
+    /// Connects, introduces the service and receives its arena; waits for it as long as the agent lives. Large arenas take a
+    /// while, and during an update a newcomer waits until the update has ended.
     ///
     /// # Errors
     /// No agent there, an agent that closes (its log says why), an arena that cannot be mapped.
@@ -127,6 +125,7 @@ impl Client {
     /// # Errors
     /// A time-out, a socket that fails, an order out of place, or an agent gone while this service is silent.
     pub fn wait(&mut self, timeout: Option<Duration>) -> Result<Option<Order>, Error> {
+        let deadline = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         loop {
             if let Some(order) = self.poll_order()? {
                 return Ok(Some(order));
@@ -134,7 +133,9 @@ impl Client {
             if self.socket.is_none() && self.door.is_none() {
                 return Ok(None);
             }
-            wait(self.events.as_fd(), PollFlags::POLLIN, timeout)?;
+            if !wait_until(self.events.as_fd(), PollFlags::POLLIN, deadline)? {
+                return Err(Error::TimedOut(timeout.unwrap_or_default()));
+            }
         }
     }
 
@@ -153,7 +154,7 @@ impl Client {
             };
             match (self.inbox.poll(socket.as_fd()), self.standing) {
                 (Ok(None), _) => return Ok(None),
-                // Whatever that is that it has asked, it does not take it: it serves on without.
+                // An agent that answers with any other order does not know that this service serves: it is left again.
                 (Ok(Some(message)), Standing::Returning(epoch)) if self.standing.ordered(&message).is_err() => {
                     self.lose_agent(epoch);
                 }
@@ -259,7 +260,7 @@ impl Client {
 
     fn await_message(&mut self) -> Result<ToService, Error> {
         let socket = self.socket.as_ref().ok_or(Error::Closed)?;
-        receive(socket.as_fd(), &mut self.inbox, Some(ARENA_PATIENCE))
+        receive(socket.as_fd(), &mut self.inbox, None)
     }
 }
 

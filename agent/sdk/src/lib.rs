@@ -1,67 +1,4 @@
-//! The service SDK: how a program keeps its state in an arena, is frozen and sealed, and goes on in the successor **on
-//! the same memory**, which is mapped there and never copied.
-//!
-//! What it is: the words that a service and `batond` exchange ([`protocol`]), the service's end ([`client`]), the
-//! agent's end ([`agent_end`]), and the door through which the arena becomes memory ([`mapping`]).
-//! What it is not: a format. What lies in the arena is the service's own (the demo service uses `handover::arena`).
-//!
-//! ```text
-//!            incumbent                                      successor
-//!   service              batond                     batond              service
-//!      │── Hello ──────────►│                          │◄────────── Hello ──│
-//!      │◄─ Arena(fd, fresh) │                          │ Arena(fd) ────────►│   maps it, does not touch it
-//!      │── Ready ──────────►│                          │◄────────── Ready ──│   sockets already bound and listening
-//!      │◄─ Serve{1} ────────│                          │ StandBy ──────────►│
-//!      │── Activated{1} ───►│                          │                    │
-//!      :      serves        :                          :      silent        :
-//!      │◄─ Freeze{1} ───────│  ── blackout begins ──   │                    │
-//!      │── Frozen{1} ──────►│ ····· doorbell ········► │ Activate{2} ──────►│
-//!      :      silent        :                          │◄───── Activated{2} │
-//!      │◄─ Unfreeze{3} or Stop                         │  ── ends ──        :   serves
-//! ```
-//!
-//! # The epoch rule
-//! The epoch numbers the kernel that owns the service. *Whoever does not hold the current epoch must not answer*: no
-//! reply, no refusal, nothing. Here the rule is a type: an order to serve carries a [`held::Held`], the arena's
-//! memory can only be borrowed together with it, and reporting "frozen" consumes it. A program that compiles cannot
-//! touch the arena after it has said that it is frozen. Epochs only grow; an older one is refused by [`protocol::Standing`].
-//!
-//! # A service in one screen
-//! ```no_run
-//! use baton_sdk::{client::{Client, Order}, protocol::{Hello, DEFAULT_SOCKET}};
-//!
-//! # fn run() -> Result<(), baton_sdk::Error> {
-//! let hello = Hello::new("counter", u32::from_le_bytes(*b"cntr"), 1, 2 << 20);
-//! let (mut agent, mut arena) = Client::connect(DEFAULT_SOCKET.as_ref(), hello)?;
-//! // Bind and listen here (with IP_FREEBIND): nothing is set up inside the blackout.
-//! agent.ready()?;
-//! while let Some(order) = agent.wait(None)? {
-//!     match order {
-//!         Order::Serve(held) => {
-//!             let counter = &mut arena.memory(&held)[0]; // attach to what is there; `held.fresh` says if it is blank
-//!             agent.activated(&held, u64::from(*counter), 0)?;
-//!             *counter = counter.wrapping_add(1); // ...answer clients until an order comes in
-//!             while !matches!(agent.wait(None)?, Some(Order::Freeze { .. })) {}
-//!             agent.frozen(held, 1, 0)?;
-//!         }
-//!         Order::StandBy | Order::Freeze { .. } | Order::AgentIsBack => {}
-//!         Order::Stop => break,
-//!     }
-//! }
-//! # Ok(()) }
-//! ```
-//!
-//! # When the agent goes away
-//! A service that serves goes on serving (the daemon may be upgraded; without it no update can begin, because nobody can
-//! freeze the service), and presents itself to the next agent by itself, over a connection that replaces the lost one:
-//!
-//! ```text
-//!   service                            the next batond of this kernel
-//!      │── Hello{serving: 1} ──────────►│  it has this arena, by its process; the epoch is this kernel's
-//!      │◄─ Welcome{1} ──────────────────│  [`client::Order::AgentIsBack`]
-//! ```
-//! One that is refused serves on alone until yet another agent comes. A service that stands by or is frozen stays silent, and
-//! its [`client::Client`] fails.
+#![doc = include_str!("../README.md")]
 
 pub mod agent_end;
 pub mod ask;
@@ -150,6 +87,9 @@ pub enum Error {
         /// Its words.
         cause: String,
     },
+    /// A service whose socket is full: it has not read what it was sent before.
+    #[error("it does not read what it is sent")]
+    Unread,
     /// No answer in time.
     #[error("no message within {0:?}")]
     TimedOut(std::time::Duration),

@@ -10,9 +10,11 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{ControlMessage, MsgFlags, recvmsg, sendmsg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -348,11 +350,11 @@ impl Inbox {
         Ok(Some(message))
     }
 
-    /// The next whole message, from a non-blocking socket if it is not here yet; none if there is nothing more to read.
+    /// The next whole message, from a non-blocking socket if it is not here yet; none if there is nothing more to read now.
     ///
     /// # Errors
     /// As [`Inbox::take`]; the socket's, and a peer that has closed.
-    pub(super) fn poll<T: DeserializeOwned>(&mut self, socket: BorrowedFd<'_>) -> Result<Option<T>, Error> {
+    pub fn poll<T: DeserializeOwned>(&mut self, socket: BorrowedFd<'_>) -> Result<Option<T>, Error> {
         loop {
             if let Some(message) = self.take()? {
                 return Ok(Some(message));
@@ -421,7 +423,11 @@ pub fn recv_with_fd(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<(us
 }
 
 /// Sends a whole frame on a socket that may be non-blocking, waiting for room when there is none.
+///
+/// # Errors
+/// The socket's; or a peer that has left its socket full for [`STALLED_PEER`].
 pub fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<BorrowedFd<'_>>) -> Result<(), Error> {
+    let deadline = Some(Instant::now() + STALLED_PEER);
     while !bytes.is_empty() {
         match send_with_fd(socket, bytes, fd) {
             Ok(sent) => {
@@ -429,7 +435,9 @@ pub fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<Borrowe
                 fd = None;
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                wait(socket, nix::poll::PollFlags::POLLOUT, Some(STALLED_PEER))?;
+                if !wait_until(socket, PollFlags::POLLOUT, deadline)? {
+                    return Err(Error::TimedOut(STALLED_PEER));
+                }
             }
             Err(error) => return Err(error.into()),
         }
@@ -437,44 +445,51 @@ pub fn send_all(socket: BorrowedFd<'_>, mut bytes: &[u8], mut fd: Option<Borrowe
     Ok(())
 }
 
-/// The next message, waiting for it; its descriptor is then in the inbox. The socket is non-blocking.
+/// The next message, waiting for it; its descriptor is then in the inbox. The socket is non-blocking. `patience` is for the
+/// whole message, in however many pieces it comes; without one it is waited for until the peer closes.
+///
+/// # Errors
+/// As [`Inbox::poll`]; or no whole message in time.
 pub fn receive<T: DeserializeOwned>(
     socket: BorrowedFd<'_>,
     inbox: &mut Inbox,
-    patience: Option<std::time::Duration>,
+    patience: Option<Duration>,
 ) -> Result<T, Error> {
+    let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
     loop {
         if let Some(message) = inbox.poll(socket)? {
             return Ok(message);
         }
-        wait(socket, nix::poll::PollFlags::POLLIN, patience)?;
+        if !wait_until(socket, PollFlags::POLLIN, deadline)? {
+            return Err(Error::TimedOut(patience.unwrap_or_default()));
+        }
     }
 }
 
 /// A peer whose socket stays full this long is dead: our messages are a few hundred bytes in all.
-const STALLED_PEER: std::time::Duration = std::time::Duration::from_secs(5);
+pub const STALLED_PEER: Duration = Duration::from_secs(5);
 
-/// Waits until the socket has what is asked for.
-pub(super) fn wait(
-    socket: BorrowedFd<'_>,
-    what: nix::poll::PollFlags,
-    timeout: Option<std::time::Duration>,
-) -> Result<(), Error> {
-    use nix::poll::{PollFd, PollTimeout, poll};
-    let deadline = timeout.map(|t| std::time::Instant::now() + t);
+/// Waits until the socket has what is asked for; says if it has. Without a deadline it waits for ever.
+///
+/// # Errors
+/// As poll(2).
+pub fn wait_until(socket: BorrowedFd<'_>, what: PollFlags, deadline: Option<Instant>) -> Result<bool, Error> {
     loop {
-        let left = deadline.map(|d| d.saturating_duration_since(std::time::Instant::now()));
-        // Rounded up: a wait that ends early would spin through the last millisecond.
-        let limit = left.map_or(PollTimeout::NONE, |l| {
-            PollTimeout::try_from(l + std::time::Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
-        });
-        match poll(&mut [PollFd::new(socket.as_fd(), what)], limit) {
-            Ok(0) if left.is_some_and(|l| l.is_zero()) => {
-                return Err(Error::TimedOut(timeout.unwrap_or_default()));
-            }
+        match poll(&mut [PollFd::new(socket, what)], timeout(deadline)) {
+            Ok(0) if deadline.is_some_and(|deadline| Instant::now() >= deadline) => return Ok(false),
             Ok(0) | Err(Errno::EINTR) => {}
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(true),
             Err(errno) => return Err(io::Error::from(errno).into()),
         }
     }
+}
+
+/// What poll(2) is told so that it ends at a deadline. Rounded up: a wait that ends early would spin through the last
+/// millisecond.
+#[must_use]
+pub fn timeout(deadline: Option<Instant>) -> PollTimeout {
+    deadline.map_or(PollTimeout::NONE, |deadline| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        PollTimeout::try_from(left + Duration::from_micros(999)).unwrap_or(PollTimeout::MAX)
+    })
 }

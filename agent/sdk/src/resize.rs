@@ -3,16 +3,15 @@
 //!
 //! ```no_run
 //! use baton_sdk::{held::Held, mapping::Arena, resize::Resizer};
-//! use handover::arena::Store;
 //!
 //! # fn run(mut arena: Arena, held: Held) -> Result<(), Box<dyn std::error::Error>> {
-//! let room = Resizer::new("baton-kv");
-//! let more = room.grow(64 << 20)?;             // takes as long as moving that much memory aside does: best in a thread
-//! arena.extend(more)?;                         // what is mapped already stays where it is
-//! let mut store = Store::attach(arena.memory(&held))?;
-//! store.take_all(held.epoch)?;                 // from now on there is room in it
-//! drop(arena);                                 // ...and one day, after the connection to the agent has been closed:
-//! room.release()?;                             // the memory is the kernel's again
+//! let resizer = Resizer::new("baton-kv");
+//! let before = arena.len();
+//! let more = resizer.grow(64 << 20)?;           // takes as long as moving that much memory aside does: best in a thread
+//! arena.extend(more)?;                          // what is mapped already stays where it is
+//! arena.memory(&held)[before..].fill(0);        // from now on there is room behind it
+//! drop(arena);                                  // ...and one day, after the connection to the agent has been closed:
+//! resizer.release()?;                           // the memory is the kernel's again
 //! # Ok(()) }
 //! ```
 //! A connection is one question ([`super::ask`]): an [`Ask`], answered by frames of [`Told`].

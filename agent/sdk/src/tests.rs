@@ -7,7 +7,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -242,7 +242,8 @@ fn serving_at(path: &Path) -> (Client, Held, AgentEnd) {
 
 /// Waits until there is something to look at, as a program with an event loop does; looks; no order was there.
 fn look_without_an_order(client: &mut Client) {
-    super::protocol::wait(client.as_fd(), PollFlags::POLLIN, Some(PATIENCE)).expect("readable");
+    let deadline = Some(Instant::now() + PATIENCE);
+    assert!(super::protocol::wait_until(client.as_fd(), PollFlags::POLLIN, deadline).expect("polled"), "readable");
     assert!(client.poll_order().expect("no error").is_none());
     assert_eq!((client.serving(), client.agent_gone()), (Some(1), true));
 }
@@ -340,6 +341,25 @@ fn a_silent_peer_is_a_time_out() {
     let (ours, _theirs) = UnixStream::pair().expect("pair");
     let patience = Duration::from_millis(20);
     assert!(matches!(AgentEnd::accept(ours, patience), Err(Error::TimedOut(t)) if t == patience));
+}
+
+/// A message is waited for as long as was said, in however many pieces it comes.
+#[test]
+fn pieces_do_not_stretch_a_time_out() {
+    let (ours, theirs) = UnixStream::pair().expect("pair");
+    // A frame of 4 KiB, of which a byte comes each millisecond: a patience that began anew would last four seconds.
+    let dripping = thread::spawn(move || {
+        let frame = [&4096u32.to_le_bytes()[..], &[b' '; 4000]].concat();
+        for byte in frame {
+            thread::sleep(Duration::from_millis(1));
+            if (&theirs).write_all(&[byte]).is_err() {
+                return true;
+            }
+        }
+        false
+    });
+    assert!(matches!(AgentEnd::accept(ours, Duration::from_millis(50)), Err(Error::TimedOut(_))));
+    assert!(dripping.join().expect("no panic"), "it was given up before the last piece");
 }
 
 #[test]

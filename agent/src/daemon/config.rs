@@ -5,6 +5,7 @@
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
+use baton_sdk::protocol::MAX_ARENA;
 use kexec_core::memory_map::{Range, RangeSet};
 use serde::{Deserialize, Serialize};
 
@@ -75,13 +76,16 @@ pub struct Network {
 }
 
 /// A service: a program that keeps its state in an arena or in files ([`baton_sdk`]).
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
     /// Unique; the arena carries it.
     pub name: String,
     /// Program and arguments; the successor's initrd carries the program.
     pub exec: Vec<String>,
+    /// The user as whom it runs, by name or number, and who alone (with root) may be it; root without one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     /// It knows nothing of Baton, and keeps memfds in the fd store that systemd has too: it is started by `baton run`.
     #[serde(default)]
     pub fd_store: bool,
@@ -191,6 +195,14 @@ pub struct Initrd {
     pub modules: Vec<String>,
 }
 
+/// What those may have whom the configuration does not name.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Memory that all services together may have which are neither listed nor root's, MiB; 0: there are none.
+    pub unlisted_mib: u64,
+}
+
 /// The whole file.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -201,6 +213,8 @@ pub struct Config {
     pub service: Vec<Service>,
     /// Programs that are started anew.
     pub program: Vec<Program>,
+    /// What others may have.
+    pub limits: Limits,
     /// How updates are made.
     pub update: Update,
     /// What the successor's initrd carries.
@@ -270,6 +284,16 @@ impl Config {
             if exec.first().is_none_or(|program| !program.starts_with('/')) {
                 return Some(format!("`{name}`: exec must begin with the absolute path of a program"));
             }
+        }
+        // It starts programs with the rights of root, and hands out memory by name.
+        if let Some(service) = self.service.iter().find(|service| service.fd_store && service.user.is_some()) {
+            return Some(format!(
+                "service `{}`: with fd_store, `user` is not taken: let the program give up root's rights itself",
+                service.name
+            ));
+        }
+        if self.limits.unlisted_mib > MAX_ARENA >> 20 {
+            return Some(format!("limits.unlisted_mib is {}, more than any arena", self.limits.unlisted_mib));
         }
         if self.network.service_address.is_some() && self.network.nic.len() < 2 {
             return Some(format!(
@@ -348,6 +372,8 @@ mod tests {
         assert!(one_nic.unwrap().contradiction().unwrap().contains("there are 1"));
         let relative = parse("[[service]]\nname=\"kv\"\nexec=[\"baton-kv\"]");
         assert!(relative.unwrap().contradiction().unwrap().contains("`kv`"));
+        let stored = parse("[[service]]\nname=\"memo\"\nexec=[\"/m\"]\nfd_store=true\nuser=\"memo\"");
+        assert!(stored.unwrap().contradiction().unwrap().contains("`memo`: with fd_store"));
         let twice = "[[service]]\nname=\"kv\"\nexec=[\"/a\"]\n";
         let twice = parse(&format!("{twice}{twice}"));
         assert!(twice.unwrap().contradiction().unwrap().contains("twice"));

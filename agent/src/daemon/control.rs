@@ -209,14 +209,44 @@ pub struct Status {
     pub update: Option<UpdateStatus>,
 }
 
+/// How a service is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceState {
+    /// It answers its clients.
+    Serving,
+    /// It waits, silent, for the order to serve.
+    Standby,
+    /// It was told to stop answering.
+    Frozen,
+    /// It has connected, and is not ready yet.
+    Starting,
+    /// It is not there; what it kept is.
+    Absent,
+    /// It serves, and has not kept again what an earlier batond kept for it.
+    Bereft,
+}
+
+impl std::fmt::Display for ServiceState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            ServiceState::Serving => "serving",
+            ServiceState::Standby => "standby",
+            ServiceState::Frozen => "frozen",
+            ServiceState::Starting => "starting",
+            ServiceState::Absent => "absent",
+            ServiceState::Bereft => "bereft",
+        })
+    }
+}
+
 /// One service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceStatus {
     /// Its name.
     pub name: String,
-    /// `serving`, `standby`, `frozen`, `starting`, `absent`; or `bereft`: it serves, and has not kept again what an earlier batond
-    /// kept for it.
-    pub state: String,
+    /// How it is.
+    pub state: ServiceState,
     /// Size of its arena in bytes, 0 without one.
     pub arena_bytes: u64,
     /// What it keeps there: kind of its state, 0 while it has not said.
@@ -304,5 +334,14 @@ mod tests {
             assert_eq!(format!("\"{stage}\""), text);
         }
         assert_eq!(serde_json::to_string(&Role::Successor).unwrap(), "\"successor\"");
+    }
+
+    /// `baton` and scripts read these words.
+    #[test]
+    fn states_are_written_as_they_are_shown() {
+        use ServiceState as S;
+        for state in [S::Serving, S::Standby, S::Frozen, S::Starting, S::Absent, S::Bereft] {
+            assert_eq!(serde_json::to_string(&state).unwrap(), format!("\"{state}\""));
+        }
     }
 }

@@ -4,27 +4,30 @@
 
 use std::fs;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, TryLockError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use baton_sdk::agent_end::AgentEnd;
 use handover::update::phase::Phase;
 use kexec_core::cmdline::control_block_of;
 use kexec_core::device::{Device, DeviceError, TakeMemory};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates};
+use kexec_core::registry;
 
 use crate::daemon::config::Config;
-use crate::daemon::control::{Role, ServiceStatus, Stage, Status, UpdateStatus};
+use crate::daemon::control::{Role, ServiceState, ServiceStatus, Stage, Status, UpdateStatus};
+use crate::daemon::listen::Peer;
 use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::{Facts, managed_memory};
 use crate::machine::net::Netlink;
 use crate::recovery::ledger::{self, Ledger};
+use crate::services::access::Access;
 use crate::services::arenas::{Arena, Piece};
 use crate::services::files::Store;
-use crate::services::{Admitted, Services};
+use crate::services::{Admitted, Land, Services, holders};
 use crate::takeover::birth::Birth;
 use crate::userland::kernels;
 
@@ -120,6 +123,8 @@ pub struct Kernel {
     pub netlink: Netlink,
     /// The services.
     pub services: Services,
+    /// Who may be which of them.
+    pub access: Access,
     /// The files that programs keep.
     pub files: Store,
     /// What a batond that comes after this one must know.
@@ -153,18 +158,29 @@ impl Kernel {
         facts.epoch = facts.epoch.max(written.epoch);
         let successor = !settled;
         let state = Mutex::new(State { successor, facts, update });
-        let services = Services::of_ledger(ledger.clone(), device.get());
+        let services = Services::of_ledger(ledger.clone(), device.get())?;
         let (updating, called_off) = (Mutex::new(()), AtomicBool::new(false));
         let files = Store::of_ledger(ledger.clone());
+        let access = Access::of(&config);
         if !successor {
-            files.begin();
-            services.all_inherited();
+            match serving_successor()? {
+                Some(why) => {
+                    tracing::error!("{why}");
+                    files.elsewhere();
+                    services.elsewhere(why);
+                }
+                None => {
+                    files.begin();
+                    services.open(lock(&state).facts.epoch);
+                }
+            }
         }
         Ok(Kernel {
             config,
             config_path,
             netlink,
             services,
+            access,
             files,
             ledger,
             birth,
@@ -183,8 +199,7 @@ impl Kernel {
 
     /// The lock on what changes.
     pub fn state(&self) -> MutexGuard<'_, State> {
-        // Each change is a whole one, so a panicked holder leaves nothing half done.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Release of this kernel.
@@ -230,7 +245,7 @@ impl Kernel {
         for program in self.files.status() {
             match all.iter_mut().find(|service| service.name == program.name) {
                 None => all.push(program),
-                Some(service) if service.state == "serving" => "bereft".clone_into(&mut service.state),
+                Some(service) if service.state == ServiceState::Serving => service.state = ServiceState::Bereft,
                 Some(_) => {}
             }
         }
@@ -252,27 +267,14 @@ impl Kernel {
         }
     }
 
-    /// Takes a service in. In a successor it stands by, whatever it asks.
-    pub fn admit(&self, stream: UnixStream) -> Result<Admitted> {
-        let epoch = {
-            let state = self.state();
-            (!state.successor).then_some(state.facts.epoch)
-        };
-        let admitted = self.services.admit(stream, epoch, |len, arenas| self.allocate_arena(len, arenas))?;
+    /// Takes a service in that has greeted.
+    pub fn admit(&self, peer: Peer, end: AgentEnd) -> Result<Admitted> {
+        let admitted = self.services.admit(peer, end, &self.access, self)?;
         // One that begins anew has seen that it has no files. One that serves on has not, and must keep them again.
         if !admitted.was_serving {
-            self.files.give_up(&admitted.name)?;
+            self.files.give_up(None, &admitted.name)?;
         }
         Ok(admitted)
-    }
-
-    fn allocate_arena(&self, len: u64, arenas: &RangeSet) -> Result<Arena> {
-        let started = Instant::now();
-        let pieces = Piece::take(self.device()?, &arenas.union(&self.files.ranges()), len)?;
-        let arena = Arena { pieces, fresh: true };
-        let (mib, pieces, took) = (arena.bytes() >> 20, arena.ranges().len(), started.elapsed());
-        tracing::info!("an arena of {mib} MiB in {pieces} pieces, had in {took:.1?}");
-        Ok(arena)
     }
 
     /// Makes a service's arena longer; gives the files of what is new, in order.
@@ -300,10 +302,10 @@ impl Kernel {
     /// earlier batond is no longer waited for.
     pub fn release_arena(&self, service: &str) -> Result<u64> {
         let _held = self.between_updates()?;
-        if self.files.give_up(service)? && !self.services.has_left_arena(service) {
+        if self.files.give_up(self.device.get(), service)? && !self.services.has_left_arena(service) {
             return Ok(0);
         }
-        let arena = self.services.remove(service)?;
+        let arena = self.services.remove(service, self)?;
         let len = arena.bytes();
         match arena.give_back(self.device()?) {
             Ok(()) => Ok(len),
@@ -378,6 +380,45 @@ pub fn no_place(len: u64, tried: usize) -> Failure {
         "free memory (stop a program, drop caches), ask for a smaller update.region_mib, or reserve memory at boot with \
          memmap=SIZE$ADDRESS and name it in update.reserved",
     )
+}
+
+impl Land for Kernel {
+    fn take(&self, len: u64, kept: &RangeSet) -> Result<Arena> {
+        let started = Instant::now();
+        let pieces = Piece::take(self.device()?, &kept.union(&self.files.ranges()), len)?;
+        let arena = Arena { pieces, fresh: true };
+        let (mib, pieces, took) = (arena.bytes() >> 20, arena.ranges().len(), started.elapsed());
+        tracing::info!("an arena of {mib} MiB in {pieces} pieces, had in {took:.1?}");
+        Ok(arena)
+    }
+
+    fn give_back(&self, arena: Arena) -> Result<(), (Arena, anyhow::Error)> {
+        match self.device() {
+            Ok(device) => arena.give_back(device),
+            Err(error) => Err((arena, error)),
+        }
+    }
+
+    fn holders(&self, ranges: &[Range]) -> Result<Vec<i32>> {
+        holders::of(ranges)
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    // Each change is a whole one, so a panicked holder leaves nothing half done.
+    state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Whether an instance beside this kernel serves, though this batond begins in it: an earlier one died after the cutover.
+/// Then the arenas are that kernel's.
+fn serving_successor() -> Result<Option<String>> {
+    let serving = kernels::others()?.into_iter().find(|instance| instance.state == registry::State::Serving);
+    Ok(serving.map(|instance| {
+        format!(
+            "the successor serves (instance {}, {}): nobody serves here, and nothing is given away",
+            instance.id, instance.image
+        )
+    }))
 }
 
 /// A module that cannot be used, and what to do about it.

@@ -6,7 +6,7 @@
 //!                  │ ▲                                          │
 //!   upgrade ───────┘ └─ rolled back                             └─ cut off: fenced by the incumbent
 //! ```
-//! tokio carries the sockets; whatever talks to the module or to the other kernel runs on plain threads of its own.
+//! Each socket is served in the same way ([`listen::serve`]), on plain threads.
 
 pub mod config;
 pub mod control;
@@ -14,22 +14,27 @@ pub mod kernel;
 pub mod listen;
 pub mod outcome;
 
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Result, bail};
+use baton_sdk::agent_end::AgentEnd;
 use clap::Parser;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::{UnixListener, UnixStream};
+use nix::poll::PollTimeout;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use self::config::Config;
 use self::control::{Reply, Request, Stage};
 use self::kernel::{Ground, Kernel};
+use crate::daemon::listen::{Caller, Limits};
 use crate::daemon::outcome::Failure;
 use crate::recovery::recover::{self, GoingOn};
-use crate::services::Admitted;
+use crate::services::{Admitted, access};
 use crate::takeover::successor;
 use crate::update::{check, upgrade};
 use baton_sdk::protocol::DEFAULT_SOCKET as SERVICE_SOCKET;
@@ -64,62 +69,63 @@ pub fn run(args: Args) -> Result<()> {
             }
         })?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve(kernel, &args))
 }
 
 async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
-    let control = listen(&args.socket, 0o600)?;
-    let services = listen(&args.services, 0o666)?;
+    let control = only(&args.socket, |path| listen::listen(path, 0o600))?;
+    let services = only(&args.services, |path| listen::listen_for_group(path, access::group()))?;
     if kernel.is_successor() {
         let kernel = kernel.clone();
-        std::thread::Builder::new().name("successor".into()).spawn(move || {
+        thread::Builder::new().name("successor".into()).spawn(move || {
             if let Err(error) = successor::run(&kernel) {
                 tracing::error!("as successor: {error:#}");
                 kernel.set_stage(Stage::Failed);
             }
         })?;
     }
+    mind_services(kernel.clone())?;
+    let (asked, admitting, door) = (kernel.clone(), kernel.clone(), kernel.clone());
+    listen::serve("control", control, Limits::USUAL, |peer| peer.is_root(), move |_, line| answer(&asked, line))?;
+    let may_speak = move |peer| door.access.may_speak(peer);
+    listen::serve("services", services, Limits::USUAL, may_speak, move |peer, Greeting(end)| {
+        match admitting.admit(peer, end)? {
+            Admitted { name, was_serving: false } => info!(service = name, "admitted"),
+            Admitted { name, was_serving: true } => info!(service = name, "taken on from an earlier batond"),
+        }
+        Ok(())
+    })?;
     crate::services::files::server::start(kernel.clone())?;
     crate::services::files::notify::start(kernel.clone())?;
     crate::services::resize::start(kernel.clone())?;
     tell_init();
     info!(release = kernel.release(), role = %kernel.role(), "batond is ready");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    loop {
-        tokio::select! {
-            connection = control.accept() => {
-                let (stream, _) = connection?;
-                let kernel = kernel.clone();
-                tokio::spawn(async move {
-                    if let Err(error) = answer(kernel, stream).await {
-                        warn!("a control connection failed: {error:#}");
-                    }
-                });
-            }
-            connection = services.accept() => {
-                let stream = connection?.0.into_std()?;
-                let kernel = kernel.clone();
-                tokio::task::spawn_blocking(move || match kernel.admit(stream) {
-                    Ok(Admitted { name, was_serving: false }) => info!(service = name, "admitted"),
-                    Ok(Admitted { name, was_serving: true }) => info!(service = name, "taken on from an earlier batond"),
-                    Err(error) => warn!("a service was not admitted: {error:#}"),
-                });
-            }
-            _ = terminate.recv() => break,
-        }
-    }
+    terminate.recv().await;
+    // An update that is under way ends first: half of one would have to be taken back by the next batond.
+    drop(kernel.updating.lock());
+    Ok(())
+}
+
+/// Hears what services say by themselves, in a thread of its own.
+fn mind_services(kernel: Arc<Kernel>) -> Result<()> {
+    thread::Builder::new().name("minder".into()).spawn(move || {
+        while let Ok(()) = kernel
+            .services
+            .mind(&*kernel, PollTimeout::NONE)
+            .inspect_err(|error| tracing::error!("services are no longer heard: {error:#}"))
+        {}
+    })?;
     Ok(())
 }
 
 /// Binds a socket; a stale one of a dead daemon is replaced, a live one is not.
-fn listen(path: &Path, mode: u32) -> Result<UnixListener> {
-    if std::os::unix::net::UnixStream::connect(path).is_ok() {
+fn only(path: &Path, listen: impl FnOnce(&Path) -> Result<UnixListener>) -> Result<UnixListener> {
+    if UnixStream::connect(path).is_ok() {
         bail!("another batond listens on {}; stop it first", path.display());
     }
-    let listener = crate::daemon::listen::listen(path, mode)?;
-    listener.set_nonblocking(true)?;
-    Ok(UnixListener::from_std(listener)?)
+    listen(path)
 }
 
 fn tell_init() {
@@ -128,11 +134,67 @@ fn tell_init() {
     }
 }
 
-async fn answer(kernel: Arc<Kernel>, stream: UnixStream) -> Result<()> {
-    let (reader, mut writer) = stream.into_split();
-    let mut line = String::new();
-    BufReader::new(reader.take(control::LINE_LIMIT)).read_line(&mut line).await?;
-    let request: Request = match serde_json::from_str(&line) {
+/// A service up to its greeting.
+struct Greeting(AgentEnd);
+
+impl AsFd for Greeting {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl Caller for Greeting {
+    fn new(socket: UnixStream) -> Result<Self> {
+        Ok(Greeting(AgentEnd::new(socket)?))
+    }
+
+    fn has_spoken(&mut self) -> Result<bool> {
+        Ok(self.0.poll_hello()?)
+    }
+}
+
+/// A `baton` up to the end of its line.
+struct Line {
+    socket: UnixStream,
+    bytes: Vec<u8>,
+}
+
+impl AsFd for Line {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Caller for Line {
+    fn new(socket: UnixStream) -> Result<Self> {
+        socket.set_nonblocking(true)?;
+        Ok(Line { socket, bytes: Vec::new() })
+    }
+
+    fn has_spoken(&mut self) -> Result<bool> {
+        loop {
+            let mut buffer = [0; 4096];
+            match self.socket.read(&mut buffer) {
+                Ok(0) => return Ok(true), // what there is of it is answered
+                Ok(len) => self.bytes.extend_from_slice(&buffer[..len]),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error.into()),
+            }
+            if self.bytes.len() as u64 > control::LINE_LIMIT {
+                bail!("a request of more than {} bytes", control::LINE_LIMIT);
+            }
+            if self.bytes.ends_with(b"\n") {
+                return Ok(true);
+            }
+        }
+    }
+}
+
+fn answer(kernel: &Kernel, line: Line) -> Result<()> {
+    let Line { socket, bytes } = line;
+    socket.set_nonblocking(false)?;
+    let request: Request = match serde_json::from_slice(&bytes) {
         Ok(request) => request,
         Err(error) => {
             let failure = Failure::new(
@@ -140,14 +202,21 @@ async fn answer(kernel: Arc<Kernel>, stream: UnixStream) -> Result<()> {
                 format!("batond cannot read this request: {error}"),
                 "install the same version of baton and batond",
             );
-            return send(&mut writer, &Reply::Failed(failure)).await;
+            return send(&socket, &Reply::Failed(failure));
         }
     };
     let (replies, mut outbox) = mpsc::unbounded_channel();
-    let worker = tokio::task::spawn_blocking(move || {
+    thread::scope(|scope| {
+        // Progress is told by a thread of its own: an asker that does not read holds up nothing.
+        let telling = thread::Builder::new().name("progress".into()).spawn_scoped(scope, || {
+            while let Some(reply) = outbox.blocking_recv() {
+                send(&socket, &reply)?;
+            }
+            Ok::<(), anyhow::Error>(())
+        })?;
         let last = match request {
             Request::Status => Reply::Status(Box::new(kernel.status())),
-            Request::Check(wish) => Reply::Checked { findings: check::findings(&kernel, &wish) },
+            Request::Check(wish) => Reply::Checked { findings: check::findings(kernel, &wish) },
             Request::Release { service } => match kernel.release_arena(&service) {
                 Ok(bytes) => Reply::Released { bytes },
                 Err(error) => Reply::Failed(Failure::from_error(&error)),
@@ -156,21 +225,17 @@ async fn answer(kernel: Arc<Kernel>, stream: UnixStream) -> Result<()> {
                 Ok(()) => Reply::CalledOff,
                 Err(failure) => Reply::Failed(failure),
             },
-            Request::Upgrade(wish) => upgrade::run(&kernel, &wish, &replies),
+            Request::Upgrade(wish) => upgrade::run(kernel, &wish, &replies),
         };
         // The asker may have left; what was done stays done.
         let _ = replies.send(last);
-    });
-    while let Some(reply) = outbox.recv().await {
-        send(&mut writer, &reply).await?;
-    }
-    worker.await?;
-    Ok(())
+        drop(replies);
+        telling.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
-async fn send(writer: &mut (impl AsyncWriteExt + Unpin), reply: &Reply) -> Result<()> {
+fn send(mut socket: &UnixStream, reply: &Reply) -> Result<()> {
     let mut line = serde_json::to_vec(reply)?;
     line.push(b'\n');
-    writer.write_all(&line).await?;
-    Ok(())
+    Ok(socket.write_all(&line)?)
 }

@@ -88,9 +88,9 @@ pub fn tables() -> io::Result<Vec<Table>> {
 
 fn request(kind: u16) -> Vec<u8> {
     let mut bytes = Vec::new();
-    bytes.extend(u32::try_from(HEADER + FAMILY_HEADER).unwrap_or(0).to_ne_bytes());
-    bytes.extend((SUBSYSTEM << 8 | kind).to_ne_bytes());
-    bytes.extend(REQUEST_DUMP.to_ne_bytes());
+    bytes.extend(u32::try_from(HEADER + FAMILY_HEADER).unwrap_or(0).to_le_bytes());
+    bytes.extend((SUBSYSTEM << 8 | kind).to_le_bytes());
+    bytes.extend(REQUEST_DUMP.to_le_bytes());
     // Sequence and sender: one question at a time, from an unbound socket. All families, version 0, resource 0.
     bytes.extend([0; 8 + FAMILY_HEADER]);
     bytes
@@ -99,9 +99,9 @@ fn request(kind: u16) -> Vec<u8> {
 /// Adds the messages of one answer; says whether it was the last one.
 fn parse(mut bytes: &[u8], into: &mut Vec<Message>) -> io::Result<bool> {
     let bad = || io::Error::new(io::ErrorKind::InvalidData, "an answer of nf_tables that cannot be read");
-    let u16_at = |bytes: &[u8], at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+    let u16_at = |bytes: &[u8], at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
     while !bytes.is_empty() {
-        let len = bytes.get(..4).and_then(|len| usize::try_from(u32::from_ne_bytes(len.try_into().ok()?)).ok());
+        let len = bytes.get(..4).and_then(|len| usize::try_from(u32::from_le_bytes(len.try_into().ok()?)).ok());
         let len = len.filter(|len| *len >= HEADER && *len <= bytes.len()).ok_or_else(bad)?;
         let (message, rest) = bytes.split_at(len);
         bytes = rest.get(len.next_multiple_of(4) - len..).unwrap_or_default();
@@ -110,7 +110,7 @@ fn parse(mut bytes: &[u8], into: &mut Vec<Message>) -> io::Result<bool> {
         match kind {
             DONE => return Ok(true),
             ERROR => {
-                let code = body.get(..4).and_then(|code| Some(i32::from_ne_bytes(code.try_into().ok()?)));
+                let code = body.get(..4).and_then(|code| Some(i32::from_le_bytes(code.try_into().ok()?)));
                 return match code.ok_or_else(bad)? {
                     0 => Ok(true),
                     code => Err(io::Error::from_raw_os_error(code.checked_neg().unwrap_or(libc::EIO))),
@@ -179,16 +179,16 @@ mod tests {
     use super::*;
 
     fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-        let mut bytes = u16::try_from(value.len() + 4).unwrap().to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
+        let mut bytes = u16::try_from(value.len() + 4).unwrap().to_le_bytes().to_vec();
+        bytes.extend(kind.to_le_bytes());
         bytes.extend(value);
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         bytes
     }
 
     fn message(kind: u16, body: &[u8]) -> Vec<u8> {
-        let mut bytes = u32::try_from(HEADER + body.len()).unwrap().to_ne_bytes().to_vec();
-        bytes.extend(kind.to_ne_bytes());
+        let mut bytes = u32::try_from(HEADER + body.len()).unwrap().to_le_bytes().to_vec();
+        bytes.extend(kind.to_le_bytes());
         bytes.extend([0; 10]);
         bytes.extend(body);
         bytes
@@ -227,7 +227,7 @@ mod tests {
 
     #[test]
     fn an_error_is_an_error_and_rubbish_is_not_read() {
-        let error = parse(&message(ERROR, &(-libc::EOPNOTSUPP).to_ne_bytes()), &mut Vec::new()).unwrap_err();
+        let error = parse(&message(ERROR, &(-libc::EOPNOTSUPP).to_le_bytes()), &mut Vec::new()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EOPNOTSUPP));
         let whole = of(0, 2, &[attribute(1, b"nat\0")]);
         for len in 1..whole.len() {

@@ -65,8 +65,11 @@ pub struct Entry {
     pub pieces: Vec<(u64, u64)>,
     /// Nothing was ever written to it.
     pub fresh: bool,
-    /// Who has it mapped, if that is known.
+    /// Who connected for it last, if that is known.
     pub process: Option<Process>,
+    /// The user who had it; nothing where a batond wrote this that did not look at users.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<u32>,
 }
 
 /// What is written down.
@@ -184,6 +187,7 @@ mod tests {
             pieces: vec![(1 << 30, 4096), (1 << 31, 8192)],
             fresh: false,
             process: Some(Process { pid: 4, started: 99 }),
+            owner: None,
         }
     }
 
@@ -193,9 +197,10 @@ mod tests {
         let path = folder.join("arenas.json");
         let ledger = Ledger::open(&path).unwrap();
         assert_eq!(ledger.pages().services.len(), 0);
-        ledger.change(|pages| (pages.epoch, _) = (3, pages.services.insert("kv".into(), entry()))).unwrap();
+        let entry = Entry { owner: Some(107), ..entry() };
+        ledger.change(|pages| (pages.epoch, _) = (3, pages.services.insert("kv".into(), entry.clone()))).unwrap();
         let again = Ledger::open(&path).unwrap().pages();
-        assert_eq!((again.epoch, again.services.get("kv")), (3, Some(&entry())));
+        assert_eq!((again.epoch, again.services.get("kv")), (3, Some(&entry)));
         assert_eq!(read(&path, "another boot").unwrap(), None);
         fs::write(&path, r#"{"version":9,"boot":"","drained":false,"epoch":0,"services":{},"keepers":[]}"#).unwrap();
         assert!(Ledger::open(&path).unwrap_err().to_string().contains("has version 9"));

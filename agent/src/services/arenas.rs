@@ -97,7 +97,7 @@ impl Arena {
                 Ok(()) => continue,
                 Err(error) => anyhow::Error::from(error).context(format!("arena memory {range}")),
             };
-            // A service has all pieces mapped, or none: the first one that cannot be had is the first one.
+            // A service has all pieces mapped or none, so where one is in use none has been given back before it.
             if let Ok(piece) = Piece::open(device, range) {
                 kept.pieces.push(piece);
             }

@@ -3,43 +3,39 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
-use tracing::{info, warn};
+use tracing::info;
 
 use crate::daemon::kernel::Kernel;
-use crate::daemon::listen::listen;
+use crate::daemon::listen::{Asker, Limits, listen, serve};
 use baton_sdk::ask;
-use baton_sdk::protocol::{Inbox, bounded_cause, receive};
+use baton_sdk::protocol::bounded_cause;
 use baton_sdk::resize::{Ask, DEFAULT_SOCKET, Told, What};
 
-/// How long a question may take to arrive; the next one waits for it.
-const PATIENCE: Duration = Duration::from_secs(20);
-
-/// Listens, in a thread of its own; one question at a time, because each takes memory.
+/// Listens from now on; one question is answered at a time, because each takes memory.
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
     let listener = listen(Path::new(DEFAULT_SOCKET), 0o600)?;
-    std::thread::Builder::new().name("room".into()).spawn(move || {
-        for stream in listener.incoming() {
-            let answered = stream.map_err(anyhow::Error::from).and_then(|stream| answer(&kernel, &stream));
-            if let Err(error) = answered {
-                warn!("a question for memory was not answered: {error:#}");
-            }
-        }
-    })?;
-    Ok(())
+    let one_at_a_time = Mutex::new(());
+    serve(
+        "arenas",
+        listener,
+        Limits::USUAL,
+        |peer| peer.is_root(),
+        move |_, asker: Asker<Ask>| {
+            let _held = one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);
+            answer(&kernel, asker)
+        },
+    )
 }
 
-fn answer(kernel: &Kernel, stream: &UnixStream) -> Result<()> {
-    stream.set_nonblocking(true)?;
-    let asked = receive(stream.as_fd(), &mut Inbox::default(), Some(PATIENCE));
-    let told = match asked.map_err(Into::into).and_then(|ask| obey(kernel, stream, &ask)) {
+fn answer(kernel: &Kernel, mut asker: Asker<Ask>) -> Result<()> {
+    let told = match asker.take().and_then(|ask| obey(kernel, &asker.socket, &ask)) {
         Ok(()) => Told::Done,
         Err(error) => Told::Failed { cause: bounded_cause(&format!("{error:#}")) },
     };
-    Ok(ask::answer(stream.as_fd(), &told, None)?)
+    Ok(ask::answer(asker.socket.as_fd(), &told, None)?)
 }
 
 fn obey(kernel: &Kernel, stream: &UnixStream, ask: &Ask) -> Result<()> {

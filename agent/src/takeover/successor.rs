@@ -28,7 +28,7 @@ use state_schemas::control_block::{MAILBOX, words};
 use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
-use crate::daemon::control::Stage;
+use crate::daemon::control::{ServiceState, Stage};
 use crate::daemon::kernel::Kernel;
 use crate::machine::liveupdate;
 use crate::machine::net::{Announcer, Link};
@@ -174,7 +174,9 @@ impl<'k> Heir<'k> {
 
     fn check_health(&self) -> Result<Answer> {
         let status = self.kernel.services.status();
-        if let Some(service) = status.iter().find(|service| service.state != "standby") {
+        // One without an arena is not a predecessor's: it waits at the door.
+        let inherited = status.iter().filter(|service| service.arena_bytes > 0);
+        if let Some(service) = inherited.into_iter().find(|service| service.state != ServiceState::Standby) {
             bail!("service {} is {}", service.name, service.state);
         }
         Ok(Answer::Done)
@@ -186,7 +188,7 @@ impl<'k> Heir<'k> {
         if self.birth.control.load(words::EPOCH_AT) != epoch {
             bail!("epoch {epoch} is not the current one");
         }
-        self.kernel.services.activate(epoch, self.cutover_patience())?;
+        self.kernel.services.activate(epoch, self.cutover_deadline())?;
         let serving = tsc();
         if let Some(address) = &self.address {
             if !address.reserved {
@@ -204,8 +206,11 @@ impl<'k> Heir<'k> {
     /// Not before the incumbent cannot go on any more: its own programs, which cannot be asked to look at their memory anew, would
     /// go on with what they knew of it, and these would have written there.
     fn start_programs(&mut self) {
-        if let Err(error) = self.kernel.files.serve(PROGRAMS_PATIENCE) {
-            self.left_undone.push(format!("{error:#}"));
+        let (resumed, until) = (self.kernel.files.resume(), Instant::now() + PROGRAMS_PATIENCE);
+        for done in [resumed, self.kernel.files.await_started(until)] {
+            if let Err(error) = done {
+                self.left_undone.push(format!("{error:#}"));
+            }
         }
     }
 
@@ -219,8 +224,9 @@ impl<'k> Heir<'k> {
 
     /// The undo of [`Heir::activate`]: silent first, so that nobody answers from here when the address is dropped.
     fn stand_down(&mut self, epoch: u64) -> Result<Answer> {
-        self.kernel.services.freeze(epoch, self.cutover_patience())?;
-        self.kernel.files.freeze(self.device, self.cutover_patience())?;
+        let until = self.cutover_deadline();
+        self.kernel.services.freeze(epoch, until)?;
+        self.kernel.files.freeze(self.device, &self.kernel.services.ranges(), until)?;
         if let Some(address) = &self.address {
             let held = self.kernel.netlink.held(address.cidr)?;
             self.kernel.netlink.drop_held(&held)?;
@@ -229,8 +235,8 @@ impl<'k> Heir<'k> {
         Ok(Answer::Done)
     }
 
-    fn cutover_patience(&self) -> Duration {
-        sooner_than(Duration::from_millis(self.kernel.config.update.cutover_timeout_ms))
+    fn cutover_deadline(&self) -> Instant {
+        Instant::now() + sooner_than(Duration::from_millis(self.kernel.config.update.cutover_timeout_ms))
     }
 
     /// The undo of [`Heir::online`]: Linux sends an offline CPU to the reset vector, which is our park page.
@@ -290,6 +296,8 @@ impl<'k> Heir<'k> {
         if let Err(error) = self.kernel.ledger.change(|pages| (pages.drained, pages.epoch) = (true, epoch)) {
             left.push(format!("what a batond that is started again must know: {error:#}"));
         }
+        // There is no way back any more: who came since the cutover, and stands by, serves.
+        self.kernel.services.open(epoch);
         let mut state = self.kernel.state();
         state.successor = false;
         if let Some(update) = &mut state.update {

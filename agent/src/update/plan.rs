@@ -16,7 +16,7 @@ use kexec_core::memory_map::{Range, RangeSet, Wish, candidates, struct_page_byte
 use kexec_core::placement::smallest_region;
 
 use crate::daemon::config::{Cidr, Nic};
-use crate::daemon::control::{Finding, Upgrade};
+use crate::daemon::control::{Finding, ServiceState, Upgrade};
 use crate::daemon::kernel::{Kernel, no_place, unusable};
 use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::{Facts, available_memory, managed_memory};
@@ -25,6 +25,7 @@ use crate::machine::sysfs::Bdf;
 use crate::machine::world::Live;
 use crate::recovery::journal::{self, JOURNAL};
 use crate::recovery::ledger::Crossing;
+use crate::services::Admission;
 use crate::update::findings::Findings;
 use crate::update::kho::{self, Spoken};
 use crate::update::stock::{self, asked::Asked};
@@ -369,8 +370,11 @@ fn network(kernel: &Kernel) -> Result<(Option<GrantedNic>, String)> {
 }
 
 fn services(kernel: &Kernel) -> Result<((), String)> {
+    if let Admission::Elsewhere { why } = kernel.services.admission() {
+        return Err(Failure::precondition(why, "finish or undo the update that is under way (batond's log)").into());
+    }
     let services = kernel.who_serves();
-    let absent: Vec<_> = services.iter().filter(|s| s.state != "serving").collect();
+    let absent: Vec<_> = services.iter().filter(|s| s.state != ServiceState::Serving).collect();
     if let Some(service) = absent.first() {
         return Err(Failure::precondition(
             format!("service {} is {}, not serving", service.name, service.state),

@@ -103,6 +103,11 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
     kernel.ledger.change(|pages| pages.crossing = None)?;
     let first = update.step(report.now(), Event::Begin)?;
     let outcome = drive(&mut update, first, &mut hands, &mut report);
+    match &outcome {
+        Outcome::Committed { .. } => kernel.services.elsewhere("the successor serves: nobody serves here".to_owned()),
+        // Also where nobody had been stopped yet: who came meanwhile waits.
+        Outcome::RolledBack { .. } | Outcome::TrialPassed { .. } => kernel.services.open(kernel.facts().epoch),
+    }
     report.close(&mut update, &outcome);
     Ok(failure(outcome, &hands))
 }

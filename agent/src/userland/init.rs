@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -20,10 +21,11 @@ use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::wait::{WaitStatus, wait};
-use nix::unistd::pause;
+use nix::unistd::{User, pause};
 
 use crate::daemon::config::Config;
 use crate::machine::net::Netlink;
+use crate::services::access;
 
 /// Where the module loader looks for the list that `baton mkinitrd` wrote: one path a line, in the order to load.
 pub const MODULE_LIST: &str = "/etc/baton/modules.RELEASE";
@@ -51,10 +53,15 @@ pub fn run() -> Result<()> {
     for service in &config.service {
         let launcher = ["/usr/sbin/baton", "run", &service.name, "--"].map(str::to_owned);
         let launcher: &[String] = if service.fd_store { &launcher } else { &[] };
-        start(&service.name, &[launcher, &service.exec].concat(), &[], &mut children)?;
+        let exec = [launcher, &service.exec].concat();
+        match service.user.as_deref().map(as_user).transpose() {
+            Ok(user) => start(&service.name, &exec, &[], user, &mut children)?,
+            // Without it the update is undone, which says who is missing; this machine must not end for it.
+            Err(error) => say(&format!("baton-init: {}: {error:#}", service.name)),
+        }
     }
     for program in &config.program {
-        start(&program.name, &program.exec, &[], &mut children)?;
+        start(&program.name, &program.exec, &[], None, &mut children)?;
     }
     reap(&children)
 }
@@ -118,7 +125,7 @@ fn load_modules(release: &str) -> Result<()> {
 
 fn start_agent(children: &mut HashMap<i32, String>) -> Result<()> {
     let ready = UnixDatagram::bind(NOTIFY_SOCKET)?;
-    start("batond", &["/usr/sbin/batond".to_owned()], &[("NOTIFY_SOCKET", NOTIFY_SOCKET)], children)?;
+    start("batond", &["/usr/sbin/batond".to_owned()], &[("NOTIFY_SOCKET", NOTIFY_SOCKET)], None, children)?;
     ready.set_read_timeout(Some(AGENT_PATIENCE))?;
     let mut buffer = [0u8; 512];
     loop {
@@ -136,11 +143,28 @@ fn start_agent(children: &mut HashMap<i32, String>) -> Result<()> {
     }
 }
 
-fn start(name: &str, exec: &[String], env: &[(&str, &str)], children: &mut HashMap<i32, String>) -> Result<()> {
+/// A user and the group to run with: that of batond's socket, else the user's own.
+fn as_user(user: &str) -> Result<(u32, u32)> {
+    let uid = access::uid_of(user).with_context(|| format!("there is no user {user} here"))?;
+    let own_group = || User::from_uid(uid.into()).ok().flatten().map(|user| user.gid.as_raw());
+    Ok((uid, access::group().or_else(own_group).unwrap_or(uid)))
+}
+
+fn start(
+    name: &str,
+    exec: &[String],
+    env: &[(&str, &str)],
+    user: Option<(u32, u32)>,
+    children: &mut HashMap<i32, String>,
+) -> Result<()> {
     let (program, arguments) = exec.split_first().context("nothing to run")?;
     let log =
         || -> Stdio { OpenOptions::new().write(true).open("/dev/kmsg").map_or_else(|_| Stdio::null(), Stdio::from) };
-    let child: Child = Command::new(program)
+    let mut command = Command::new(program);
+    if let Some((uid, gid)) = user {
+        command.uid(uid).gid(gid);
+    }
+    let child: Child = command
         .args(arguments)
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
         .envs(env.iter().copied())

@@ -4,13 +4,15 @@
 //! The result is an archive of its own; when the operator gives an initrd, ours is appended to it, and since the kernel
 //! unpacks archives in order, our `/init` is the one that runs.
 
-use std::collections::BTreeSet;
-use std::fs;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::{fs, iter};
 
 use anyhow::{Context, Result, anyhow};
+use nix::unistd::User;
 
 use crate::daemon::config::{self, Config};
+use crate::services::access;
 use crate::userland::init::MODULE_LIST;
 use crate::userland::initrd::Initrd;
 
@@ -39,6 +41,7 @@ pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u
     }
     tree.char_device("/dev/console", 0o600, 5, 1);
     tree.char_device("/dev/null", 0o666, 1, 3);
+    users(&mut tree, config);
     for path in &config.initrd.include {
         tree.copy(path)?;
     }
@@ -61,6 +64,25 @@ pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u
     tree.copy_from(config_path, config::DEFAULT_PATH)?;
     modules(&mut tree, config, release)?;
     Ok(tree.bytes()?)
+}
+
+/// The users as whom services run, and the group of batond's socket: by the numbers that they have here.
+fn users(tree: &mut Initrd, config: &Config) {
+    let named: Vec<&str> = config.service.iter().filter_map(|service| service.user.as_deref()).collect();
+    if named.is_empty() {
+        return;
+    }
+    let known: BTreeMap<String, User> =
+        named.iter().filter_map(|name| Some(((*name).to_owned(), User::from_name(name).ok().flatten()?))).collect();
+    let lines = known.iter().map(|(name, user)| format!("{name}:x:{}:{}::/:/usr/sbin/nologin\n", user.uid, user.gid));
+    tree.file(
+        "/etc/passwd",
+        0o644,
+        iter::once("root:x:0:0::/root:/bin/sh\n".to_owned()).chain(lines).collect::<String>(),
+    );
+    let group = access::group().map(|gid| format!("{}:x:{gid}:\n", access::GROUP));
+    let groups: String = iter::once("root:x:0:\n".to_owned()).chain(group).collect();
+    tree.file("/etc/group", 0o644, groups);
 }
 
 /// Adds the modules and the list in which `baton-init` finds them, dependencies first.
@@ -127,6 +149,19 @@ mod tests {
         let paths = with_dependencies(INDEX, "virtio_net").unwrap();
         let names: Vec<_> = paths.iter().map(|p| p.rsplit('/').next().unwrap()).collect();
         assert_eq!(names, ["failover.ko.xz", "net_failover.ko.xz", "virtio_net.ko.xz"]);
+    }
+
+    #[test]
+    fn users_of_services_are_known_in_the_successor_by_the_same_numbers() {
+        let mut tree = Initrd::new();
+        users(&mut tree, &toml::from_str("[[service]]\nname='a'\nexec=['/a']").unwrap());
+        assert!(!tree.has("/etc/passwd"), "nobody asks for it");
+        let nobody =
+            "[[service]]\nname='a'\nexec=['/a']\nuser='nobody'\n[[service]]\nname='b'\nexec=['/b']\nuser='no-such'";
+        users(&mut tree, &toml::from_str(nobody).unwrap());
+        let packed = tree.bytes().unwrap();
+        let text = String::from_utf8_lossy(&packed);
+        assert!(text.contains("nobody:x:65534:65534::/:/usr/sbin/nologin\n") && !text.contains("no-such"));
     }
 
     #[test]

@@ -61,7 +61,7 @@ pub fn demo_service_with(more: &[&str]) -> config::Service {
     config::Service {
         name: crate::kv::run::NAME.into(),
         exec: ["/usr/sbin/baton-kv", "--listen", &listen].iter().chain(more).map(|word| (*word).to_owned()).collect(),
-        fd_store: false,
+        ..config::Service::default()
     }
 }
 

@@ -91,13 +91,14 @@ pub fn run(lab: &mut Lab, hops: usize) -> Result<Report> {
     let keep = Service {
         name: keeper::NAME.into(),
         exec: ["/usr/sbin/labd", "keep", &KEPT_MIB.to_string()].map(str::to_owned).to_vec(),
-        fd_store: false,
+        ..Service::default()
     };
     // A kernel without an orchestrator gets the sessions only where somebody of their name waits for them.
     let heir = |name: &str| Service {
         name: name.to_owned(),
         exec: ["/bin/sleep", "1000000"].map(str::to_owned).to_vec(),
         fd_store: true,
+        ..Service::default()
     };
     let mut shape = Shape { services: vec![incumbent::demo_service(), keep], ..Shape::default() };
     shape.services.extend(SELFTESTS.map(heir));

@@ -267,7 +267,10 @@ fn fill(stage: &Stage, mib: u64, task: &Task) -> Result<()> {
     let stored = filler.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
     stored.with_context(|| format!("filling the store with {mib} MiB"))?;
     let status = stage.status()?;
-    ensure!(status.services.iter().all(|service| service.state == "serving"), "after filling: {status:?}");
+    ensure!(
+        status.services.iter().all(|service| service.state == agent::daemon::control::ServiceState::Serving),
+        "after filling: {status:?}"
+    );
     Ok(())
 }
 

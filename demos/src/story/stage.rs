@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use agent::daemon::config::{Config, Service, Update};
-use agent::daemon::control::Status;
+use agent::daemon::control::{ServiceState, Status};
 use anyhow::{Context, Result, bail};
 
 use crate::lab::guest::{GuestCommand, Ran, Stream};
@@ -118,7 +118,7 @@ impl Stage {
             let status = self.status();
             if let Ok(status) = &status
                 && !status.services.is_empty()
-                && status.services.iter().all(|service| service.state == "serving")
+                && status.services.iter().all(|service| service.state == ServiceState::Serving)
             {
                 return Ok(());
             }

@@ -22,7 +22,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -33,10 +33,11 @@ use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 
-use crate::daemon::control::ServiceStatus;
+use crate::daemon::control::{ServiceState, ServiceStatus};
 use crate::recovery::ledger::Ledger;
 use crate::services::Crossing;
 use crate::services::arenas::{self, take_whole};
+use crate::services::watched::Watched;
 use baton_sdk::files::check_name;
 use programs::Program;
 use sessions::Place;
@@ -110,17 +111,31 @@ struct Inner {
     missed: Option<String>,
 }
 
+/// Where programs say things that nobody has heard yet.
+pub trait LastWords: std::fmt::Debug + Send + Sync {
+    /// Does what was said by now. `arenas` is what crosses beside the files.
+    fn hear(&self, store: &Store, device: &Device, arenas: &RangeSet);
+}
+
 /// All files that are kept on this kernel.
 #[derive(Debug, Default)]
 pub struct Store {
-    inner: Mutex<Inner>,
-    changed: Condvar,
+    inner: Watched<Inner>,
+    /// Held while what is kept is changed, which takes as long as files are large. [`Store::inner`] is not, so that how things stand
+    /// can be said meanwhile.
+    changing: Mutex<()>,
+    /// What programs say by themselves.
+    last_words: OnceLock<Arc<dyn LastWords>>,
 }
 
 impl Store {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // A panic while the lock was held has ended that request; each change to the lists is a whole one.
-        self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.inner.lock()
+    }
+
+    fn one_change_at_a_time(&self) -> MutexGuard<'_, ()> {
+        // What a change that panicked has done is in the lists, or is not.
+        self.changing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Nothing kept yet; but an earlier batond of this kernel may have kept something.
@@ -128,7 +143,12 @@ impl Store {
         let written = ledger.pages();
         let leaving = written.files.iter().filter_map(|&(start, len)| Range::with_len(start, len)).collect();
         let inner = Inner { bereft: written.keepers, leaving, ledger, ..Inner::default() };
-        Store { inner: Mutex::new(inner), changed: Condvar::new() }
+        Store { inner: Watched::new(inner), ..Store::default() }
+    }
+
+    /// What programs say arrives here.
+    pub fn listen(&self, last_words: Arc<dyn LastWords>) -> Result<()> {
+        self.last_words.set(last_words).map_err(|_| anyhow!("programs are heard already"))
     }
 
     /// Nothing comes from any predecessor, or not to this batond, and programs may run.
@@ -137,26 +157,39 @@ impl Store {
         (inner.complete, inner.running) = (true, true);
     }
 
-    /// No program of this name comes back; says if one was waited for.
-    pub fn give_up(&self, name: &str) -> Result<bool> {
+    /// Another kernel serves: programs do not run here, and nothing is kept.
+    pub fn elsewhere(&self) {
         let mut inner = self.lock();
-        let was = inner.bereft.remove(name);
+        (inner.complete, inner.running, inner.closed) = (true, false, true);
+    }
+
+    /// No program of this name comes back: one that has ended leaves its files, if `device` is there to give them back. Says
+    /// if one was waited for.
+    pub fn give_up(&self, device: Option<&Device>, name: &str) -> Result<bool> {
+        let _one = self.one_change_at_a_time();
+        let mut inner = self.lock();
+        let mut was = inner.bereft.remove(name);
+        let ended = inner.programs.get(name).is_some_and(|program| !program.lives());
+        if let Some(device) = device.filter(|_| ended && !inner.closed) {
+            inner.programs.remove(name);
+            let (gone, kept) = std::mem::take(&mut inner.kept).into_iter().partition(|kept| kept.service == name);
+            inner.kept = kept;
+            inner.leave(gone);
+            inner.release(device);
+            was = true;
+        }
         inner.note()?;
         Ok(was)
     }
 
-    /// The lists, once they are complete.
+    /// Waits until the lists are complete.
     fn complete(&self) -> Result<MutexGuard<'_, Inner>> {
         let until = Instant::now() + INHERITANCE_PATIENCE;
-        let mut inner = self.lock();
-        while !inner.complete {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                bail!("this kernel has not received its predecessor's files in {INHERITANCE_PATIENCE:?}");
-            }
-            inner = self.changed.wait_timeout(inner, left).map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
-        }
-        Ok(inner)
+        self.inner.wait(Some(until), |inner| inner.complete.then_some(())).with_context(|| {
+            format!("this kernel has not received its predecessor's files in {INHERITANCE_PATIENCE:?}")
+        })?;
+        // What is complete stays so.
+        Ok(self.lock())
     }
 
     /// Keeps a memfd: its content moves into pages that cross, as the `arenas` do. The same file twice is one.
@@ -165,25 +198,29 @@ impl Store {
         sessions::check(name)?;
         let file = File::from(file);
         let len = memfd_len(&file)?;
-        let mut inner = self.complete()?;
+        let _one = self.one_change_at_a_time();
         let id = identity(&file)?;
-        for kept in &inner.kept {
-            if identity(&kept.file)? == id {
-                if kept.service == service && kept.name == name {
-                    return Ok(());
+        let crossing = {
+            let inner = self.complete()?;
+            for kept in &inner.kept {
+                if identity(&kept.file)? == id {
+                    if kept.service == service && kept.name == name {
+                        return Ok(());
+                    }
+                    bail!("it is kept already, as {:?} of {}", kept.name, kept.service);
                 }
-                bail!("it is kept already, as {:?} of {}", kept.name, kept.service);
             }
-        }
-        if Place::of(name).is_some() && inner.kept.iter().any(|kept| kept.name == name) {
-            bail!("there is a file for this place in a session already");
-        }
-        if inner.closed {
-            return Err(Settled.into());
-        }
-        if inner.kept.len() >= MAX_FILES {
-            bail!("{MAX_FILES} files are kept, which is the most there can be");
-        }
+            if Place::of(name).is_some() && inner.kept.iter().any(|kept| kept.name == name) {
+                bail!("there is a file for this place in a session already");
+            }
+            if inner.closed {
+                return Err(Settled.into());
+            }
+            if inner.kept.len() >= MAX_FILES {
+                bail!("{MAX_FILES} files are kept, which is the most there can be");
+            }
+            inner.ranges().union(arenas)
+        };
         let mut kept = Kept {
             service: service.to_owned(),
             name: name.to_owned(),
@@ -193,23 +230,24 @@ impl Store {
             changed: None,
             inherited: false,
         };
-        let crossing = inner.ranges().union(arenas);
-        if let Err(error) = settle(device, &mut kept, &crossing) {
-            inner.leaving.append(&mut kept.pieces);
-            drop(kept);
-            inner.release(device);
-            return Err(error);
+        let settled = settle(device, &mut kept, &crossing);
+        let mut inner = self.lock();
+        match settled {
+            Ok(()) => {
+                tracing::info!(service, name, len, "kept in {}", Ranges(&kept.pieces));
+                inner.kept.push(kept);
+                inner.bereft.remove(service);
+            }
+            Err(_) => inner.leave(vec![kept]),
         }
-        tracing::info!(service, name, len, "kept in {}", Ranges(&kept.pieces));
-        inner.kept.push(kept);
-        inner.bereft.remove(service);
-        // Of a file that an earlier batond kept, these were the pages until now.
+        // Of a file that an earlier batond kept, these were the pages until now; or those of one that could not be settled.
         inner.release(device);
-        inner.note()
+        settled.and_then(|()| inner.note())
     }
 
     /// Forgets all files of this name; says how many there were. Their pages are given back when nobody has them open.
     pub fn forget(&self, device: &Device, service: &str, name: &str) -> Result<usize> {
+        let _one = self.one_change_at_a_time();
         let mut inner = self.lock();
         let before = inner.kept.len();
         let is_it = |kept: &Kept| kept.service == service && kept.name == name;
@@ -218,9 +256,7 @@ impl Store {
         }
         let (gone, kept): (Vec<_>, Vec<_>) = std::mem::take(&mut inner.kept).into_iter().partition(is_it);
         inner.kept = kept;
-        for kept in gone {
-            inner.leaving.extend(kept.pieces);
-        }
+        inner.leave(gone);
         inner.release(device);
         inner.note()?;
         Ok(before - inner.kept.len())
@@ -245,6 +281,7 @@ impl Store {
 
     /// What crosses, as it is about to be told to a successor: nothing else does from now on, until [`Store::open`].
     pub fn close(&self, device: &Device, arenas: &RangeSet) -> Result<Vec<CrossingFile>> {
+        let _one = self.one_change_at_a_time();
         let mut inner = self.lock();
         inner.release(device);
         for n in 0..inner.kept.len() {
@@ -262,9 +299,12 @@ impl Store {
         self.lock().crossings()
     }
 
-    /// Somebody who hears no answer wanted something else to cross: the update must not go on without it.
+    /// Somebody who hears no answer wanted something else to cross: an update under way must not go on without it.
     pub fn miss(&self, why: String) {
-        self.lock().missed.get_or_insert(why);
+        let mut inner = self.lock();
+        if inner.closed {
+            inner.missed.get_or_insert(why);
+        }
     }
 
     /// The undo of [`Store::close`].
@@ -279,58 +319,61 @@ impl Store {
         self.lock().settle_changed(device)
     }
 
-    /// Nobody writes any more: programs are stopped, and every file is what the record says.
-    pub fn freeze(&self, device: &Device, patience: Duration) -> Result<()> {
-        let until = Instant::now() + patience;
+    /// Nobody writes any more: programs are stopped, what they had said by then is heard, and every file is what the record
+    /// says. `arenas` is what crosses beside the files.
+    pub fn freeze(&self, device: &Device, arenas: &RangeSet, until: Instant) -> Result<()> {
         let mut inner = self.lock();
         inner.running = false;
         for (name, program) in &inner.programs {
             program.freeze(until).with_context(|| format!("program {name} cannot be stopped"))?;
         }
+        drop(inner);
+        if let Some(last_words) = self.last_words.get() {
+            last_words.hear(self, device, arenas);
+        }
+        let mut inner = self.lock();
         if let Some(missed) = &inner.missed {
             bail!("{missed}: it would be lost");
         }
         inner.settle_changed(device)
     }
 
-    /// The undo of [`Store::freeze`]; also the first word to programs that stand by.
-    pub fn serve(&self, patience: Duration) -> Result<()> {
-        let until = Instant::now() + patience;
+    /// The undo of [`Store::freeze`]; also the first word to programs that stand by. Each of them is told, whatever becomes of another.
+    pub fn resume(&self) -> Result<()> {
         let mut inner = self.lock();
         inner.running = true;
+        let mut failed = Vec::new();
         for (name, program) in &inner.programs {
-            program.thaw().with_context(|| format!("program {name} cannot go on"))?;
-        }
-        self.changed.notify_all();
-        while inner.programs.values().any(|program| program.waiting) {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                bail!("programs do not start: {}", inner.waiting().join(", "));
+            match program.thaw() {
+                Err(error) if program.lives() => failed.push(format!("program {name} cannot go on: {error:#}")),
+                // There is nothing to let go on.
+                Err(_) => tracing::warn!("program {name} has ended"),
+                Ok(()) => {}
             }
-            inner = self.changed.wait_timeout(inner, left).map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
         }
-        Ok(())
+        drop(inner);
+        self.inner.notify();
+        if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("; ")) }
+    }
+
+    /// Waits until all programs that stood by have started.
+    pub fn await_started(&self, until: Instant) -> Result<()> {
+        let started = self.inner.wait(Some(until), |inner| inner.waiting().is_empty().then_some(()));
+        started.with_context(|| format!("programs do not start: {}", self.lock().waiting().join(", ")))
     }
 
     /// Waits until the programs of all these names stand by.
     pub fn await_programs(&self, names: &[String], patience: Duration) -> Result<()> {
+        let missing = |inner: &Inner| -> Vec<String> {
+            let waits = |name: &&String| inner.programs.get(*name).is_some_and(|program| program.waiting);
+            names.iter().filter(|name| !waits(name)).cloned().collect()
+        };
         let until = Instant::now() + patience;
-        let mut inner = self.lock();
-        loop {
-            let missing: Vec<&str> = names
-                .iter()
-                .filter(|name| !inner.programs.get(*name).is_some_and(|program| program.waiting))
-                .map(String::as_str)
-                .collect();
-            if missing.is_empty() {
-                return Ok(());
-            }
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                bail!("programs that keep files do not stand by after {patience:?}: {}", missing.join(", "));
-            }
-            inner = self.changed.wait_timeout(inner, left).map_or_else(|e| e.into_inner().0, |(guard, _)| guard);
-        }
+        let stand = self.inner.wait(Some(until), |inner| missing(inner).is_empty().then_some(()));
+        stand.with_context(|| {
+            let missing = missing(&self.lock()).join(", ");
+            format!("programs that keep files do not stand by after {patience:?}: {missing}")
+        })
     }
 
     /// A program is about to start: it stands by until programs may run here; then it gets its files.
@@ -339,11 +382,9 @@ impl Store {
         inner.programs.insert(name.to_owned(), program);
         inner.bereft.remove(name);
         inner.note()?;
-        self.changed.notify_all();
-        while !inner.running {
-            inner = self.changed.wait(inner).unwrap_or_else(std::sync::PoisonError::into_inner);
-        }
         drop(inner);
+        self.inner.notify();
+        self.inner.wait(None, |inner| inner.running.then_some(()));
         self.of(name)
     }
 
@@ -352,7 +393,7 @@ impl Store {
         if let Some(program) = self.lock().programs.get_mut(name) {
             program.waiting = false;
         }
-        self.changed.notify_all();
+        self.inner.notify();
     }
 
     /// Which program's process this is.
@@ -365,21 +406,24 @@ impl Store {
     /// The programs, for `baton status`.
     pub fn status(&self) -> Vec<ServiceStatus> {
         let inner = self.lock();
-        let state = |program: &Program| match (program.waiting, inner.running) {
-            (true, _) => "standby",
-            (false, true) => "serving",
-            (false, false) => "frozen",
+        let state = |program: &Program| match (program.lives(), program.waiting, inner.running) {
+            (false, ..) => ServiceState::Absent,
+            (true, true, _) => ServiceState::Standby,
+            (true, false, true) => ServiceState::Serving,
+            (true, false, false) => ServiceState::Frozen,
         };
         let kept = |name: &str| inner.kept.iter().filter(|kept| kept.service == name).map(|kept| kept.len).sum();
-        let row = |name: &String, state: &str| ServiceStatus {
+        let row = |name: &String, state| ServiceStatus {
             name: name.clone(),
-            state: state.to_owned(),
+            state,
             arena_bytes: kept(name),
             schema_kind: 0,
             schema_version: 0,
         };
         let programs = inner.programs.iter().map(|(name, program)| row(name, state(program)));
-        programs.chain(inner.bereft.iter().map(|name| row(name, "absent"))).collect()
+        // One that has ended and kept nothing leaves nothing that could be lost.
+        let programs = programs.filter(|row| row.state != ServiceState::Absent || row.arena_bytes > 0);
+        programs.chain(inner.bereft.iter().map(|name| row(name, ServiceState::Absent))).collect()
     }
 
     /// Makes the files that a predecessor's record tells of, on their pages.
@@ -396,12 +440,17 @@ impl Store {
         inner.complete = true;
         inner.note()?;
         drop(inner);
-        self.changed.notify_all();
+        self.inner.notify();
         Ok(())
     }
 }
 
 impl Inner {
+    /// These files are not kept any more; who has one open goes on having it.
+    fn leave(&mut self, gone: Vec<Kept>) {
+        self.leaving.extend(gone.into_iter().flat_map(|kept| kept.pieces));
+    }
+
     /// Writes down whose files are kept. Nothing is written where nothing has changed.
     fn note(&self) -> Result<()> {
         let keepers = self.kept.iter().map(|kept| &kept.service).chain(&self.bereft).cloned().collect();
@@ -444,7 +493,8 @@ impl Inner {
 
     /// Gives back what nobody has open any more.
     fn release(&mut self, device: &Device) {
-        // mlock() leaves references in lists of each CPU; whoever takes a page empties them. None is a pity, not an error.
+        // mlock() leaves references in lists of each CPU, and whoever takes a page empties them. Where no page can be had, some
+        // memory is just given back later.
         if !self.leaving.is_empty()
             && let Ok(Some(page)) = take_whole(device, &self.ranges(), PAGE)
         {
@@ -525,9 +575,16 @@ fn place(device: &Device, kept: &mut Kept, content: Content) -> Result<()> {
         }
         offset += piece.len();
     }
-    let settled = now.checked_sub(TICK).is_some_and(|then| meta.modified().is_ok_and(|at| at < then));
-    kept.changed = settled.then(|| (meta.ctime(), meta.ctime_nsec()));
+    kept.changed = changed_for_certain(meta.ctime(), meta.ctime_nsec(), now);
     Ok(())
+}
+
+/// When a file had last changed, if a later change is sure to carry another time: a program may set a file's time of
+/// modification, but not this one.
+fn changed_for_certain(ctime: i64, nanoseconds: i64, now: SystemTime) -> Option<(i64, i64)> {
+    let at = Duration::new(ctime.try_into().ok()?, nanoseconds.try_into().ok()?);
+    let then = now.checked_sub(TICK)?.duration_since(SystemTime::UNIX_EPOCH).ok()?;
+    (at < then).then_some((ctime, nanoseconds))
 }
 
 fn inherit_one(device: &Device, file: &record::File, pieces: Vec<Range>) -> Result<Kept> {
@@ -628,6 +685,15 @@ mod tests {
 
     /// Its own programs are known to batond by name alone, and their files died with it.
     #[test]
+    fn a_change_just_before_the_look_is_not_certain() {
+        let at = |nanos| SystemTime::UNIX_EPOCH + Duration::new(100, nanos);
+        assert_eq!(changed_for_certain(100, 5, at(500_000_000)), Some((100, 5)));
+        assert_eq!(changed_for_certain(100, 490_000_000, at(500_000_000)), None, "in the same tick");
+        assert_eq!(changed_for_certain(100, 5, SystemTime::UNIX_EPOCH), None, "the clock was set back");
+        assert_eq!(changed_for_certain(-1, 5, at(0)), None);
+    }
+
+    #[test]
     fn who_kept_files_with_an_earlier_batond_is_absent_until_it_is_back_or_given_up() -> Result<()> {
         let path = std::env::temp_dir().join(format!("baton-keepers-{}.json", std::process::id()));
         let _ = std::fs::remove_file(&path);
@@ -637,10 +703,10 @@ mod tests {
         })?;
         let files = Store::of_ledger(Arc::new(Ledger::open(&path)?));
         let states = || files.status().into_iter().map(|row| (row.name, row.state)).collect::<Vec<_>>();
-        let row = |name: &str, state: &str| (name.to_owned(), state.to_owned());
-        assert_eq!(states(), [row("gone", "absent"), row("memo", "absent")]);
+        let row = |name: &str| (name.to_owned(), ServiceState::Absent);
+        assert_eq!(states(), [row("gone"), row("memo")]);
         assert_eq!(files.ranges().to_string(), "0x200000-0x200fff", "not to be given to anybody while it may be open");
-        assert!(files.give_up("gone")? && !files.give_up("gone")?);
+        assert!(files.give_up(None, "gone")? && !files.give_up(None, "gone")?);
         files.lock().bereft.remove("memo");
         files.lock().note()?;
         assert_eq!(states(), []);

@@ -4,22 +4,27 @@
 //!
 //! Who speaks is known by the kernel's word (SCM_CREDENTIALS) and the sender's cgroup, as systemd does it.
 
+use std::fs;
 use std::io::{self, IoSliceMut};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
+use kexec_core::device::Device;
+use kexec_core::memory_map::RangeSet;
 use nix::errno::Errno;
+use nix::poll::PollFlags;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, UnixCredentials, recvmsg, setsockopt, sockopt};
 
 use crate::daemon::kernel::Kernel;
 use crate::daemon::listen::bind;
-use crate::services::files::Settled;
+use crate::services::files::{LastWords, Settled, Store};
 use baton_sdk::descriptor;
 use baton_sdk::files::UNNAMED;
+use baton_sdk::protocol::wait_until;
 
 /// Where programs that `baton run` starts send their notices.
 pub const SOCKET: &str = "/run/baton/notify";
@@ -27,6 +32,9 @@ pub const SOCKET: &str = "/run/baton/notify";
 const MAX_NOTICE: usize = 4096;
 /// The most descriptors of one notice: the kernel's limit, `SCM_MAX_FD`.
 const MAX_DESCRIPTORS: usize = 253;
+/// How many notices wait at most, and the longest that queue can be where nobody says.
+const QUEUE_LENGTH: &str = "/proc/sys/net/unix/max_dgram_qlen";
+const MAX_QUEUE: usize = 4096;
 
 /// What a notice asks of us.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,12 +57,21 @@ fn wish_of(notice: &[u8]) -> Wish {
 
 /// Listens from now on.
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
+    // Everybody may speak: a program's own user is not known here. What counts is whose cgroup the sender is in.
     let socket = bind(Path::new(SOCKET), 0o666, |path| UnixDatagram::bind(path))?;
     setsockopt(&socket, sockopt::PassCred, &true)?;
+    let notices = Arc::new(Notices { socket, hearing: Mutex::new(()) });
+    kernel.files.listen(notices.clone())?;
     thread::Builder::new().name("notices".into()).spawn(move || {
         loop {
-            match receive(&socket) {
-                Ok((notice, sender, files)) => hear(&kernel, &notice, sender, files),
+            if let Err(error) = wait_until(notices.socket.as_fd(), PollFlags::POLLIN, None) {
+                tracing::warn!("notices are no longer heard: {error}");
+                return;
+            }
+            let _held = notices.lock();
+            match notices.receive() {
+                Ok(Some(notice)) => hear(&kernel.files, kernel.device(), || kernel.services.ranges(), notice),
+                Ok(None) => {}
                 Err(error) => tracing::warn!("a notice cannot be read: {error}"),
             }
         }
@@ -62,60 +79,111 @@ pub fn start(kernel: Arc<Kernel>) -> Result<()> {
     Ok(())
 }
 
-fn receive(socket: &UnixDatagram) -> io::Result<(Vec<u8>, Option<i32>, Vec<OwnedFd>)> {
-    let mut buffer = [0; MAX_NOTICE];
-    let mut space = nix::cmsg_space!([std::os::fd::RawFd; MAX_DESCRIPTORS], UnixCredentials);
-    let mut iov = [IoSliceMut::new(&mut buffer)];
-    let message = loop {
-        match recvmsg::<()>(socket.as_raw_fd(), &mut iov, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC) {
-            Err(Errno::EINTR) => {}
-            other => break other?,
-        }
-    };
-    let (mut files, mut sender) = (Vec::new(), None);
-    for control in message.cmsgs()? {
-        match control {
-            ControlMessageOwned::ScmCredentials(credentials) => sender = Some(credentials.pid()),
-            other => files.extend(descriptor::received(other)),
+/// The socket of notices.
+#[derive(Debug)]
+struct Notices {
+    socket: UnixDatagram,
+    /// Held from the reading of a notice until what it asks for is done: who holds it knows that none is on its way.
+    hearing: Mutex<()>,
+}
+
+/// One notice.
+struct Notice {
+    text: Vec<u8>,
+    sender: Option<i32>,
+    files: Vec<OwnedFd>,
+    /// Why it cannot be obeyed as it is.
+    damage: Option<&'static str>,
+}
+
+impl LastWords for Notices {
+    /// Who is frozen says nothing more, and what others say behind it is left for later: there are never more in the queue
+    /// than the kernel lets in.
+    fn hear(&self, store: &Store, device: &Device, arenas: &RangeSet) {
+        let _held = self.lock();
+        let most = fs::read_to_string(QUEUE_LENGTH).ok().and_then(|text| text.trim().parse().ok());
+        for _ in 0..=most.unwrap_or(MAX_QUEUE) {
+            match self.receive() {
+                Ok(Some(notice)) => hear(store, Ok(device), || arenas.clone(), notice),
+                Ok(None) => return,
+                Err(error) => tracing::warn!("a notice cannot be read: {error}"),
+            }
         }
     }
-    let (len, cut) = (message.bytes, message.flags.contains(MsgFlags::MSG_TRUNC));
-    if cut {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it is longer than {MAX_NOTICE} bytes")));
+}
+
+impl Notices {
+    fn lock(&self) -> MutexGuard<'_, ()> {
+        // There is nothing in it that could be half done.
+        self.hearing.lock().unwrap_or_else(PoisonError::into_inner)
     }
-    Ok((buffer[..len].to_vec(), sender, files))
+
+    /// The next one; none if there is nothing more to read now.
+    fn receive(&self) -> io::Result<Option<Notice>> {
+        let mut buffer = [0; MAX_NOTICE];
+        let mut space = nix::cmsg_space!([std::os::fd::RawFd; MAX_DESCRIPTORS], UnixCredentials);
+        let mut iov = [IoSliceMut::new(&mut buffer)];
+        let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_DONTWAIT;
+        let message = loop {
+            match recvmsg::<()>(self.socket.as_raw_fd(), &mut iov, Some(&mut space), flags) {
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(None),
+                other => break other?,
+            }
+        };
+        let (mut files, mut sender) = (Vec::new(), None);
+        for control in message.cmsgs()? {
+            match control {
+                ControlMessageOwned::ScmCredentials(credentials) => sender = Some(credentials.pid()),
+                other => files.extend(descriptor::received(other)),
+            }
+        }
+        let damage = if message.flags.contains(MsgFlags::MSG_TRUNC) {
+            Some("it is longer than a notice may be")
+        } else if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+            Some("not all of its descriptors could be received: batond has too many open")
+        } else {
+            None
+        };
+        let len = message.bytes.min(MAX_NOTICE);
+        Ok(Some(Notice { text: buffer[..len].to_vec(), sender, files, damage }))
+    }
 }
 
 /// Nobody waits for an answer: what is refused stands in the log, with the name of who asked.
-fn hear(kernel: &Kernel, notice: &[u8], sender: Option<i32>, files: Vec<OwnedFd>) {
-    let wish = wish_of(notice);
-    if wish == Wish::Nothing {
+fn hear(store: &Store, device: Result<&Device>, arenas: impl FnOnce() -> RangeSet, notice: Notice) {
+    let Notice { text, sender, files, damage } = notice;
+    let wish = wish_of(&text);
+    if wish == Wish::Nothing && damage.is_none() {
         return;
     }
-    let Some(service) = sender.and_then(|pid| kernel.files.program_of(pid)) else {
-        tracing::warn!("process {sender:?} wants files kept, and is no program that `baton run` started");
+    let Some(service) = sender.and_then(|pid| store.program_of(pid)) else {
+        tracing::debug!("process {sender:?} wants files kept, and is no program that `baton run` started");
         return;
-    };
-    let device = match kernel.device() {
-        Ok(device) => device,
-        Err(error) => return tracing::warn!("{service}: nothing can be kept: {error:#}"),
     };
     let refused = |name: &str, what: &str, error: anyhow::Error| {
         let why = format!("{service}: file {name:?} is not {what}: {error:#}");
         tracing::warn!("{why}");
-        if error.is::<Settled>() {
-            kernel.files.miss(why);
+        if error.is::<Settled>() || damage.is_some() {
+            store.miss(why);
         }
+    };
+    let device = match (damage, device) {
+        // What came of it is closed.
+        (Some(damage), _) => return refused("?", "kept", anyhow!("{damage}")),
+        (None, Err(error)) => return tracing::warn!("{service}: nothing can be kept: {error:#}"),
+        (None, Ok(device)) => device,
     };
     match wish {
         Wish::Nothing => {}
-        Wish::Forget { name } => match kernel.files.forget(device, &service, &name) {
+        Wish::Forget { name } => match store.forget(device, &service, &name) {
             Ok(count) => tracing::info!(service, name, count, "forgotten"),
             Err(error) => refused(&name, "forgotten", error),
         },
         Wish::Keep { name } => {
+            let arenas = arenas();
             for file in files {
-                if let Err(error) = kernel.keep_file(&service, &name, file) {
+                if let Err(error) = store.keep(device, &arenas, &service, &name, file) {
                     refused(&name, "kept", error);
                 }
             }
@@ -126,6 +194,29 @@ fn hear(kernel: &Kernel, notice: &[u8], sender: Option<i32>, files: Vec<OwnedFd>
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn notices() -> (tempfile::TempDir, Notices, UnixDatagram) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("notify");
+        let socket = UnixDatagram::bind(&path).unwrap();
+        setsockopt(&socket, sockopt::PassCred, &true).unwrap();
+        let program = UnixDatagram::unbound().unwrap();
+        program.connect(&path).unwrap();
+        (folder, Notices { socket, hearing: Mutex::new(()) }, program)
+    }
+
+    #[test]
+    fn what_waits_in_the_queue_is_read_whole_and_says_who_sent_it() {
+        let (_folder, notices, program) = notices();
+        program.send(b"FDSTORE=1\nFDNAME=a").unwrap();
+        program.send(&[b'x'; MAX_NOTICE + 1]).unwrap();
+        let first = notices.receive().unwrap().unwrap();
+        assert_eq!((first.text.as_slice(), first.damage), (&b"FDSTORE=1\nFDNAME=a"[..], None));
+        assert_eq!(first.sender, Some(std::process::id().cast_signed()));
+        let second = notices.receive().unwrap().unwrap();
+        assert_eq!(second.damage, Some("it is longer than a notice may be"));
+        assert!(notices.receive().unwrap().is_none(), "it does not wait for more");
+    }
 
     #[test]
     fn notices_say_what_systemd_says_they_say() {

@@ -2,6 +2,7 @@
 //! (Documentation/admin-guide/cgroup-v2.rst, `cgroup.freeze`), because nobody can ask them to stop by themselves.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -54,6 +55,15 @@ impl Program {
         cgroup.starts_with(&self.cgroup)
     }
 
+    /// Whether any process of it lives. Its first one may have ended, and others of its cgroup serve on.
+    pub fn lives(&self) -> bool {
+        match fs::read_to_string(folder(&self.cgroup).join("cgroup.events")) {
+            Ok(text) => text.lines().any(|line| line == "populated 1"),
+            // Only a cgroup that is gone, or is just going, says that nobody is in it.
+            Err(error) => error.kind() != ErrorKind::NotFound && error.raw_os_error() != Some(libc::ENODEV),
+        }
+    }
+
     /// Stops all its processes; they have stopped when this returns.
     pub fn freeze(&self, until: Instant) -> Result<()> {
         let folder = folder(&self.cgroup);
@@ -83,6 +93,11 @@ impl Program {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_program_whose_cgroup_is_gone_has_ended() {
+        assert!(!Program { cgroup: "/no-such-cgroup-of-batons".into(), waiting: false }.lives());
+    }
 
     #[test]
     fn a_program_holds_its_cgroup_and_what_is_below() {

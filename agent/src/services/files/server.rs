@@ -2,53 +2,31 @@
 //! since a program that stands by may wait for long.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
-use anyhow::{Context, Result};
-use nix::sys::socket::{getsockopt, sockopt};
+use anyhow::{Context, Result, bail};
 
 use super::{borrowed, check_owner, orchestrator};
 use crate::daemon::kernel::Kernel;
-use crate::daemon::listen::listen;
+use crate::daemon::listen::{Asker, Limits, Peer, listen, serve};
+use crate::services::Admission;
 use crate::services::files::programs::Program;
 use baton_sdk::ask::answer;
 use baton_sdk::files::{Ask, DEFAULT_SOCKET, Told, What};
-use baton_sdk::protocol::{Inbox, receive};
-
-/// How long a question may take to arrive.
-const PATIENCE: Duration = Duration::from_secs(20);
+use baton_sdk::protocol::Inbox;
 
 /// Listens from now on.
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
     // Whoever may ask gets the memory of any service.
     let listener = listen(Path::new(DEFAULT_SOCKET), 0o600)?;
-    thread::Builder::new().name("files".into()).spawn(move || {
-        for connection in listener.incoming() {
-            let kernel = kernel.clone();
-            let served = connection.and_then(|socket| {
-                thread::Builder::new().name("file".into()).spawn(move || {
-                    if let Err(error) = serve(&kernel, &socket) {
-                        tracing::warn!("a question about kept files failed: {error:#}");
-                    }
-                })
-            });
-            if let Err(error) = served {
-                tracing::warn!("a question about kept files is not heard: {error}");
-            }
-        }
-    })?;
-    Ok(())
+    serve("files", listener, Limits::USUAL, |peer| peer.is_root(), move |peer, asker| reply(&kernel, peer, asker))
 }
 
-fn serve(kernel: &Arc<Kernel>, socket: &UnixStream) -> Result<()> {
-    socket.set_nonblocking(true)?;
-    let mut inbox = Inbox::default();
-    let ask: Ask = receive(socket.as_fd(), &mut inbox, Some(PATIENCE))?;
-    let carried_out = carry_out(kernel, socket, &ask, &mut inbox);
+fn reply(kernel: &Arc<Kernel>, peer: Peer, mut asker: Asker<Ask>) -> Result<()> {
+    let ask = asker.take()?;
+    let Asker { socket, mut inbox, .. } = asker;
+    let carried_out = carry_out(kernel, peer, &ask, &mut inbox);
     let service = &ask.service;
     let told = match carried_out {
         Ok(files) => borrowed(&files)
@@ -66,12 +44,7 @@ fn serve(kernel: &Arc<Kernel>, socket: &UnixStream) -> Result<()> {
     Ok(told?)
 }
 
-fn carry_out(
-    kernel: &Arc<Kernel>,
-    socket: &UnixStream,
-    ask: &Ask,
-    inbox: &mut Inbox,
-) -> Result<Vec<(String, OwnedFd)>> {
+fn carry_out(kernel: &Arc<Kernel>, peer: Peer, ask: &Ask, inbox: &mut Inbox) -> Result<Vec<(String, OwnedFd)>> {
     ask.check()?;
     match &ask.what {
         What::Keep { name } => {
@@ -86,8 +59,10 @@ fn carry_out(
         What::Files => kernel.files.of(&ask.service),
         What::Start => {
             check_owner(&kernel.services.crossings(), &ask.service)?;
-            let pid = getsockopt(socket, sockopt::PeerCredentials)?.pid();
-            let program = Program::adopt(&ask.service, pid)?;
+            if let Admission::Elsewhere { why } = kernel.services.admission() {
+                bail!("{why}");
+            }
+            let program = Program::adopt(&ask.service, peer.pid)?;
             kernel.files.stand_by(&ask.service, program)
         }
         What::Sessions => {

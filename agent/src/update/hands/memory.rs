@@ -16,6 +16,7 @@ use state_schemas::shared::SharedMemory;
 
 use super::{Hands, Placed};
 use crate::daemon::config::Cidr;
+use crate::daemon::outcome::Failure;
 use crate::machine::facts::managed_memory;
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
@@ -43,12 +44,20 @@ impl Site {
     }
 }
 
+/// Nothing is touched yet: who is told so may ask again.
+fn not_now(error: anyhow::Error) -> anyhow::Error {
+    Failure::precondition(format!("{error:#}"), "wait until every service serves (`baton status`), and ask again")
+        .into()
+}
+
 impl Hands<'_> {
     /// Takes the successor's memory: a range reserved at boot if there is one, else out of the allocator.
     pub(super) fn take_memory(&mut self) -> Result<()> {
         let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
-        let settled = self.kernel.files.close(self.device, &self.kernel.services.ranges()).map(drop);
-        let taken = settled.and_then(|()| self.take_region(instance)).and_then(|region| {
+        // From here on no arena comes or goes: what is divided now is what the successor is told of.
+        let listed = self.kernel.services.list(self.kernel).map_err(not_now).map(|listed| self.listed = listed);
+        let settled = listed.and_then(|()| self.kernel.files.close(self.device, &self.kernel.services.ranges()));
+        let taken = settled.and_then(|_| self.take_region(instance)).and_then(|region| {
             let division = Some(self.divide(instance, region)?);
             let mut low = Vec::new();
             let low_slot = self.free_slot()?;
@@ -126,7 +135,8 @@ impl Hands<'_> {
 
     fn arenas(&self) -> impl Iterator<Item = Range> + use<> {
         let files: Vec<Range> = self.kernel.files.ranges().iter().collect();
-        self.kernel.services.crossings().into_iter().flat_map(|crossing| crossing.ranges).chain(files)
+        let arenas: Vec<Range> = self.listed.iter().flat_map(|crossing| crossing.ranges.clone()).collect();
+        arenas.into_iter().chain(files)
     }
 
     fn free_slot(&self) -> Result<LowSlot> {
@@ -152,7 +162,7 @@ impl Hands<'_> {
         let image = BzImage::parse(&self.plan.image)?;
         let division = site.division()?;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
-        let first = 1 + self.kernel.services.crossings().len() as u32;
+        let first = 1 + self.listed.len() as u32;
         let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
         let mut record = self.record(site, info.tsc_khz, &kept)?;
         let spoken = self.plan.kho;
@@ -231,7 +241,7 @@ impl Hands<'_> {
     fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> Result<record::HandoverRecord> {
         let division = site.division()?;
         let facts = &self.plan.facts;
-        let crossings = self.kernel.services.crossings();
+        let crossings = &self.listed;
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
         let boot_cpus = self.plan.moves.iter().map(|(cpu, _)| cpu).chain([&self.plan.spare]);
         let numbered = || crossings.iter().zip(1u32..);

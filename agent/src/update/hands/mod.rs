@@ -31,12 +31,14 @@ use state_schemas::shared::SharedMemory;
 
 use self::memory::Site;
 use crate::daemon::config::Cidr;
+use crate::daemon::control::ServiceState;
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::Failure;
 use crate::machine::bounded::within;
 use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
+use crate::services::Crossing;
 use crate::services::files::sessions::Place;
 use crate::update::line::{Incumbent, Line, Unanswered};
 use crate::update::plan::Plan;
@@ -87,6 +89,8 @@ pub struct Hands<'k> {
     given: BTreeSet<u32>,
     /// CPUs that got INIT and wait for nobody; a kernel that was a successor wants them at its mailbox again.
     stopped: BTreeSet<u32>,
+    /// The services whose arenas the successor is told of, from the taking of its memory on.
+    listed: Vec<Crossing>,
     /// What is sealed, by service.
     sealed: BTreeSet<String>,
 }
@@ -112,6 +116,7 @@ impl<'k> Hands<'k> {
             heard: false,
             given: BTreeSet::new(),
             stopped: BTreeSet::new(),
+            listed: Vec::new(),
             sealed: BTreeSet::new(),
         })
     }
@@ -289,7 +294,9 @@ impl<'k> Hands<'k> {
 
     /// Lets the successor's services attach and wait.
     fn stand_by(&mut self) -> Result<()> {
-        let expected: Vec<String> = self.kernel.services.crossings().into_iter().map(|c| c.name).collect();
+        // Whoever began to serve here from now on would do so unseen by the successor.
+        self.kernel.services.wait();
+        let expected: Vec<String> = self.listed.iter().map(|crossing| crossing.name.clone()).collect();
         let standing = self.ask(&ToSuccessor::StandBy, |answer| match answer {
             ToIncumbent::Standing { services } => Some(services),
             _ => None,
@@ -305,6 +312,7 @@ impl<'k> Hands<'k> {
 
     /// Asks the successor how it is, and looks up what the cutover will need.
     fn check_health(&mut self) -> Result<()> {
+        self.check_own_health()?;
         self.ask(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
         let network = &self.kernel.config.network;
         if let (Some(service), Some(granted), false) =
@@ -322,18 +330,29 @@ impl<'k> Hands<'k> {
         self.kernel.ledger.change(|pages| pages.crossing = Some(crossing))
     }
 
+    /// Whether all that is to cross still serves here: that none of it does is better known before the others are stopped.
+    fn check_own_health(&self) -> Result<()> {
+        self.kernel.services.all_serve(&self.listed, self.epoch())?;
+        let programs = self.kernel.files.status();
+        match programs.iter().find(|program| program.state != ServiceState::Serving) {
+            Some(program) => bail!("program {} is {}, not serving", program.name, program.state),
+            None => Ok(()),
+        }
+    }
+
     // ---- cutover: between freeze and activate nobody serves. No file, no log, nothing that can wait -----------------
 
     /// Stops the services at a request boundary; they seal their arenas.
     fn freeze(&mut self) -> Result<()> {
-        self.sealed = self.kernel.services.freeze(self.epoch(), self.left())?.into_keys().collect();
-        self.kernel.files.freeze(self.device, self.left())
+        let services = &self.kernel.services;
+        services.all_serve(&self.listed, self.epoch())?;
+        self.sealed = services.freeze(self.epoch(), self.until)?.into_keys().collect();
+        self.kernel.files.freeze(self.device, &services.ranges(), self.until)
     }
 
-    /// Every arena that crosses has its receipt.
+    /// Every arena that the successor was told of has its receipt.
     fn seal(&mut self) -> Result<()> {
-        let crossings = self.kernel.services.crossings();
-        match crossings.iter().find(|crossing| !self.sealed.contains(&crossing.name)) {
+        match self.listed.iter().find(|crossing| !self.sealed.contains(&crossing.name)) {
             Some(open) => bail!("the arena of service {} is not sealed", open.name),
             None => Ok(()),
         }
@@ -344,11 +363,17 @@ impl<'k> Hands<'k> {
         if let Some(placed) = &self.placed {
             placed.line.memory().store(words::EPOCH_AT, epoch);
         }
-        self.kernel.services.unfreeze(epoch, self.left())?;
-        self.kernel.files.serve(self.left())?;
+        // Each of these is done whatever becomes of the others. Programs first: nobody waits for an answer of theirs.
+        let programs = self.kernel.files.resume();
+        let resumed = self.kernel.services.unfreeze(epoch, self.until);
+        let started = self.kernel.files.await_started(self.until);
         self.kernel.state().facts.epoch = epoch;
         // From now on services answer in this epoch, also to a batond that comes after this one.
-        self.kernel.ledger.change(|pages| pages.epoch = epoch)
+        let written = self.kernel.ledger.change(|pages| pages.epoch = epoch);
+        let failed = resumed.failed.iter().map(|(name, why)| format!("service {name} does not go on: {why}"));
+        let rest = [programs, started, written].into_iter().filter_map(Result::err).map(|error| format!("{error:#}"));
+        let failed: Vec<String> = failed.chain(rest).collect();
+        if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("; ")) }
     }
 
     /// This kernel speaks for the service address no longer; [`Hands::drop_address`] does the rest when nobody waits for it.

@@ -125,7 +125,7 @@ fn listener(protocol: &'static str, state: &str, line: &str) -> Option<Listener>
     let words: Vec<u32> = (0..address.len() / 8)
         .map(|word| u32::from_str_radix(address.get(word * 8..word * 8 + 8)?, 16).ok())
         .collect::<Option<_>>()?;
-    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_ne_bytes()).collect();
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let address = match <[u8; 16]>::try_from(bytes.as_slice()) {
         Ok(v6) => IpAddr::V6(Ipv6Addr::from(v6)),
         Err(_) => IpAddr::V4(Ipv4Addr::from(<[u8; 4]>::try_from(bytes.as_slice()).ok()?)),
@@ -168,7 +168,7 @@ fn utmp(bytes: &[u8]) -> Vec<Login> {
         String::from_utf8_lossy(&bytes[..end]).into_owned()
     };
     (bytes.chunks_exact(RECORD))
-        .filter(|record| u16::from_ne_bytes([record[0], record[1]]) == USER_PROCESS)
+        .filter(|record| u16::from_le_bytes([record[0], record[1]]) == USER_PROCESS)
         .map(|record| {
             let (line, host) = (text(&record[8..40]), text(&record[76..332]));
             Login {
@@ -534,8 +534,12 @@ mod tests {
     }
 
     fn config() -> Config {
-        let service =
-            Service { name: "kv".into(), exec: vec!["/usr/sbin/baton-kv".into(), "-x".into()], fd_store: false };
+        let service = Service {
+            name: "kv".into(),
+            exec: vec!["/usr/sbin/baton-kv".into(), "-x".into()],
+            fd_store: false,
+            user: None,
+        };
         let program = Program { name: "labd".into(), exec: vec!["/usr/sbin/labd".into()] };
         Config { service: vec![service], program: vec![program], ..Config::default() }
     }
