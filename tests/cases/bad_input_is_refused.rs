@@ -211,7 +211,7 @@ fn a_module_that_is_missing_other_or_locked_down_is_named() -> Result<()> {
     let mut initrd = Initrd::new();
     // No services and no addresses, but the drivers of every machine of the lab.
     let config = Config { initrd: incumbent::configuration().initrd, ..Config::default() };
-    incumbent::fill(&mut initrd, lab, &config)?;
+    incumbent::fill(&mut initrd, lab, &config, &[])?;
     initrd.file("/bare", 0o755, BARE);
     let other = other_version()?;
     initrd.file("/other.ko", 0o644, std::fs::read(kmod::module_from(lab.tree(), old, other.path(), lab.progress())?)?);

@@ -5,11 +5,8 @@ use anyhow::Result;
 use baton_tests::{NEW, OLD, Turn, console, kernel, lab, snapshot, upgrade};
 use demos::story::stage::{Shape, Stage};
 
-fn one_update(from: &str, to: &str, shape: &Shape, cpu: Option<&str>) -> Result<Stage> {
-    let mut spec = Stage::spec(lab(), kernel(from), shape)?;
-    if let Some(cpu) = cpu {
-        spec.cpu = cpu.to_owned();
-    }
+fn one_update(from: &str, to: &str, shape: &Shape) -> Result<Stage> {
+    let spec = Stage::spec(lab(), kernel(from), shape)?;
     let mut stage = Stage::start(lab(), &spec, shape)?;
     stage.await_serving()?;
     let before = snapshot::of(&stage)?;
@@ -32,20 +29,20 @@ fn one_update(from: &str, to: &str, shape: &Shape, cpu: Option<&str>) -> Result<
 fn two_cpus_and_two_gibibytes() -> Result<()> {
     let _turn = Turn::take();
     let shape = Shape { vcpus: 2, memory_mib: 2048, ..Shape::default() };
-    one_update(OLD, NEW, &shape, None).map(drop)
+    one_update(OLD, NEW, &shape).map(drop)
 }
 
 #[test]
 fn eight_cpus() -> Result<()> {
     let _turn = Turn::take();
     let shape = Shape { vcpus: 8, ..Shape::default() };
-    one_update(NEW, OLD, &shape, None).map(drop)
+    one_update(NEW, OLD, &shape).map(drop)
 }
 
 #[test]
 fn five_level_page_tables_and_x2apic() -> Result<()> {
     let _turn = Turn::take();
-    let stage = one_update(OLD, NEW, &Shape::default(), Some("max"))?;
+    let stage = one_update(OLD, NEW, &Shape { cpu: Some("max".into()), ..Shape::default() })?;
     let flags = stage.guest().check(&["grep", "-m1", "^flags", "/proc/cpuinfo"])?;
     assert!(flags.contains(" la57") && flags.contains(" x2apic"), "the machine is what it is meant to be: {flags}");
     Ok(())

@@ -37,7 +37,7 @@ pub fn run(arguments: &ShellArguments) -> anyhow::Result<()> {
 fn boot(lab: &Lab, arguments: &ShellArguments) -> anyhow::Result<Machine> {
     let mut config = incumbent::configuration();
     config.service.push(incumbent::demo_service());
-    let mut spec = lab.incumbent(lab.tree().kernel(&arguments.kernel)?, &config)?;
+    let mut spec = lab.incumbent(lab.tree().kernel(&arguments.kernel)?, &config, &[])?;
     (spec.vcpus, spec.memory_mib) = (arguments.vcpus, arguments.memory_mib);
     let task = lab.progress().task("machine");
     task.step("booting");

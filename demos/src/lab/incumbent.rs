@@ -66,14 +66,14 @@ pub fn demo_service_with(more: &[&str]) -> config::Service {
 }
 
 /// The initrd, in a file without a name.
-pub fn image(lab: &Lab, config: &Config) -> Result<File> {
+pub fn image(lab: &Lab, config: &Config, drivers: &[String]) -> Result<File> {
     let mut initrd = Initrd::new();
-    fill(&mut initrd, lab, config)?;
+    fill(&mut initrd, lab, config, drivers)?;
     write(&initrd)
 }
 
-/// The initrd's content, for those who want to add to it.
-pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &Config) -> Result<()> {
+/// The initrd's content, for those who want to add to it. `drivers` are loaded in the incumbent beside those of the configuration.
+pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &Config, drivers: &[String]) -> Result<()> {
     skeleton(initrd);
     busybox(initrd, lab.tree())?;
     let programs = guest_programs::build(&guest_programs::PROGRAMS, lab.progress())?;
@@ -86,7 +86,7 @@ pub fn fill(initrd: &mut Initrd, lab: &Lab, config: &Config) -> Result<()> {
     for kernel in lab.tree().kernels() {
         copy(initrd, &lab.tree().vmlinuz(kernel), &format!("/boot/vmlinuz-{}", kernel.release))?;
         let module = kmod::module_for(lab.tree(), kernel, lab.progress())?;
-        let wanted: Vec<&str> = config.initrd.modules.iter().map(String::as_str).collect();
+        let wanted: Vec<&str> = config.initrd.modules.iter().chain(drivers).map(String::as_str).collect();
         modules(initrd, lab.tree(), kernel, &module, &wanted)?;
     }
     program_of_tree(initrd, lab.tree(), "/usr/sbin/kexec")

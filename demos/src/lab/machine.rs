@@ -16,6 +16,7 @@ use serde_json::Value;
 use super::cache;
 use super::error::{Doing, LabError, Result};
 use super::guest::Guest;
+use super::hardware::Hardware;
 use super::inside::{Door, Inside};
 use super::net::{self, NICS, Nic};
 use super::qmp::Qmp;
@@ -109,6 +110,8 @@ impl Accelerator {
 pub struct MachineSpec {
     /// Virtual CPUs, 1 to 8.
     pub vcpus: u8,
+    /// How they are arranged, as QEMU's `-smp` wants it behind their number: `sockets=1,cores=2,threads=2`. Empty: each is a socket.
+    pub smp: String,
     /// Memory.
     pub memory_mib: u32,
     /// Kernel image.
@@ -121,6 +124,8 @@ pub struct MachineSpec {
     pub nics: u8,
     /// QEMU's CPU model.
     pub cpu: String,
+    /// What else it has.
+    pub hardware: Hardware,
     /// How it is run.
     pub accelerator: Accelerator,
     /// Whether a reboot starts it again (with the same kernel and initrd) or ends it.
@@ -135,12 +140,14 @@ impl MachineSpec {
     pub fn new(kernel: impl Into<BootFile>, initrd: impl Into<BootFile>) -> Self {
         Self {
             vcpus: 4,
+            smp: String::new(),
             memory_mib: 2048,
             kernel: kernel.into(),
             initrd: initrd.into(),
             cmdline: "console=ttyS0 panic=-1".into(),
             nics: 2,
             cpu: Accelerator::Tcg.cpu().into(),
+            hardware: Hardware::default(),
             accelerator: Accelerator::Tcg,
             reboots: false,
             extra: Vec::new(),
@@ -161,7 +168,7 @@ impl MachineSpec {
         if usize::from(self.nics) > NICS.len() {
             return refuse(format!("a machine has at most {} NICs, not {}", NICS.len(), self.nics));
         }
-        Ok(())
+        self.hardware.check(self.vcpus)
     }
 
     fn nics(&self) -> &'static [Nic] {
@@ -173,19 +180,25 @@ impl MachineSpec {
         let mut words: Vec<String> = Vec::new();
         let mut add = |line: &str| words.extend(line.split(' ').map(str::to_owned));
         add("-nodefaults -no-user-config -display none -M q35 -S");
-        add(&format!("-cpu {} -smp {} -m {}", self.cpu, self.vcpus, self.memory_mib));
+        let smp = if self.smp.is_empty() { String::new() } else { format!(",{}", self.smp) };
+        add(&format!("-cpu {} -smp {}{smp} -m {}", self.cpu, self.vcpus, self.memory_mib));
         add(&format!("-accel {}", self.accelerator.argument()));
         add("-kernel /mnt/kernel -initrd /mnt/initrd");
         add("-chardev stdio,id=qmp,signal=off -qmp chardev:qmp");
         for port in PORTS {
             add(&format!("-chardev socket,id={port},path=/mnt/{port}.sock,server=on,wait=off -serial chardev:{port}"));
         }
-        for Nic { tap, slot, mac, .. } in self.nics() {
+        self.hardware.first(self.vcpus, self.memory_mib).iter().for_each(|word| add(word));
+        for nic in self.nics() {
+            let Nic { tap, mac, .. } = nic;
+            let (port, place) = self.hardware.plug(nic);
+            if let Some(port) = port {
+                add(&format!("-device {port}"));
+            }
             add(&format!("-netdev tap,id={tap},ifname={tap},script=no,downscript=no"));
-            add(&format!(
-                "-device virtio-net-pci,netdev={tap},mac={mac},bus=pcie.0,addr={slot:#x},disable-legacy=on,romfile="
-            ));
+            add(&format!("-device virtio-net-pci,netdev={tap},mac={mac},{place},disable-legacy=on,romfile="));
         }
+        self.hardware.devices().iter().for_each(|word| add(word));
         if !self.reboots {
             add("-no-reboot");
         }
@@ -216,12 +229,15 @@ impl Machine {
         let folder = run.folder.as_path();
         link_or_copy(&spec.kernel.path(), &folder.join("kernel"))?;
         link_or_copy(&spec.initrd.path(), &folder.join("initrd"))?;
+        spec.hardware.lay_out(folder)?;
         let (inside, door) = Inside::with_own_network(tree, folder)?;
         net::lay(&inside, spec.nics())?;
 
         let log_path = folder.join("qemu.log");
         let log = File::create(&log_path).doing(format_args!("creating {}", log_path.display()))?;
         let mut command: Command = inside.command("qemu-system-x86_64");
+        // What is written to a disk lands in a file without a name in the run's folder.
+        command.env("TMPDIR", "/mnt");
         command.args(spec.arguments()).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(log);
         let mut qemu = inside.spawn(command)?;
         let (Some(to), Some(from)) = (qemu.stdin.take(), qemu.stdout.take()) else {
@@ -437,7 +453,8 @@ fn sweep(folder: &Path) {
     }
 }
 
-fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
+/// Another name for a file, or a copy of it where that cannot be had.
+pub(super) fn link_or_copy(from: &Path, to: &Path) -> Result<()> {
     fs::hard_link(from, to).or_else(|_| fs::copy(from, to).map(drop)).doing(format_args!(
         "copying {} to {}",
         from.display(),
@@ -470,5 +487,16 @@ mod tests {
         );
         assert!(words.iter().any(|w| w.contains("mac=52:54:00:77:00:0c") && w.contains("addr=0x4")));
         assert!(words.contains(&"-no-reboot".to_owned()));
+    }
+
+    #[test]
+    fn nics_behind_root_ports_keep_their_hardware_addresses() {
+        let mut spec = MachineSpec::new(PathBuf::from("k"), PathBuf::from("i"));
+        spec.smp = "sockets=1,cores=2,threads=2".into();
+        spec.hardware.root_ports = true;
+        let words = spec.arguments();
+        assert!(words.contains(&"4,sockets=1,cores=2,threads=2".to_owned()));
+        let at = |wanted: &str| words.iter().position(|word| word.contains(wanted)).unwrap();
+        assert!(at("pcie-root-port,id=port-tap1") < at("mac=52:54:00:77:00:0c,bus=port-tap1"));
     }
 }

@@ -9,6 +9,7 @@ pub mod cache;
 pub mod error;
 pub mod guest;
 pub mod guest_programs;
+pub mod hardware;
 pub mod host;
 pub mod incumbent;
 pub mod inside;
@@ -25,6 +26,7 @@ pub mod wire;
 
 pub use error::{LabError, Result};
 pub use guest::Guest;
+pub use hardware::Hardware;
 pub use inside::{Door, Inside};
 pub use machine::{Accelerator, BootFile, Machine, MachineSpec};
 pub use progress::Progress;
@@ -87,8 +89,10 @@ impl Lab {
     }
 
     /// A machine that waits to be updated: this kernel, the incumbent's initrd with this configuration.
-    pub fn incumbent(&self, kernel: &Kernel, config: &Config) -> Result<MachineSpec> {
-        let mut spec = MachineSpec::new(self.tree.vmlinuz(kernel), incumbent::image(self, config)?);
+    ///
+    /// `drivers` are loaded by its kernel only, beside those that the configuration names for both kernels.
+    pub fn incumbent(&self, kernel: &Kernel, config: &Config, drivers: &[String]) -> Result<MachineSpec> {
+        let mut spec = MachineSpec::new(self.tree.vmlinuz(kernel), incumbent::image(self, config, drivers)?);
         spec.run_by(accel::choose(&self.tree, self.progress)?);
         Ok(spec)
     }

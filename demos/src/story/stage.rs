@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::lab::guest::{GuestCommand, Ran, Stream};
 use crate::lab::net::{NICS, SERVICE};
 use crate::lab::serial::NotSeen;
-use crate::lab::{Guest, Kernel, Lab, Machine, MachineSpec, Patience, incumbent};
+use crate::lab::{Guest, Hardware, Kernel, Lab, Machine, MachineSpec, Patience, incumbent};
 
 /// Where the demo service answers.
 pub const SERVICE_PORT: u16 = 6379;
@@ -34,6 +34,16 @@ pub struct Shape {
     pub services: Vec<Service>,
     /// Modules that its kernels load beside those that every machine of the lab needs.
     pub modules: Vec<String>,
+    /// Modules that only the incumbent loads: for what it has and a successor does not get.
+    pub incumbent_modules: Vec<String>,
+    /// How many of the two NICs it has.
+    pub nics: u8,
+    /// QEMU's CPU model, if not the one that goes with the accelerator.
+    pub cpu: Option<String>,
+    /// How the CPUs are arranged, as QEMU's `-smp` wants it behind their number: `sockets=1,cores=2,threads=2`. Empty: each is a socket.
+    pub smp: String,
+    /// What else it has.
+    pub hardware: Hardware,
     /// More words for the incumbent's command line.
     pub cmdline: String,
     /// More words for each successor's. Of a word that is given twice the kernel takes the last.
@@ -50,6 +60,25 @@ impl Default for Shape {
             cmdline: String::new(),
             successor_cmdline: String::new(),
             modules: Vec::new(),
+            incumbent_modules: Vec::new(),
+            nics: 2,
+            cpu: None,
+            smp: String::new(),
+            hardware: Hardware::default(),
+        }
+    }
+}
+
+impl Shape {
+    /// Makes a machine's hardware of this shape.
+    pub fn apply(&self, spec: &mut MachineSpec) {
+        spec.vcpus = self.vcpus;
+        spec.smp.clone_from(&self.smp);
+        spec.memory_mib = self.memory_mib;
+        spec.nics = self.nics;
+        spec.hardware = self.hardware.clone();
+        if let Some(cpu) = &self.cpu {
+            spec.cpu.clone_from(cpu);
         }
     }
 }
@@ -58,6 +87,7 @@ impl Default for Shape {
 pub fn config(shape: &Shape) -> Config {
     let mut config = incumbent::configuration();
     config.service = shape.services.clone();
+    config.network.nic.truncate(shape.nics.into());
     config.initrd.modules.extend(shape.modules.clone());
     config.update = shape.update.clone();
     config
@@ -90,9 +120,8 @@ const UPGRADE_PATIENCE: Duration = Duration::from_secs(300);
 impl Stage {
     /// The machine to be started for a story.
     pub fn spec(lab: &Lab, kernel: &Kernel, shape: &Shape) -> Result<MachineSpec> {
-        let mut spec = lab.incumbent(kernel, &config(shape))?;
-        spec.vcpus = shape.vcpus;
-        spec.memory_mib = shape.memory_mib;
+        let mut spec = lab.incumbent(kernel, &config(shape), &shape.incumbent_modules)?;
+        shape.apply(&mut spec);
         spec.cmdline = format!("{} {}", cmdline(0), shape.cmdline);
         Ok(spec)
     }
