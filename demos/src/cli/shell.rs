@@ -6,16 +6,21 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use clap::Args;
 use demos::lab::guest::Guest;
-use demos::lab::{Door, Lab, Machine, Progress, incumbent, machine, net, shell};
+use demos::lab::server::Server;
+use demos::lab::{Door, Lab, Machine, Progress, machine, net, shell};
+use demos::story::stage::{Shape, Stage};
 
 #[derive(Debug, Args)]
 pub struct ShellArguments {
     /// Enter the machine that another `cargo demo` runs now
-    #[arg(long, conflicts_with_all = ["kernel", "vcpus", "memory_mib"])]
+    #[arg(long, conflicts_with_all = ["kernel", "vcpus", "memory_mib", "server"])]
     attach: bool,
     /// Kernel to boot, by the beginning of its release
     #[arg(long, default_value = "6.12")]
     kernel: String,
+    /// Make it a Debian server: root on a disk, systemd, sshd, nginx, redis, a firewall
+    #[arg(long)]
+    server: bool,
     /// Virtual CPUs
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=8))]
     vcpus: u8,
@@ -35,10 +40,13 @@ pub fn run(arguments: &ShellArguments) -> anyhow::Result<()> {
 }
 
 fn boot(lab: &Lab, arguments: &ShellArguments) -> anyhow::Result<Machine> {
-    let mut config = incumbent::configuration();
-    config.service.push(incumbent::demo_service());
-    let mut spec = lab.incumbent(lab.tree().kernel(&arguments.kernel)?, &config, &[])?;
-    (spec.vcpus, spec.memory_mib) = (arguments.vcpus, arguments.memory_mib);
+    let kernel = lab.tree().kernel(&arguments.kernel)?;
+    let shape = Shape { vcpus: arguments.vcpus, memory_mib: arguments.memory_mib, ..Shape::default() };
+    let spec = if arguments.server {
+        Stage::server_spec(lab, kernel, &shape, &Server::default())?
+    } else {
+        Stage::spec(lab, kernel, &shape)?
+    };
     let task = lab.progress().task("machine");
     task.step("booting");
     let machine = lab.start(&spec)?;

@@ -65,6 +65,13 @@ pub enum DiskContent {
     Blank(u32),
     /// An empty ext4 file system of this many MiB.
     Ext4(u32),
+    /// A swap space.
+    Swap {
+        /// Its size.
+        mib: u32,
+        /// Its UUID.
+        uuid: String,
+    },
     /// What is in this raw image, which stays as it is.
     Image(PathBuf),
 }
@@ -84,6 +91,10 @@ impl Hardware {
                 DiskContent::Ext4(mib) => {
                     blank(*mib)?;
                     host::run("mke2fs", Command::new("mke2fs").args(["-q", "-t", "ext4"]).arg(&path))?;
+                }
+                DiskContent::Swap { mib, uuid } => {
+                    blank(*mib)?;
+                    host::run("mkswap", Command::new("mkswap").args(["-q", "-U", uuid]).arg(&path))?;
                 }
                 DiskContent::Image(image) => super::machine::link_or_copy(image, &path)?,
             }

@@ -17,6 +17,8 @@ const NEEDS: &[(&str, &str)] = &[
     ("unshare", "util-linux"),
     ("chroot", "coreutils"),
     ("dpkg-deb", "dpkg"),
+    ("mke2fs", "e2fsprogs"),
+    ("mkswap", "util-linux"),
     (KEYRING, "debian-archive-keyring"),
 ];
 

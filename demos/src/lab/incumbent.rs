@@ -18,7 +18,7 @@ use super::tree::{Kernel, Tree};
 use super::{Lab, cache, guest_programs, host, kmod, net};
 
 /// Where `baton.ko` is, below a kernel's modules.
-const OWN_MODULE: &str = "updates/dkms/baton.ko";
+pub(super) const OWN_MODULE: &str = "updates/dkms/baton.ko";
 /// Where the demo service listens.
 pub const KV_PORT: u16 = 6379;
 /// Drivers that both kernels load before the agent starts.
@@ -193,7 +193,7 @@ pub fn program_of_tree(initrd: &mut Initrd, tree: &Tree, path: &str) -> Result<(
     Ok(())
 }
 
-fn copy(initrd: &mut Initrd, from: &Path, at: &str) -> Result<()> {
+pub(super) fn copy(initrd: &mut Initrd, from: &Path, at: &str) -> Result<()> {
     initrd.copy_from(from, at).map_err(|why| LabError::Refused { who: "the initrd".into(), why: format!("{why:#}") })
 }
 

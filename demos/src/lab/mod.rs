@@ -20,6 +20,7 @@ pub mod net;
 pub mod progress;
 pub mod qmp;
 pub mod serial;
+pub mod server;
 pub mod shell;
 pub mod tree;
 pub mod wire;

@@ -43,6 +43,12 @@ impl Nic {
     pub fn pci_address(&self) -> String {
         format!("0000:00:{:02x}.0", self.slot)
     }
+
+    /// What udev calls it on a server, by its place on the bus.
+    #[must_use]
+    pub fn name_on_server(&self) -> String {
+        format!("enp0s{}", self.slot)
+    }
 }
 
 /// Makes bridge and TAPs in the namespace of `inside`.

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::lab::guest::{GuestCommand, Ran, Stream};
 use crate::lab::net::{NICS, SERVICE};
 use crate::lab::serial::NotSeen;
+use crate::lab::server::{self, Server};
 use crate::lab::{Guest, Hardware, Kernel, Lab, Machine, MachineSpec, Patience, incumbent};
 
 /// Where the demo service answers.
@@ -123,6 +124,17 @@ impl Stage {
         let mut spec = lab.incumbent(kernel, &config(shape), &shape.incumbent_modules)?;
         shape.apply(&mut spec);
         spec.cmdline = format!("{} {}", cmdline(0), shape.cmdline);
+        Ok(spec)
+    }
+
+    /// The same for a Debian server ([`server`]), whose disks come before those of the shape.
+    pub fn server_spec(lab: &Lab, kernel: &Kernel, shape: &Shape, server: &Server) -> Result<MachineSpec> {
+        let mut spec = server::spec(lab, kernel, &server::configuration(&config(shape)), server)?;
+        let mut disks = std::mem::take(&mut spec.hardware.disks);
+        shape.apply(&mut spec);
+        disks.append(&mut spec.hardware.disks);
+        spec.hardware.disks = disks;
+        spec.cmdline = format!("root=/dev/vda {} {}", cmdline(0), shape.cmdline);
         Ok(spec)
     }
 
