@@ -7,10 +7,12 @@
 pub mod agents;
 pub mod clients;
 pub mod console;
+pub mod findings;
 pub mod images;
 pub mod memo;
 pub mod refusal;
 pub mod snapshot;
+pub mod strangers;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -18,6 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use agent::daemon::control::Status;
 use anyhow::{Context, Result, bail, ensure};
 use demos::lab::cache::{self, Lock};
+use demos::lab::server::Server;
 use demos::lab::{Kernel, Lab, Progress};
 use demos::story::stage::{Shape, Stage, Upgraded};
 
@@ -80,6 +83,19 @@ pub fn open_with(series: &str, shape: &Shape, more: &[&str]) -> Result<Played> {
     let stage = Stage::start(lab, &spec, shape).with_context(opening)?;
     eprintln!("machine's logs: {}", stage.machine.folder().display());
     stage.await_serving().with_context(opening)?;
+    Ok(Played { stage, _turn: turn })
+}
+
+/// Opens a Debian server ([`demos::lab::server`]) when it is the test's turn, and waits until everything on it has started.
+pub fn open_server(series: &str, shape: &Shape, server: &Server) -> Result<Played> {
+    let lab = lab();
+    let spec = Stage::server_spec(lab, kernel(series), shape, server)?;
+    let turn = Turn::take();
+    let opening = || format!("a server with {series}, {} CPUs, {} MiB", shape.vcpus, shape.memory_mib);
+    let stage = Stage::start(lab, &spec, shape).with_context(opening)?;
+    eprintln!("machine's logs: {}", stage.machine.folder().display());
+    stage.await_serving().with_context(opening)?;
+    stage.await_started().with_context(opening)?;
     Ok(Played { stage, _turn: turn })
 }
 

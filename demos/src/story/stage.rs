@@ -170,6 +170,17 @@ impl Stage {
         }
     }
 
+    /// Waits until a server's systemd has started everything, and nothing has failed.
+    pub fn await_started(&self) -> Result<()> {
+        let wait = ["systemctl", "is-system-running", "--wait"];
+        let ran = self.guest().command(&wait).timeout(Patience::BOOT.total).run()?;
+        if ran.text().trim() != "running" {
+            let failed = self.guest().check(&["sh", "-c", "systemctl --failed; journalctl -b -p err -n 50"])?;
+            bail!("the server is {}: {failed}\n{}", ran.text().trim(), self.machine.logs(60));
+        }
+        Ok(())
+    }
+
     /// The serving kernel.
     pub fn guest(&self) -> Guest {
         self.machine.guest(self.address(self.serving))

@@ -10,8 +10,8 @@
 
 pub mod image;
 
-use agent::config::{self, Config};
-use agent::initrd::Initrd;
+use agent::daemon::config::{self, Config};
+use agent::userland::initrd::Initrd;
 
 use super::error::{Doing, Result};
 use super::hardware::{Disk, DiskBus, DiskContent};
