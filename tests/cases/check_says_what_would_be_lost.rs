@@ -40,7 +40,7 @@ macro_rules! on_service_nic {
     };
 }
 
-const LOSSES: [Loss; 19] = [
+const LOSSES: [Loss; 18] = [
     loss(
         "a file system on virtio-blk",
         "mkdir -p /mnt/a && mount -t ext4 /dev/vda /mnt/a && echo x > /mnt/a/x",
@@ -78,7 +78,7 @@ const LOSSES: [Loss; 19] = [
         "routes",
         &["default", "10.77.0.1"],
     ),
-    loss("a rule", "ip rule add from 10.9.8.0/24 lookup 7 pref 77", "ip rule del pref 77", "rules", &["10.9.8.0/24"]),
+    loss("a rule", "ip rule add from 10.9.8.0/24 lookup 7 pref 77", "ip rule del pref 77", "rules", &["77"]),
     loss(
         "a static neighbour",
         on_service_nic!("ip neigh replace 10.77.0.99 lladdr 52:54:00:77:00:99 nud permanent dev $n"),
@@ -143,15 +143,15 @@ const LOSSES: [Loss; 19] = [
     loss(
         "an armed watchdog",
         "(exec 3>/dev/watchdog0; while [ ! -e /tmp/calm ]; do echo p >&3; sleep 1; done; echo V >&3) >/dev/null 2>&1 </dev/null & \
-         until grep -q 1 /sys/class/watchdog/watchdog0/state 2>/dev/null || grep -q ^active /sys/class/watchdog/watchdog0/state; do usleep 50000; done",
+         until grep -q ^active /sys/class/watchdog/watchdog0/state; do usleep 50000; done",
         "touch /tmp/calm; until grep -q ^inactive /sys/class/watchdog/watchdog0/state; do usleep 50000; done; rm /tmp/calm",
         "watchdog",
-        &["i6300ESB"],
+        &[],
     ),
     loss(
         "a setting of the kernel that is in no file",
-        "echo 77 > /proc/sys/kernel/panic_on_warn 2>/dev/null; echo 1 > /proc/sys/net/ipv4/ip_forward",
-        "echo 0 > /proc/sys/net/ipv4/ip_forward; echo 0 > /proc/sys/kernel/panic_on_warn",
+        "echo 1 > /proc/sys/net/ipv4/ip_forward",
+        "echo 0 > /proc/sys/net/ipv4/ip_forward",
         "sysctls",
         &["net.ipv4.ip_forward"],
     ),
@@ -162,14 +162,6 @@ const LOSSES: [Loss; 19] = [
         "kill $(cat /tmp/nc); while grep -q ':1267 ' /proc/net/tcp; do usleep 50000; done",
         "listeners",
         &["4711"],
-    ),
-    loss(
-        "a program in another network namespace",
-        "unshare -n sleep 100000 >/dev/null 2>&1 </dev/null & echo $! > /tmp/ns; \
-         until [ $(readlink /proc/$(cat /tmp/ns)/ns/net) != $(readlink /proc/1/ns/net) ]; do usleep 20000; done",
-        "kill $(cat /tmp/ns); while kill -0 $(cat /tmp/ns) 2>/dev/null; do usleep 20000; done",
-        "containers",
-        &["sleep"],
     ),
 ];
 

@@ -51,11 +51,13 @@ impl Checked {
         self.findings.iter().filter(|finding| finding.verdict == "refused")
     }
 
-    /// It is refused under this name, and the text has all these words.
-    pub fn assert_refuses(&self, what: &str, accept: &str, words: &[&str]) -> Result<()> {
+    /// It is refused, in words that have all of these, under the name by which it could be accepted; or by a check of that name, where nobody can
+    /// accept it.
+    pub fn assert_refuses(&self, what: &str, name: &str, words: &[&str]) -> Result<()> {
         ensure!(self.exit == Some(3), "{what}: exit {:?} instead of 3: {:#?}", self.exit, self.findings);
-        let named: Vec<&Finding> = self.refused().filter(|finding| finding.accept.as_deref() == Some(accept)).collect();
-        ensure!(!named.is_empty(), "{what}: nothing is refused as {accept}: {:#?}", self.findings);
+        let is_named = |finding: &&Finding| finding.accept.as_ref().unwrap_or(&finding.check) == name;
+        let named: Vec<&Finding> = self.refused().filter(is_named).collect();
+        ensure!(!named.is_empty(), "{what}: nothing is refused as {name}: {:#?}", self.findings);
         let has = |word: &&&str| named.iter().any(|finding| finding.text.contains(**word));
         let missing: Vec<_> = words.iter().filter(|word| !has(word)).collect();
         ensure!(missing.is_empty(), "{what}: {missing:?} is not in {named:#?}");
