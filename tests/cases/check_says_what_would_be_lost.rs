@@ -81,8 +81,8 @@ const LOSSES: [Loss; 18] = [
     loss("a rule", "ip rule add from 10.9.8.0/24 lookup 7 pref 77", "ip rule del pref 77", "rules", &["77"]),
     loss(
         "a static neighbour",
-        on_service_nic!("ip neigh replace 10.77.0.99 lladdr 52:54:00:77:00:99 nud permanent dev $n"),
-        on_service_nic!("ip neigh del 10.77.0.99 dev $n"),
+        "arp -s 10.77.0.99 52:54:00:77:00:99",
+        "arp -d 10.77.0.99",
         "neighbours",
         &["10.77.0.99"],
     ),
@@ -113,7 +113,7 @@ const LOSSES: [Loss; 18] = [
     loss(
         "the service address on a macvlan",
         on_service_nic!(
-            "ip link add link $n name m0 type macvlan mode bridge && ip a del 10.77.0.10/24 dev $n && ip link set m0 up && \
+            "ip link add link $n name m0 type macvlan && ip a del 10.77.0.10/24 dev $n && ip link set m0 up && \
              ip a add 10.77.0.10/24 dev m0"
         ),
         "ip link del m0; n=$(ip -4 -o a | awk '/10.77.0.11\\//{print $2}'); ip a add 10.77.0.10/24 dev $n",
@@ -157,7 +157,7 @@ const LOSSES: [Loss; 18] = [
     ),
     loss(
         "a listener that nobody answers for afterwards",
-        "nc -l -p 4711 -s 10.77.0.11 -e true >/dev/null 2>&1 </dev/null & echo $! > /tmp/nc; \
+        "nc -l -p 4711 >/dev/null 2>&1 </dev/null & echo $! > /tmp/nc; \
          until grep -q ':1267 ' /proc/net/tcp; do usleep 50000; done",
         "kill $(cat /tmp/nc); while grep -q ':1267 ' /proc/net/tcp; do usleep 50000; done",
         "listeners",

@@ -16,7 +16,7 @@ const MEMO: &str = "memo";
 /// The second one, with sockets of its own.
 const SECOND: &str = "batond --socket /run/second.sock --services /run/second-services.sock >/run/second.log 2>&1; echo $? >/run/second.code";
 /// How long the machine may take to settle after batond was killed, on a busy host.
-const SETTLE: Duration = Duration::from_secs(240);
+const SETTLE: Duration = Duration::from_secs(150);
 
 fn image() -> String {
     format!("/boot/vmlinuz-{}", kernel(NEW).release)

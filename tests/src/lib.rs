@@ -52,8 +52,9 @@ pub struct Turn {
 }
 
 impl Turn {
-    /// Waits for it.
+    /// Waits for it. What machines need is built before, so that nobody waits for a compiler.
     pub fn take() -> Turn {
+        lab();
         let folder = cache::root().unwrap_or_else(|why| panic!("{why}"));
         let task = Progress::auto().task("turn to run a machine");
         let lock = Lock::exclusive(&folder.join("machine.lock"), &task).unwrap_or_else(|why| panic!("{why}"));

@@ -1,7 +1,9 @@
 //! The lab: QEMU machines with stock Debian kernels on a network of their own, for demos and for whole-machine tests.
 //!
-//! Reading order: [`Lab`] (what is set up once) → [`machine`] (what runs) → [`net`] and [`inside`] (where it runs) → [`guest`] (how to
-//! speak with it). What it never does: leave processes, mounts, namespaces or interfaces behind, whatever kills it (`inside` says how).
+//! Reading order: [`Lab`] (what is set up once) → [`machine`] and [`hardware`] (what runs) → [`incumbent`] and [`server`] (what is on it: as
+//! little as an update needs, or all that a user's machine has) → [`net`] and [`inside`] (where it runs) → [`guest`] (how to speak with it).
+//!
+//! What it never does: leave processes, mounts, namespaces or interfaces behind, whatever kills it (`inside` says how).
 
 pub mod accel;
 pub mod apt_sources;
