@@ -190,7 +190,8 @@ fn settled(stage: &Stage, from: usize) -> Result<(String, bool)> {
             stage.guest().command(&["sh", "-c", "cat /sys/devices/system/cpu/online; grep -c . /proc/multikernel"]);
         if let Ok(ran) = look.timeout(Duration::from_secs(10)).run() {
             last = ran.text();
-            let serving = stage.status().is_ok_and(|status| status.services.iter().all(|one| one.state == "serving"));
+            let serving =
+                stage.status().is_ok_and(|status| status.services.iter().all(|one| one.state.to_string() == "serving"));
             if last.starts_with("0-7\n") && serving {
                 return Ok((last, false));
             }

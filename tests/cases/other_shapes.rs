@@ -1,15 +1,15 @@
 //! Machines of other shapes than the standard one: few CPUs, many, little memory, the newest CPU that QEMU knows (five-level page
-//! tables, x2APIC), NICs behind root ports, an IOMMU, two NUMA nodes. One update each, and where a shape may also be refused, that is said.
+//! tables, x2APIC). One update each.
 
 use anyhow::Result;
-use baton_tests::refusal::{baton, said};
 use baton_tests::{NEW, OLD, Turn, console, kernel, lab, snapshot, upgrade};
-use demos::lab::Hardware;
-use demos::lab::hardware::Iommu;
-use demos::story::stage::{Shape, Stage, Upgraded};
+use demos::story::stage::{Shape, Stage};
 
-fn one_update(from: &str, to: &str, shape: &Shape) -> Result<Stage> {
-    let spec = Stage::spec(lab(), kernel(from), shape)?;
+fn one_update(from: &str, to: &str, shape: &Shape, cpu: Option<&str>) -> Result<Stage> {
+    let mut spec = Stage::spec(lab(), kernel(from), shape)?;
+    if let Some(cpu) = cpu {
+        spec.cpu = cpu.to_owned();
+    }
     let mut stage = Stage::start(lab(), &spec, shape)?;
     stage.await_serving()?;
     let before = snapshot::of(&stage)?;
@@ -32,114 +32,21 @@ fn one_update(from: &str, to: &str, shape: &Shape) -> Result<Stage> {
 fn two_cpus_and_two_gibibytes() -> Result<()> {
     let _turn = Turn::take();
     let shape = Shape { vcpus: 2, memory_mib: 2048, ..Shape::default() };
-    one_update(OLD, NEW, &shape).map(drop)
+    one_update(OLD, NEW, &shape, None).map(drop)
 }
 
 #[test]
 fn eight_cpus() -> Result<()> {
     let _turn = Turn::take();
     let shape = Shape { vcpus: 8, ..Shape::default() };
-    one_update(NEW, OLD, &shape).map(drop)
+    one_update(NEW, OLD, &shape, None).map(drop)
 }
 
 #[test]
 fn five_level_page_tables_and_x2apic() -> Result<()> {
     let _turn = Turn::take();
-    let stage = one_update(OLD, NEW, &Shape { cpu: Some("max".into()), ..Shape::default() })?;
+    let stage = one_update(OLD, NEW, &Shape::default(), Some("max"))?;
     let flags = stage.guest().check(&["grep", "-m1", "^flags", "/proc/cpuinfo"])?;
     assert!(flags.contains(" la57") && flags.contains(" x2apic"), "the machine is what it is meant to be: {flags}");
-    Ok(())
-}
-
-#[test]
-fn nics_behind_root_ports() -> Result<()> {
-    let _turn = Turn::take();
-    let hardware = Hardware { root_ports: true, ..Hardware::default() };
-    let stage = one_update(OLD, NEW, &Shape { hardware, ..Shape::default() })?;
-    // Where they were: bus, device and function of a NIC are what the machine's owner knows it by.
-    let place = "for n in /sys/class/net/*/device; do readlink -f $n/..; done | sed 's/.*://' | sort";
-    let places = stage.guest().check(&["sh", "-c", place])?;
-    assert_eq!(places, "00.0\n", "the successor has the one function behind its port: {places}");
-    Ok(())
-}
-
-/// An IOMMU that translates: the update is made, or refused in words that make it work; never a device that writes where it must not.
-#[test]
-fn an_iommu_that_translates() -> Result<()> {
-    let _turn = Turn::take();
-    let hardware = Hardware { iommu: Some(Iommu { interrupts: true }), ..Hardware::default() };
-    let shape = Shape { hardware, cmdline: "intel_iommu=on".into(), ..Shape::default() };
-    done_or_refused(&shape, &["IOMMU", "intremap=off"])
-}
-
-/// The same with `iommu=pt`: the kernel's own devices are not translated, and the tables lie in memory that gets a new owner.
-#[test]
-fn an_iommu_that_passes_through() -> Result<()> {
-    let _turn = Turn::take();
-    let hardware = Hardware { iommu: Some(Iommu { interrupts: false }), ..Hardware::default() };
-    let shape = Shape { hardware, cmdline: "intel_iommu=on iommu=pt".into(), ..Shape::default() };
-    done_or_refused(&shape, &["IOMMU"])
-}
-
-fn done_or_refused(shape: &Shape, words: &[&str]) -> Result<()> {
-    let stage = Stage::open(lab(), kernel(OLD), shape)?;
-    let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
-    let groups = stage.guest().check(&["ls", "/sys/kernel/iommu_groups"])?;
-    assert!(!groups.trim().is_empty(), "this machine is meant to have an IOMMU that is in use");
-    let checked = baton(&stage.guest(), &["check", "--kernel", &image])?;
-    let faults = |stage: &Stage| {
-        console::count(&stage.machine, 0, "DMAR: [DMA") + console::count(&stage.machine, 1, "DMAR: [DMA")
-    };
-    let before = snapshot::of(&stage)?;
-    let mut stage = stage;
-    match stage.upgrade(&kernel(NEW).release, &[])? {
-        Upgraded::Refused(ran) => {
-            assert_eq!(
-                (ran.exit.code, checked.exit.code),
-                (Some(3), Some(3)),
-                "check and upgrade agree: {} {}",
-                said(&ran),
-                said(&checked)
-            );
-            let all = said(&checked);
-            assert!(words.iter().all(|word| all.contains(word)), "{words:?} in {all}");
-            snapshot::assert_untouched("an IOMMU", &before, &snapshot::of(&stage)?);
-        }
-        Upgraded::Drained(_) => {
-            assert!(checked.success(), "{}", said(&checked));
-            let after = snapshot::of(&stage)?;
-            assert_eq!((after.online, after.services), (before.online, before.services));
-        }
-    }
-    assert_eq!(faults(&stage), 0, "a device wrote where it must not: logs in {}", stage.machine.folder().display());
-    assert_eq!(console::complaints(&stage.machine), [""; 0]);
-    Ok(())
-}
-
-/// Two nodes stay two, or `check` says that they do not.
-#[test]
-fn two_numa_nodes() -> Result<()> {
-    let _turn = Turn::take();
-    let hardware = Hardware { numa_nodes: 2, ..Hardware::default() };
-    let shape = Shape { hardware, memory_mib: 4096, ..Shape::default() };
-    let mut stage = Stage::open(lab(), kernel(OLD), &shape)?;
-    let nodes = |stage: &Stage| {
-        stage.guest().check(&[
-            "sh",
-            "-c",
-            "cat /sys/devices/system/node/node*/cpulist; cat /sys/devices/system/node/online",
-        ])
-    };
-    let before = nodes(&stage)?;
-    assert_eq!(before, "0-1\n2-3\n0-1\n", "the machine is what it is meant to be");
-    let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
-    let checked = baton(&stage.guest(), &["check", "--json", "--kernel", &image])?;
-    let refused = checked.exit.code == Some(3);
-    let said_so = said(&checked).contains("NUMA");
-    let more: &[&str] = if refused { &["--accept", "numa"] } else { &[] };
-    upgrade(&mut stage, NEW, more)?;
-    let after = nodes(&stage)?;
-    assert!(after == before || said_so, "{before:?} became {after:?}, and check said only: {}", said(&checked));
-    assert_eq!(console::complaints(&stage.machine), [""; 0]);
     Ok(())
 }

@@ -41,24 +41,24 @@ fn one_is_stopped(stage: &Stage, clients: &Clients) -> Result<()> {
     stage.await_serving().context("both serve")
 }
 
-/// A service that dies while the successor boots: noticed in the trial, when nobody is frozen yet.
+/// A service that dies while the successor boots: noticed in the trial, when nobody is frozen yet. In the successor it stands by, so nothing but
+/// its death here can be the reason.
 fn one_is_killed_while_it_boots(stage: &Stage, clients: &Clients) -> Result<()> {
     let guest = stage.guest();
-    let victim = Stranger::start(stage, "victim", ROOT, &["serve", MEMO_LIKE])?;
-    victim.await_word(stage, &["serves"])?;
-    let ran = upgrade_with(stage, "^booting", "kill -9 $(cat /run/stranger-victim.log.pid)")?;
+    let before = memo::report(stage, MEMO, memo::is_kept)?;
+    let ran = upgrade_with(stage, "^booting", &format!("kill -9 {}", before.pid))?;
     ensure!(ran.exit.code == Some(4), "{}", said(&ran));
-    ensure!(said(&ran).contains(MEMO_LIKE), "the service is named: {}", said(&ran));
+    ensure!(said(&ran).contains(MEMO), "the service is named: {}", said(&ran));
     let progress = String::from_utf8_lossy(&ran.stderr).into_owned();
     ensure!(!progress.contains("cutover"), "nobody is frozen for it: {progress}");
     clients.await_more(40)?;
-    let released = baton(&guest, &["release", MEMO_LIKE])?;
-    ensure!(released.success(), "{}", said(&released));
+    let exec = memo::service(MEMO, true).exec.join(" ");
+    guest.check(&["sh", "-c", &format!("rm /run/{MEMO}.json; {exec} >/dev/kmsg 2>&1 </dev/null &")])?;
+    stage.await_serving().context("it comes again")?;
+    let after = memo::report(stage, MEMO, memo::is_kept)?;
+    ensure!(after.pid != before.pid && after.bad == 0, "{before:?}, then {after:?}");
     Ok(())
 }
-
-/// A service of a name that the successor knows nothing of.
-const MEMO_LIKE: &str = "passer-by";
 
 /// Services that come while an update runs: told to wait, or the update is undone. None is told to serve and lost.
 fn some_come_late(stage: &mut Stage, clients: &Clients) -> Result<bool> {
@@ -88,7 +88,11 @@ fn some_come_late(stage: &mut Stage, clients: &Clients) -> Result<bool> {
             // Whoever was let in serves on here.
             let status = stage.status()?;
             for service in status.services.iter().filter(|service| service.name.starts_with("late-")) {
-                ensure!(service.state == "serving" || service.state == "standby", "{service:?} after {}", said(&ran));
+                ensure!(
+                    ["serving", "standby"].contains(&service.state.to_string().as_str()),
+                    "{service:?} after {}",
+                    said(&ran)
+                );
             }
             guest.check(&[
                 "sh",

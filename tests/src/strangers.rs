@@ -10,7 +10,11 @@ use crate::lab;
 
 /// Who is nobody on every Linux.
 pub const NOBODY: &str = "65534";
-/// Who is everybody's.
+/// The same in the group to which the services' socket is open (`baton`): who gets as far as batond, and is none of its services all the same.
+pub const MEMBER: &str = "65534:991";
+/// The line of `/etc/group` that makes it so.
+pub const GROUP: &str = "baton:x:991:";
+/// Who may be any service.
 pub const ROOT: &str = "0";
 const PROGRAM: &str = "/run/stranger";
 /// How long one may take to say something.

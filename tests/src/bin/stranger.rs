@@ -1,4 +1,4 @@
-//! `stranger UID VERB…`: a program that knows how services speak with `batond`, and is none of the machine's: another user, or a service
+//! `stranger UID[:GID] VERB…`: a program that knows how services speak with `batond`, and is none of the machine's: another user, or a service
 //! that does what services should not. It says on stdout, a line each, what it was given and told.
 //!
 //! | verb | what it does |
@@ -31,7 +31,8 @@ fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let (uid, verb) = words.split_first().context("which user?")?;
-    become_user(uid.parse()?)?;
+    let (uid, gid) = uid.split_once(':').unwrap_or((uid, uid));
+    become_user(uid.parse()?, gid.parse()?)?;
     match verb {
         ["hello", name, kib] => hello(name, kib.parse()?),
         ["mute", name] => mute(name),
@@ -47,10 +48,10 @@ fn main() -> Result<()> {
     }
 }
 
-fn become_user(uid: u32) -> Result<()> {
+fn become_user(uid: u32, gid: u32) -> Result<()> {
     if uid != 0 {
         setgroups(&[])?;
-        setgid(Gid::from_raw(uid))?;
+        setgid(Gid::from_raw(gid))?;
         setuid(Uid::from_raw(uid))?;
     }
     Ok(())
