@@ -73,8 +73,10 @@ pub struct Mailbox {
     pub parked_count: u32,
     /// NMIs that parked CPUs took and ignored.
     pub nmis: u32,
+    /// Machine checks that they took; what they were about is in their banks.
+    pub machine_checks: u32,
     /// Zero.
-    pub firmware: [u8; 0x1f8],
+    pub firmware: [u8; 0x1f4],
     /// A bit for each APIC id: set while that CPU waits here.
     pub parked: [u32; PARKED_WORDS],
 }

@@ -9,10 +9,15 @@ pub(crate) const CR0_PROTECTED: u32 = 0x0000_0031;
 
 /// CR4.PAE: long mode cannot be without it.
 pub const CR4_PAE: u32 = 1 << 5;
-/// CR4 bits that the park page leaves as it finds them; it clears all others but PAE. LA57 cannot change while
-/// paging is on. MCE: with it clear a machine check stops the machine at once, with it set Linux's own
-/// start-up code, which keeps the bit too, gets its chance.
-pub const CR4_KEPT: u32 = CR4_LA57 | 1 << 6;
+/// CR4.MCE: machine checks are exceptions. With it clear, one stops the machine at once. Linux's own start-up code keeps it.
+pub const CR4_MCE: u32 = 1 << 6;
+/// CR4 bits that the park page leaves as it finds them, at first; it clears all others but PAE. LA57 cannot change while
+/// paging is on. MCE is set a little later, where the CPU has machine checks.
+pub const CR4_KEPT: u32 = CR4_LA57 | CR4_MCE;
+/// CPUID leaf 1, edx: MCE and MCA, machine checks and the MSRs that tell of them.
+pub(crate) const CPUID_MACHINE_CHECKS: u32 = 1 << 7 | 1 << 14;
+/// IA32_MCG_STATUS. 0: no machine check is in progress.
+pub(crate) const MSR_MCG_STATUS: u32 = 0x17a;
 /// CR4.LA57: five levels of page tables.
 pub(crate) const CR4_LA57: u32 = 1 << 12;
 /// CR4.VMXE. Linux sets it right before VMXON and clears it right after VMXOFF.
@@ -44,6 +49,8 @@ pub(crate) const XAPIC_ICR_LOW: u32 = 0x300;
 pub(crate) const XAPIC_ICR_HIGH: u32 = 0x310;
 /// ICR: delivery status, xAPIC only.
 pub(crate) const ICR_PENDING: u32 = 1 << 12;
+/// How often the yield page looks whether an interrupt was delivered, before it goes on: 50 ms or so, where Linux waits 100 ms.
+pub(crate) const ICR_PATIENCE: u32 = 1 << 20;
 /// ICR: INIT, edge, assert. No de-assert has to follow, unlike the level form that Linux sends for the sake of
 /// the 82489DX.
 pub(crate) const ICR_INIT: u32 = 0x4500;

@@ -155,9 +155,9 @@ fn park_page_needs_only_itself_until_its_tables_are_loaded() {
     let mut returns = 0;
     let code = decode(&page, 0, 64, |i| {
         returns += u32::from(i.code() == Code::Iretq);
-        returns == 2 // the second ends the NMI handler, the last of the code
+        returns == 3 // the second ends the NMI handler, the third the machine checks', the last of the code
     });
-    assert!(end(&code) <= 0x200, "code ends at {:#x}", end(&code));
+    assert!(end(&code) <= 0x300, "code ends at {:#x}", end(&code));
     branches_are_local(&code);
     // rax: the handler's pointer to the mailbox.
     operands_are_relative(&code, &[Register::RSI, Register::RAX]);
@@ -199,7 +199,7 @@ fn park_page_data_is_what_the_cpu_will_read() {
     let mut returns = 0;
     let code = decode(&page, 0, 64, |i| {
         returns += u32::from(i.code() == Code::Iretq);
-        returns == 2
+        returns == 3
     });
     let address = |wanted: Code| {
         code.iter().find(|i| i.code() == wanted).expect("table register is loaded").ip_rel_memory_address() as usize
@@ -208,7 +208,7 @@ fn park_page_data_is_what_the_cpu_will_read() {
     assert_eq!(gdtr % 8, 6, "the base is an aligned word");
     let limit = |at: usize| u16::read_from_bytes(&page[at..at + 2]).unwrap();
     assert_eq!(limit(gdtr), 4 * 8 - 1);
-    assert_eq!(limit(idtr), 3 * 16 - 1, "vectors 0 to 2");
+    assert_eq!(limit(idtr), 19 * 16 - 1, "vectors 0 to 18");
     // Which lea feeds the word at `pointer`.
     let stored = |pointer: usize| {
         let at = code
@@ -225,14 +225,19 @@ fn park_page_data_is_what_the_cpu_will_read() {
     descriptors_at(&page, stored(gdtr + 2));
 
     let idt = stored(idtr + 2);
-    assert_eq!(page[idt..idt + 32], [0; 32], "vectors 0 and 1 are not present");
-    let gate = idt + 32;
-    let handler = stored(gate);
-    assert_eq!(stored(gate + 6), handler);
-    assert_eq!(stored(gate + 8), handler);
-    assert!(code.iter().any(|i| i.ip() as usize == handler));
     let (present, interrupt_gate) = (1u64 << 47, 0xe << 40);
-    assert_eq!(u64_at(&page, gate), u64::from(SELECTOR_CODE64) << 16 | present | interrupt_gate);
+    let returns: Vec<usize> = code.iter().filter(|i| i.code() == Code::Iretq).map(|i| i.next_ip() as usize).collect();
+    for (vector, body) in [(2, returns[0]..returns[1]), (18, returns[1]..returns[2])] {
+        let gate = idt + 16 * vector;
+        let handler = stored(gate);
+        assert_eq!(stored(gate + 6), handler);
+        assert_eq!(stored(gate + 8), handler);
+        assert!(body.contains(&handler) && code.iter().any(|i| i.ip() as usize == handler));
+        assert_eq!(u64_at(&page, gate), u64::from(SELECTOR_CODE64) << 16 | present | interrupt_gate);
+    }
+    for vector in (0..19).filter(|vector| ![2, 18].contains(vector)) {
+        assert_eq!(page[idt + 16 * vector..idt + 16 * vector + 16], [0; 16], "vector {vector} is not present");
+    }
 
     // The constant frame, and room for an NMI below each value that rsp can have.
     let ready = code.iter().find(|i| i.code() == Code::Iretq).unwrap().next_ip() as usize;
@@ -271,6 +276,13 @@ fn yield_page_touches_its_arguments_and_the_apic_only() {
     assert_eq!(code[0].code(), Code::Endbr64);
     assert_eq!(code[1].code(), Code::Cli);
     assert!(!code.iter().any(touches_stack), "the kernel's stack stays as it is");
+    // Each wait for the interrupt controller counts its looks: between it and where it begins again there is a counter.
+    let waits = code.windows(2).filter(|pair| pair[0].code() == Code::Test_rm32_imm32 && pair[1].code() == Code::Jne_rel8_64);
+    let counted = waits.map(|pair| {
+        let around = pair[1].near_branch_target()..pair[1].ip();
+        code.iter().any(|i| around.contains(&i.ip()) && i.code() == Code::Dec_rm32)
+    });
+    assert_eq!(counted.collect::<Vec<_>>(), [true, true]);
 
     // Registers that the way back promises to leave alone.
     let kept = [
@@ -328,6 +340,7 @@ fn shared_offsets_are_pinned() {
     assert_eq!(offset_of!(Mailbox, wakeup_vector), 8);
     assert_eq!(offset_of!(Mailbox, parked_count), 0x800);
     assert_eq!(offset_of!(Mailbox, nmis), 0x804);
+    assert_eq!(offset_of!(Mailbox, machine_checks), 0x808);
     assert_eq!(offset_of!(Mailbox, parked), 0xa00);
     assert_eq!(offset_of!(YieldArgs, command), 0x00);
     assert_eq!(offset_of!(YieldArgs, park_entry), 0x08);

@@ -54,15 +54,21 @@ park_no_vmx:
     movw    %ax, park_gate_nmi + 6(%rip)
     shrq    $16, %rax
     movl    %eax, park_gate_nmi + 8(%rip)
+    leaq    park_machine_check(%rip), %rax
+    movw    %ax, park_gate_mce(%rip)
+    shrq    $16, %rax
+    movw    %ax, park_gate_mce + 6(%rip)
+    shrq    $16, %rax
+    movl    %eax, park_gate_mce + 8(%rip)
     lgdt    park_gdtr(%rip)
-    lidt    park_idtr(%rip)                         # from here on an NMI is survived
+    lidt    park_idtr(%rip)                         # from here on an NMI is survived, and a machine check if it is on
 
     leaq    park_flags(%rip), %rsp
     popfq                                           # NT off: iretq would fault on it
     leaq    park_frame(%rip), %rsp
     iretq                                           # CS, SS, RSP, RFLAGS; a far jump to a 64-bit offset AMD has not
 
-# Every NMI starts again here, so each step from here on may be done twice.
+# Every NMI and machine check starts again here, so each step from here on may be done twice.
 park_ready:
     movl    ${cr0_long}, %eax
     movq    %rax, %cr0
@@ -80,6 +86,16 @@ park_ready:
     btrl    ${efer_svme_bit}, %eax                  # and takes SVM for unused
     wrmsr
 
+    movl    $1, %eax                                # machine checks on, which a CPU out of INIT has off: broadcast for
+    cpuid                                           # another CPU's error, one would shut this CPU down, and with it the
+    notl    %edx                                    # machine, under a kernel that could go on
+    testl   ${cpuid_machine_checks}, %edx
+    jnz     park_identify
+    movq    %cr4, %rax
+    orl     ${cr4_mce}, %eax
+    movq    %rax, %cr4
+
+park_identify:
     xorl    %eax, %eax
     cpuid
     cmpl    $0xb, %eax
@@ -151,7 +167,21 @@ park_nmi:
     leaq    park_frame(%rip), %rsp
     iretq                                           # to park_ready, and NMIs are unblocked
 
-# What is written at run time, away from the code. An NMI pushes 40 bytes below rsp, rounded down to 16; rsp is one
+# As Linux does it on a CPU that is offline. Whether what was interrupted could go on does not matter: the wait starts afresh. What
+# happened stays in the CPU's banks, for the kernel that gets it; one that an error concerns, and that runs, was told as well.
+park_machine_check:
+    movl    ${msr_mcg_status}, %ecx
+    xorl    %eax, %eax
+    xorl    %edx, %edx
+    wrmsr                                           # no longer in progress: the next one would shut the CPU down
+    testl   %ebp, %ebp
+    jnz     park_leave
+    movq    park_arg_mailbox(%rip), %rax
+    lock incl {mb_machine_checks}(%rax)
+    leaq    park_frame(%rip), %rsp
+    iretq
+
+# What is written at run time, away from the code. An NMI or a machine check pushes 40 bytes below rsp, rounded down to 16; rsp is one
 # of park_scratch_top (= park_flags), its end, or park_frame, and below each there is room.
     .balign 256
     .skip   64
@@ -167,8 +197,8 @@ park_frame:
     .quad   0                                       # RSP = park_scratch_top
     .quad   {data}                                  # SS
     .balign 16
-park_idt:                                           # 0 and 1 are not present, 3 and up past the limit: a fault still
-    .quad   0, 0                                    # stops the CPU
+park_idt:                                           # all others are not present, or past the limit: a fault still stops
+    .quad   0, 0                                    # the CPU
     .quad   0, 0
 park_gate_nmi:
     .word   0                                       # offset, bits 0-15
@@ -176,6 +206,14 @@ park_gate_nmi:
     .word   0x8e00                                  # present, interrupt gate, no stack switch
     .word   0                                       # bits 16-31
     .long   0                                       # bits 32-63
+    .long   0
+    .fill   15 * 2, 8, 0                            # 3 to 17
+park_gate_mce:                                      # 18, as above
+    .word   0
+    .word   {code64}
+    .word   0x8e00
+    .word   0
+    .long   0
     .long   0
 park_idt_end:
     .balign 8

@@ -93,14 +93,21 @@ yield_xapic_next:
     cmpl    $0xff, %eax                             # 0xff is everybody here, and more does not fit
     jae     yield_xapic_next
     movl    %eax, {epitaph_apic_id}(%rsi)
-yield_xapic_busy:
+    movl    ${icr_patience}, %ecx                   # a CPU that takes no interrupt must not keep the others from being
+yield_xapic_busy:                                   # stopped, nor this one from going back
+    decl    %ecx
+    jz      yield_xapic_send
     pause
     testl   ${icr_pending}, {xapic_icr_low}(%rdx)   # what the kernel was sending when it left
     jnz     yield_xapic_busy
+yield_xapic_send:
     shll    $24, %eax
     movl    %eax, {xapic_icr_high}(%rdx)
     movl    ${icr_init}, {xapic_icr_low}(%rdx)
+    movl    ${icr_patience}, %ecx
 yield_xapic_sent:
+    decl    %ecx
+    jz      yield_xapic_next
     pause
     testl   ${icr_pending}, {xapic_icr_low}(%rdx)
     jnz     yield_xapic_sent                        # the kernel must not be back before its successor has stopped

@@ -15,7 +15,7 @@ use std::mem::offset_of;
 
 use guest::{Record, probe};
 use image::{BOOT_SIPI, Image, MAILBOX, PARK, RSI_ARG, SIPI, STACK_ARG, WORDS, YIELD, YIELD_ARGS};
-use qemu::{Machine, run, take};
+use qemu::{Machine, SIGNAL, run, take};
 use script::{MS, Script};
 use trampoline::{CR0_LONG, CR4_PAE, Mailbox, YieldArgs, mailbox_command, yield_command, yield_reason};
 
@@ -66,7 +66,7 @@ fn leaves_park(record: &Record, park: u64, cr3: u64, cr4: u64) {
     arrives_clean(record, park);
     assert_eq!(record.cr3, cr3);
     assert_eq!(record.cr4, cr4);
-    assert_eq!(record.idt_limit, 47, "NMI and below");
+    assert_eq!(record.idt_limit, 303, "machine check and below");
     assert!((park..park + 4096).contains(&record.idt_base));
 }
 
@@ -127,7 +127,7 @@ fn parked_cpus_are_counted_tested_and_woken_one_by_one() {
     let out = &mut &out[..];
     for _ in [1, 3] {
         let record: Record = take(out);
-        leaves_park(&record, PARK, firmware4, PAE);
+        leaves_park(&record, PARK, firmware4, PAE | CR4_MCE);
         assert_eq!(record.efer, EFER_CLEAN);
     }
     assert_eq!(out, b"baton.pawoke\x01\0\0\0");
@@ -151,7 +151,7 @@ fn process_context_ids_are_switched_off_with_care() {
     let (firmware4, dying4) = (image.firmware4, image.dying4);
     let die = Script::new().next(1, 0).die(PARK, CR4_KERNEL | CR4_PCIDE, dying4 | PCID);
     let record = back_from_the_dead(image, &die, Machine { cpu: "max", ..cpus(2) }, |boot| boot);
-    leaves_park(&record, PARK, firmware4, PAE);
+    leaves_park(&record, PARK, firmware4, PAE | CR4_MCE);
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn five_level_cpus_get_five_level_tables() {
     let (kernel5, firmware5) = (image.kernel5, image.firmware5);
     let die = Script::new().next(1, 0).five_levels(kernel5).die(PARK, CR4_KERNEL | CR4_PCIDE, kernel5 | PCID);
     let record = back_from_the_dead(image, &die, Machine { cpu: "max", ..cpus(2) }, |boot| boot);
-    leaves_park(&record, PARK, firmware5, PAE | CR4_LA57);
+    leaves_park(&record, PARK, firmware5, PAE | CR4_MCE | CR4_LA57);
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn park_page_works_above_4_gib() {
         .pass();
     let machine = Machine { mib: 4096, ..cpus(2) };
     let out = run(&image.build(&boot), machine);
-    leaves_park(&take(&mut &out[..]), HIGH_PARK, firmware4, PAE);
+    leaves_park(&take(&mut &out[..]), HIGH_PARK, firmware4, PAE | CR4_MCE);
 }
 
 #[test]
@@ -214,8 +214,45 @@ fn parked_cpus_survive_nmis() {
     let out = run(&image.build(&boot.parked(0).pass()), cpus(4));
     let out = &mut &out[..];
     for _ in 1..=3 {
-        leaves_park(&take(out), PARK, firmware4, PAE);
+        leaves_park(&take(out), PARK, firmware4, PAE | CR4_MCE);
     }
+}
+
+/// On many CPUs a machine check is everybody's, whoever it concerns; and one that comes while another is in progress shuts the CPU
+/// down. Each of these comes when the last one has been taken. A CPU without machine checks parks like any other.
+#[test]
+fn parked_cpus_survive_machine_checks() {
+    let mut image = Image::new();
+    let firmware4 = image.firmware4;
+    let mut boot = image.park(Script::new(), PARK).start(1, SIPI).start(2, SIPI).parked(0b110);
+    for taken in 1..=3 {
+        boot = boot.dump(WORDS, SIGNAL).machine_checks(taken);
+    }
+    boot = boot.parked(0b110);
+    for cpu in 1..=2 {
+        boot = boot.wake(cpu, probe()).arrived(cpu, 1).dump_record(cpu);
+    }
+    // Uncorrected, enabled, valid; in progress, and the interrupted code can go on (5) or not (4).
+    let machine = Machine {
+        monitor: &[
+            "mce 1 4 0xb000000000000000 0x5 0x1000 0",
+            "mce 1 4 0xb000000000000000 0x4 0x1000 0",
+            "mce 2 4 0xb000000000000000 0x4 0x1000 0",
+        ],
+        ..cpus(3)
+    };
+    let out = run(&image.build(&boot.parked(0).pass()), machine);
+    let out = &mut &out[3 * SIGNAL..];
+    for _ in 1..=2 {
+        leaves_park(&take(out), PARK, firmware4, PAE | CR4_MCE);
+    }
+
+    let mut image = Image::new();
+    let firmware4 = image.firmware4;
+    let boot = image.park(Script::new(), PARK).start(1, SIPI).parked(0b10).wake(1, probe()).arrived(1, 1).dump_record(1);
+    let machine = Machine { cpu: "EPYC,mce=off,mca=off", ..cpus(2) };
+    let out = run(&image.build(&boot.pass()), machine);
+    leaves_park(&take(&mut &out[..]), PARK, firmware4, PAE);
 }
 
 /// A kernel that gives up on a test leaves its command in place and writes the next id over it.
@@ -429,7 +466,7 @@ fn a_yielded_cpu_can_be_parked_for_good_and_woken_by_the_successor() {
         let record: Record = take(out);
         assert_eq!(record.visits, 2);
         assert_ne!(kernel4, firmware4);
-        leaves_park(&record, PARK, firmware4, PAE);
+        leaves_park(&record, PARK, firmware4, PAE | CR4_MCE);
         let args: YieldArgs = take(out);
         assert_eq!(args.reason, yield_reason::NONE);
         assert_eq!(&args.epitaph.step, b"gone");

@@ -1,8 +1,11 @@
 //! Finds QEMU and runs one firmware image to its end.
 
 use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::lab_tree::lab_tree;
@@ -19,11 +22,16 @@ pub struct Machine {
     pub mib: u32,
     /// More of QEMU's arguments; `-smp` among them replaces ours.
     pub more: &'static [&'static str],
+    /// Commands for QEMU's monitor: one for each [`SIGNAL`] bytes that the image writes, when it has written them.
+    pub monitor: &'static [&'static str],
 }
+
+/// So many bytes of output let the monitor have its next command.
+pub const SIGNAL: usize = 8;
 
 impl Default for Machine {
     fn default() -> Machine {
-        Machine { cpu: "EPYC", cpus: 1, mib: 16, more: &[] }
+        Machine { cpu: "EPYC", cpus: 1, mib: 16, more: &[], monitor: &[] }
     }
 }
 
@@ -60,7 +68,10 @@ pub fn run(image: &[u8], machine: Machine) -> Vec<u8> {
         .tempfile_in(&folder)
         .unwrap_or_else(|e| panic!("no temporary file in {}: {e}", folder.display()));
     file.write_all(image).expect("the image is written");
-    let seen = Path::new("/").join(file.path().strip_prefix(root).expect("made under root"));
+    let inside = |path: &Path| Path::new("/").join(path.strip_prefix(root).expect("made under root"));
+    let seen = inside(file.path());
+    let sockets = tempfile::tempdir_in(&folder).expect("a folder for the monitor's socket");
+    let socket = sockets.path().join("monitor");
 
     let mut child = Command::new(&command[0])
         .args(&command[1..])
@@ -70,6 +81,7 @@ pub fn run(image: &[u8], machine: Machine) -> Vec<u8> {
         .args(["-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
         .args(["-debugcon", "stdio"])
+        .args(["-monitor", &format!("unix:{},server=on,wait=off", inside(&socket).display())])
         .args(machine.more)
         .arg("-bios")
         .arg(&seen)
@@ -78,17 +90,34 @@ pub fn run(image: &[u8], machine: Machine) -> Vec<u8> {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap_or_else(|e| panic!("{} does not start: {e}", command.join(" ")));
-    let reader = |mut pipe: Box<dyn Read + Send>| {
+    let reader = |mut pipe: Box<dyn Read + Send>, length: Arc<AtomicUsize>| {
         std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            pipe.read_to_end(&mut bytes).map(|_| bytes)
+            let (mut bytes, mut piece) = (Vec::new(), [0; 4096]);
+            loop {
+                match pipe.read(&mut piece)? {
+                    0 => return std::io::Result::Ok(bytes),
+                    len => bytes.extend_from_slice(&piece[..len]),
+                }
+                length.store(bytes.len(), Ordering::Release);
+            }
         })
     };
-    let out = reader(Box::new(child.stdout.take().expect("piped")));
-    let err = reader(Box::new(child.stderr.take().expect("piped")));
+    let written = Arc::new(AtomicUsize::new(0));
+    let out = reader(Box::new(child.stdout.take().expect("piped")), written.clone());
+    let err = reader(Box::new(child.stderr.take().expect("piped")), Arc::default());
 
     let started = Instant::now();
+    let mut commands = machine.monitor.iter().zip(1..);
+    let mut next = commands.next();
+    let mut monitor: Option<UnixStream> = None;
     let status = loop {
+        if let Some((command, signals)) = next
+            && written.load(Ordering::Acquire) >= signals * SIGNAL
+        {
+            let to = monitor.get_or_insert_with(|| UnixStream::connect(&socket).expect("QEMU's monitor listens"));
+            writeln!(to, "{command}").expect("QEMU's monitor listens");
+            next = commands.next();
+        }
         match child.try_wait().expect("QEMU is our child") {
             Some(status) => break Some(status),
             None if started.elapsed() > LIMIT => {

@@ -180,6 +180,11 @@ impl Script {
         let at = MAILBOX + offset_of!(Mailbox, nmis) as u64;
         self.until(at & !7, 0xffff_ffff << (8 * (at & 7)), count << (8 * (at & 7)))
     }
+    /// Waits until parked CPUs have taken so many machine checks in all.
+    pub fn machine_checks(self, count: u64) -> Script {
+        let at = MAILBOX + offset_of!(Mailbox, machine_checks) as u64;
+        self.until(at, 0xffff_ffff, count)
+    }
     pub fn dump_record(self, cpu: u32) -> Script {
         self.dump(record(cpu), size_of::<crate::guest::Record>())
     }
