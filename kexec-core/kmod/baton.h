@@ -17,14 +17,27 @@
 #include <linux/seq_file.h>
 #include <linux/sizes.h>
 #include <linux/slab.h>
+#include <linux/timer.h>
 #include "uapi/baton.h"
 
 struct eventfd_ctx;
 
+/* A doorbell. The counters and the window belong to CPU 0, which takes the rings; the rest is under baton_lock. */
+struct baton_bell {
+	struct eventfd_ctx *eventfd;	/* what it signals; NULL: there is no doorbell */
+	int irq;
+	u64 place;			/* APIC id and vector, as bell_place() of cpus.c packs them */
+	u64 rings;			/* heard */
+	u64 muffled;			/* of these: too many at once, so that the timer signals for all of them */
+	unsigned long window_end;	/* jiffies */
+	unsigned int in_window;
+	struct timer_list timer;
+};
+
 /* One open file of /dev/baton: what ends with it. Under baton_lock. */
 struct baton_file {
-	struct eventfd_ctx *doorbell;	/* what its doorbell signals; NULL: it has none */
-	int irq;			/* of its doorbell */
+	struct baton_bell bell;
+	u64 peer;			/* the bell that CONNECT named; 0: none. Written once */
 	bool has_notice;		/* the panic notice is its */
 };
 
@@ -75,7 +88,7 @@ void baton_cpus_show(struct seq_file *seq, u32 instance);
 void baton_doorbell_close(struct baton_file *file);
 void baton_panic_notice_clear(void);
 baton_call_fn baton_cpu_info, baton_cpu_give, baton_cpu_take;
-baton_call_fn baton_doorbell_open, baton_doorbell_ring, baton_panic_notice_set;
+baton_call_fn baton_doorbell_open, baton_doorbell_ring, baton_doorbell_connect, baton_panic_notice_set;
 
 /* jump.c, pci.c */
 baton_call_fn baton_yield, baton_pci_add, baton_pci_remove;

@@ -10,6 +10,11 @@
  * A doorbell is a vector on CPU 0, the one that is offlined last. Its affinity is fixed, so that vector and APIC id
  * can be told to the other kernel once and for all.
  *
+ * Where the other kernel's bell is, user space reads in memory that the other can write. So a ring goes to a CPU that
+ * is recorded for the named instance, or to the one bell that was named to this file (CONNECT): how a successor rings
+ * its predecessor. Never to a CPU of this kernel. The local APIC has no mask for what other CPUs send; a flood is made
+ * cheap instead: past BELL_LIMIT rings in a window none wakes anybody, and one signal follows for all of them.
+ *
  * The ICR is written through struct apic, which knows xAPIC from x2APIC and a hypervisor's. In xAPIC mode it is two
  * registers: icr_write() keeps interrupts off between them, and Linux's NMIs leave the first one alone.
  */
@@ -25,7 +30,7 @@
 #include <asm/irqdomain.h>
 #include "baton.h"
 
-/* APIC id -> instance. Changed under baton_lock and cpus_read_lock; baton_lock or cpus_write_lock is enough to read. */
+/* APIC id -> instance. Changed under baton_lock and cpus_read_lock; read under either, cpus_write_lock, or (RING) RCU. */
 static DEFINE_XARRAY(given);
 static int hotplug_state;
 
@@ -77,14 +82,25 @@ static int write_icr_twice(u32 apic_id, u32 first, u32 second, unsigned int us_b
 {
 	int ret = write_icr(apic_id, first);
 
+	if (ret)
+		return ret;
 	fsleep(us_between);
-	return ret ?: write_icr(apic_id, second);
+	return write_icr(apic_id, second);
 }
 
 static int send_init(u32 apic_id)
 {
 	return write_icr_twice(apic_id, APIC_INT_LEVELTRIG | APIC_INT_ASSERT | APIC_DM_INIT,
 			       APIC_INT_LEVELTRIG | APIC_DM_INIT, 10000);
+}
+
+/* SIPI twice, as the specification asks for; a CPU that runs already ignores the second. */
+static int send_start(u32 apic_id, u64 start_pa)
+{
+	u32 sipi = APIC_DM_STARTUP | PHYS_PFN(start_pa);
+	int ret = send_init(apic_id);
+
+	return ret ? ret : write_icr_twice(apic_id, sipi, sipi, 300);
 }
 
 static void forget(u32 apic_id)
@@ -108,8 +124,7 @@ static int check_cpu(const struct baton_cpu *arg)
 int baton_cpu_give(struct baton_call *call)
 {
 	const struct baton_cpu *arg = call->arg;
-	u32 sipi = APIC_DM_STARTUP | PHYS_PFN(arg->start_pa);
-	bool start = arg->how == BATON_CPU_START;
+	bool start = arg->how == BATON_CPU_START, is_new;
 	int ret;
 
 	if ((!start && (arg->how != BATON_CPU_RECORD || arg->start_pa)) || !apic_id_is_valid(arg->apic_id) ||
@@ -122,16 +137,17 @@ int baton_cpu_give(struct baton_call *call)
 	ret = check_cpu(arg);
 	if (ret)
 		return ret;
-	if (given_to(arg->apic_id) == BATON_SELF) {
+	is_new = given_to(arg->apic_id) == BATON_SELF;
+	if (is_new) {
 		ret = xa_err(xa_store(&given, arg->apic_id, xa_mk_value(arg->instance), GFP_KERNEL));
 		if (ret)
 			return ret;
 		__module_get(THIS_MODULE);
 	}
-	/* SIPI twice, as the specification asks for; a CPU that runs already ignores the second. */
 	if (start)
-		ret = send_init(arg->apic_id) ?: write_icr_twice(arg->apic_id, sipi, sipi, 300);
-	if (ret)
+		ret = send_start(arg->apic_id, arg->start_pa);
+	/* One that was the instance's before may run there still. */
+	if (ret && is_new)
 		forget(arg->apic_id);
 	return ret;
 }
@@ -146,12 +162,19 @@ int baton_cpu_take(struct baton_call *call)
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
 	guard(cpus_read_lock)();
-	ret = check_cpu(arg) ?: given_to(arg->apic_id) == BATON_SELF ? -ENOENT : 0;
-	if (!ret && arg->how == BATON_CPU_FENCE)
+	ret = check_cpu(arg);
+	if (ret)
+		return ret;
+	if (given_to(arg->apic_id) == BATON_SELF)
+		return -ENOENT;
+	if (arg->how == BATON_CPU_FENCE) {
 		ret = send_init(arg->apic_id);
-	if (!ret)
-		forget(arg->apic_id);
-	return ret;
+		if (ret)
+			return ret;
+	}
+	forget(arg->apic_id);
+	synchronize_rcu();	/* no RING is on its way to a CPU that can be this kernel's again */
+	return 0;
 }
 
 int baton_cpu_info(struct baton_call *call)
@@ -198,73 +221,150 @@ void baton_cpus_show(struct seq_file *seq, u32 instance)
 		seq_printf(seq, "%*pbl", MAX_LOCAL_APIC, ids);
 }
 
-static irqreturn_t doorbell_rings(int irq, void *eventfd)
+/* As many as any update needs; the last of too many waits a window. */
+#define BELL_WINDOW	msecs_to_jiffies(10)
+#define BELL_LIMIT	32
+
+static u64 bell_place(u32 apic_id, u32 vector)
 {
-	eventfd_signal(eventfd);
+	return (u64)vector << 32 | apic_id;
+}
+
+static irqreturn_t bell_rings(int irq, void *data)
+{
+	struct baton_bell *bell = data;
+
+	WRITE_ONCE(bell->rings, bell->rings + 1);
+	if (time_after(jiffies, bell->window_end)) {
+		bell->window_end = jiffies + BELL_WINDOW;
+		bell->in_window = 0;
+	}
+	if (bell->in_window++ < BELL_LIMIT) {
+		eventfd_signal(bell->eventfd);
+		return IRQ_HANDLED;
+	}
+	WRITE_ONCE(bell->muffled, bell->muffled + 1);
+	if (bell->in_window == BELL_LIMIT + 1)
+		mod_timer(&bell->timer, bell->window_end + 2);	/* after all that count to this window */
 	return IRQ_HANDLED;
 }
 
+static void bell_window_ends(struct timer_list *timer)
+{
+	eventfd_signal(container_of(timer, struct baton_bell, timer)->eventfd);
+}
+
+/* A vector on CPU 0, for good. */
+static int request_vector(struct baton_bell *bell)
+{
+	struct irq_alloc_info info = { .type = X86_IRQ_ALLOC_TYPE_PCI_MSI, .mask = cpumask_of(0) };
+	struct irq_cfg *cfg;
+	int irq, ret;
+
+	irq = irq_domain_alloc_irqs(x86_vector_domain, 1, NUMA_NO_NODE, &info);
+	if (irq < 0)
+		return irq;
+	irq_set_handler(irq, handle_edge_irq);
+	/* Before the start, so that it starts there; IRQF_NOBALANCING then keeps it, against user space as well. */
+	ret = irq_set_affinity(irq, cpumask_of(0));
+	if (!ret)
+		ret = request_irq(irq, bell_rings, IRQF_NOBALANCING, "baton-doorbell", bell);
+	if (ret) {
+		irq_dispose_mapping(irq);
+		return ret;
+	}
+	cfg = irqd_cfg(irq_get_irq_data(irq));
+	bell->irq = irq;
+	bell->place = bell_place(cfg->dest_apicid, cfg->vector);
+	return 0;
+}
+
+/* First what rings, then the timer that it may have started, then what both signal. */
 void baton_doorbell_close(struct baton_file *file)
 {
-	free_irq(file->irq, file->doorbell);
-	irq_dispose_mapping(file->irq);
-	eventfd_ctx_put(file->doorbell);
+	struct baton_bell *bell = &file->bell;
+
+	free_irq(bell->irq, bell);
+	irq_dispose_mapping(bell->irq);
+	timer_delete_sync(&bell->timer);
+	eventfd_ctx_put(bell->eventfd);
+	bell->eventfd = NULL;
+	bell->place = 0;
 }
 
 int baton_doorbell_open(struct baton_call *call)
 {
-	struct irq_alloc_info info = { .type = X86_IRQ_ALLOC_TYPE_PCI_MSI, .mask = cpumask_of(0) };
+	struct baton_bell *bell = &call->file->bell;
 	struct baton_doorbell *arg = call->arg;
 	struct eventfd_ctx *eventfd;
-	struct irq_cfg *cfg;
-	int irq, ret;
+	int ret;
 
+	if (arg->instance)
+		return -EINVAL;
 	guard(mutex)(&baton_lock);
-	if (call->file->doorbell)
+	if (bell->eventfd)
 		return -EBUSY;
 	eventfd = eventfd_ctx_fdget(arg->eventfd);
 	if (IS_ERR(eventfd))
 		return -EINVAL;
-	ret = irq = irq_domain_alloc_irqs(x86_vector_domain, 1, NUMA_NO_NODE, &info);
-	if (ret < 0)
-		goto put_eventfd;
-	irq_set_handler(irq, handle_edge_irq);
-	/* Before the start, so that it starts there; IRQF_NOBALANCING then keeps it, against user space as well. */
-	ret = irq_set_affinity(irq, cpumask_of(0)) ?:
-	      request_irq(irq, doorbell_rings, IRQF_NOBALANCING, "baton-doorbell", eventfd);
-	if (ret)
-		goto dispose_irq;
-	cfg = irqd_cfg(irq_get_irq_data(irq));
-	arg->apic_id = cfg->dest_apicid;
-	arg->vector = cfg->vector;
+	bell->eventfd = eventfd;
+	bell->window_end = jiffies;
+	timer_setup(&bell->timer, bell_window_ends, 0);
+	ret = request_vector(bell);
+	if (ret) {
+		eventfd_ctx_put(eventfd);
+		bell->eventfd = NULL;
+		return ret;
+	}
+	arg->apic_id = lower_32_bits(bell->place);
+	arg->vector = upper_32_bits(bell->place);
 	ret = baton_reply(call);
 	if (ret)
-		goto free_irq;
-	call->file->doorbell = eventfd;
-	call->file->irq = irq;
-	return 0;
-
-free_irq:
-	free_irq(irq, eventfd);
-dispose_irq:
-	irq_dispose_mapping(irq);
-put_eventfd:
-	eventfd_ctx_put(eventfd);
+		baton_doorbell_close(call->file);
 	return ret;
 }
 
-static bool may_ring(u32 apic_id, u32 vector)
+static bool can_be_bell(u32 apic_id, u32 vector)
 {
 	return apic_id_is_valid(apic_id) && vector >= 32 && vector <= 255;
+}
+
+/* The predecessor's bell, which is no instance's. Once for each file, so that it cannot be moved later. */
+int baton_doorbell_connect(struct baton_call *call)
+{
+	const struct baton_doorbell *arg = call->arg;
+
+	if (arg->instance || !can_be_bell(arg->apic_id, arg->vector))
+		return -EINVAL;
+	guard(mutex)(&baton_lock);
+	if (call->file->peer || apic_id_is_online(arg->apic_id) || given_to(arg->apic_id) != BATON_SELF)
+		return -EBUSY;
+	WRITE_ONCE(call->file->peer, bell_place(arg->apic_id, arg->vector));
+	return 0;
+}
+
+/* A file's own bell can be rung as well, to try it. */
+static bool may_ring(const struct baton_file *file, const struct baton_doorbell *arg)
+{
+	u64 place = bell_place(arg->apic_id, arg->vector);
+
+	if (arg->instance != BATON_SELF)
+		return given_to(arg->apic_id) == arg->instance;
+	if (place == READ_ONCE(file->bell.place))
+		return true;
+	return place == READ_ONCE(file->peer) && !apic_id_is_online(arg->apic_id);
 }
 
 /* Does not wait for delivery: the next write does, and a ring must not cost more than it has to. */
 int baton_doorbell_ring(struct baton_call *call)
 {
-	struct baton_doorbell *arg = call->arg;
+	const struct baton_doorbell *arg = call->arg;
 
-	if (!may_ring(arg->apic_id, arg->vector))
+	if (!can_be_bell(arg->apic_id, arg->vector))
 		return -EINVAL;
+	guard(rcu)();
+	if (!may_ring(call->file, arg))
+		return -ENOENT;
 	return write_icr(arg->apic_id, APIC_DM_FIXED | arg->vector);
 }
 
@@ -279,7 +379,7 @@ static struct {
 static int notice_panic(struct notifier_block *block, unsigned long action, void *message)
 {
 	WRITE_ONCE(*notice.word, notice.arg.value);
-	if (notice.arg.vector)
+	if (notice.arg.vector && !apic_id_is_online(notice.arg.apic_id))
 		write_icr(notice.arg.apic_id, APIC_DM_FIXED | notice.arg.vector);
 	return NOTIFY_DONE;
 }
@@ -292,11 +392,14 @@ int baton_panic_notice_set(struct baton_call *call)
 	struct baton_memory *memory;
 	u64 *word;
 
-	if (arg->reserved || !IS_ALIGNED(arg->pa, sizeof(u64)) || (arg->vector && !may_ring(arg->apic_id, arg->vector)))
+	if (arg->reserved || !IS_ALIGNED(arg->pa, sizeof(u64)) ||
+	    (arg->vector && !can_be_bell(arg->apic_id, arg->vector)))
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
 	if (notice.word)
 		return -EBUSY;
+	if (arg->vector && bell_place(arg->apic_id, arg->vector) != call->file->peer)
+		return -ENOENT;
 	memory = baton_memory_find(arg->pa, sizeof(u64));
 	if (!memory)
 		return -ENOENT;

@@ -125,7 +125,9 @@ int baton_instance_destroy(struct baton_call *call)
 	label = find_label(arg->id);
 	if (!label)
 		return -ENOENT;
-	ret = baton_cpus_recorded(label->id) ? -EBUSY : baton_memory_give_back_all(label->id);
+	if (baton_cpus_recorded(label->id))
+		return -EBUSY;
+	ret = baton_memory_give_back_all(label->id);
 	if (ret)
 		return ret;
 	list_del(&label->node);

@@ -110,8 +110,10 @@ int baton_yield(struct baton_call *call)
 	if (!baton_memory_find(arg->table_pa, PAGE_SIZE) || !baton_memory_find(arg->ident_pa, PAGE_SIZE))
 		return -ENOENT;
 	u64 *table __free(memunmap) = memremap(arg->table_pa, PAGE_SIZE, MEMREMAP_WB);
+	if (!table)
+		return -ENOMEM;
 	u64 *ident __free(memunmap) = memremap(arg->ident_pa, PAGE_SIZE, MEMREMAP_WB);
-	if (!table || !ident)
+	if (!ident)
 		return -ENOMEM;
 	guard(no_hotplug)();
 	if (num_online_cpus() != 1)

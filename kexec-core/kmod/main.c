@@ -5,7 +5,7 @@
  * Mechanism only: memory, CPUs, doorbells, leaving this kernel and coming back, chosen PCI functions. Why and when is
  * decided in user space; whatever can be computed there, is.
  *
- * 1. A caller with CAP_SYS_ADMIN opens /dev/baton and creates an instance.
+ * 1. A caller with CAP_SYS_ADMIN and, as for kexec, CAP_SYS_BOOT opens /dev/baton and creates an instance.
  * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
  * 3. Doorbells, panic notices and mappings of memory are files: they end with their file, also when its owner dies.
  * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may
@@ -44,12 +44,14 @@ static int baton_info(struct baton_call *call)
 	info->memory_block_size = memory_block_size_bytes();
 	info->possible_cpus = nr_cpu_ids;
 	info->instances = baton_instances_count();
+	info->rings = READ_ONCE(call->file->bell.rings);
+	info->muffled = READ_ONCE(call->file->bell.muffled);
 	return baton_reply(call);
 }
 
 /*
  * @min_size: up to the last field without which the call means nothing; shorter is EINVAL.
- * @mutates: needs CAP_SYS_ADMIN, no lockdown, and a machine where the ways of baton.ko are open.
+ * @mutates: needs CAP_SYS_ADMIN and CAP_SYS_BOOT, no lockdown, and a machine where the ways of baton.ko are open.
  */
 struct baton_op {
 	unsigned int cmd;
@@ -80,6 +82,7 @@ static const struct baton_op baton_ops[] = {
 	OP(CPU_TAKE, baton_cpu_take, baton_cpu, how, true),
 	OP(DOORBELL_OPEN, baton_doorbell_open, baton_doorbell, vector, true),
 	OP(DOORBELL_RING, baton_doorbell_ring, baton_doorbell, vector, true),
+	OP(DOORBELL_CONNECT, baton_doorbell_connect, baton_doorbell, vector, true),
 	OP(YIELD, baton_yield, baton_yield, ident_pa, true),
 	OP(PCI_ADD, baton_pci_add, baton_pci, functions, true),
 	OP(PCI_REMOVE, baton_pci_remove, baton_pci, domain, true),
@@ -88,7 +91,7 @@ static const struct baton_op baton_ops[] = {
 
 static int baton_may_mutate(void)
 {
-	if (!capable(CAP_SYS_ADMIN) || security_locked_down(LOCKDOWN_KEXEC))
+	if (!capable(CAP_SYS_ADMIN) || !capable(CAP_SYS_BOOT) || security_locked_down(LOCKDOWN_KEXEC))
 		return -EPERM;
 	/* Page tables of our own need plain physical addresses, INIT/SIPI a real (or fully virtualised) APIC. */
 	if (cc_platform_has(CC_ATTR_MEM_ENCRYPT) || cpu_feature_enabled(X86_FEATURE_XENPV) ||
@@ -136,7 +139,7 @@ static int baton_close(struct inode *inode, struct file *file)
 
 	if (open->has_notice)
 		baton_panic_notice_clear();
-	if (open->doorbell)
+	if (open->bell.eventfd)
 		baton_doorbell_close(open);
 	kfree(open);
 	return 0;

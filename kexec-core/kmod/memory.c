@@ -13,12 +13,15 @@
  * Pages that were ALLOCated are zero. Pages taken as RESERVED or OUTSIDE keep their content: that is their point.
  */
 #include <linux/anon_inodes.h>
+#include <linux/capability.h>
 #include <linux/file.h>
 #include <linux/memory.h>
 #include <linux/memory_hotplug.h>
 #include <linux/pagemap.h>
 #include <linux/sched/signal.h>
 #include <linux/shmem_fs.h>
+#include <asm/e820/api.h>
+#include <asm/pgtable.h>
 #include "baton.h"
 #include "compat.h"
 
@@ -46,13 +49,19 @@ static int add_size(struct resource *res, void *sum)
 	return 0;
 }
 
-/* How many bytes of the range this kernel calls System RAM, its own or hot-added. */
-static u64 ram_bytes(u64 start, u64 len)
+/* How many bytes of the range are resources of this kind. */
+static u64 resource_bytes(u64 start, u64 len, unsigned long flags)
 {
 	u64 sum = 0;
 
-	walk_iomem_res_desc(IORES_DESC_NONE, IORESOURCE_SYSTEM_RAM, start, start + len - 1, &sum, add_size);
+	walk_iomem_res_desc(IORES_DESC_NONE, flags, start, start + len - 1, &sum, add_size);
 	return sum;
+}
+
+/* System RAM of this kernel, its own or hot-added. */
+static u64 ram_bytes(u64 start, u64 len)
+{
+	return resource_bytes(start, len, IORESOURCE_SYSTEM_RAM);
 }
 
 /* Not free_contig_range(): a page that was in a memfd may be charged to a cgroup, which only the last put ends. */
@@ -64,10 +73,14 @@ static void give_back_pages(u64 start, u64 len)
 	}
 }
 
-/* alloc_contig_range() wants one zone at a time. It moves what can be moved; EBUSY when something cannot be. */
+/*
+ * alloc_contig_range() wants one zone at a time. It moves what can be moved; EBUSY when something cannot be.
+ * Not every kernel of ours heeds __GFP_ZERO there, so the pages are cleared here: they are to be mapped by a service.
+ */
 static int take_alloc(u64 start, u64 len)
 {
 	unsigned long end = PHYS_PFN(start + len), next;
+	int ret = 0;
 
 	if (ram_bytes(start, len) != len)
 		return -ERANGE;
@@ -75,27 +88,63 @@ static int take_alloc(u64 start, u64 len)
 		if (!pfn_to_online_page(pfn))
 			return -ERANGE;
 	for (unsigned long pfn = PHYS_PFN(start); pfn < end; pfn = next) {
-		int ret = fatal_signal_pending(current) ? -EINTR : 0;
-
 		next = min3(end, ALIGN_DOWN(pfn, CHUNK_PAGES) + CHUNK_PAGES, zone_end_pfn(page_zone(pfn_to_page(pfn))));
-		ret = ret ?: alloc_contig_range(pfn, next, ACR_FLAGS_NONE, GFP_KERNEL | __GFP_ZERO | __GFP_NOWARN);
+		if (fatal_signal_pending(current))
+			ret = -EINTR;
+		else
+			ret = alloc_contig_range(pfn, next, ACR_FLAGS_NONE, GFP_KERNEL | __GFP_NOWARN);
 		if (ret) {
 			give_back_pages(start, PFN_PHYS(pfn) - start);
 			return ret;
 		}
+		for_each_pfn(taken, PFN_PHYS(pfn), PFN_PHYS(next - pfn)) {
+			memset(page_address(pfn_to_page(taken)), 0, PAGE_SIZE);
+			cond_resched();
+		}
+	}
+	return 0;
+}
+
+/*
+ * Memory that the map of boot calls reserved (memmap=, a control block) and that nobody uses. Not what it is silent
+ * about: device registers, RAM that mem= hides. Below the ISA hole it is the other way round: a successor's map is
+ * silent about all low memory that is not its own, and what is reserved there is the firmware's.
+ */
+static int take_outside(u64 start, u64 len)
+{
+	if (!capable(CAP_SYS_RAWIO))	/* as for /dev/mem */
+		return -EPERM;
+	if (ram_bytes(start, len))
+		return -EEXIST;
+	if (start + len <= ISA_START_ADDRESS)
+		return e820__mapped_any(start, start + len, 0) ? -ERANGE : 0;
+	if (resource_bytes(start, len, IORESOURCE_MEM | IORESOURCE_BUSY))
+		return -ERANGE;
+	for_each_pfn(pfn, start, len) {
+		if (!e820__mapped_any(PFN_PHYS(pfn), PFN_PHYS(pfn + 1), E820_TYPE_RESERVED))
+			return -ERANGE;
 		cond_resched();
 	}
 	return 0;
 }
 
-static int take_outside(u64 start, u64 len)
+/* The kernel's image is all that is mapped at __START_KERNEL_map: what the kernel frees of it is unmapped there. */
+static bool is_kernel_image(unsigned long pfn)
 {
-	return ram_bytes(start, len) ? -EEXIST : 0;
+	unsigned long address = PFN_PHYS(pfn) - phys_base + __START_KERNEL_map;
+	unsigned int level;
+	pte_t *pte;
+
+	if (address < __START_KERNEL_map || address - __START_KERNEL_map >= KERNEL_IMAGE_SIZE)
+		return false;
+	pte = lookup_address(address, &level);
+	return pte && pte_present(*pte);
 }
 
 /*
- * Reserved at boot. Or preserved by KHO, which marks the private word of each piece (kexec_handover.c):
- * just this range, divided as kho_preserve_pages() does it. kho_restore_pages() warns at others, and stops half-way.
+ * Reserved at boot, and not for the kernel's image. Or preserved by KHO, which marks the private word of each piece
+ * (kexec_handover.c): just this range, divided as kho_preserve_pages() does it. kho_restore_pages() warns at others,
+ * and stops half-way.
  */
 #define KHO_MARK(order) (0x4b484f50ull << 32 | (order))
 static bool all_kept(u64 start, u64 len, bool by_kho)
@@ -106,7 +155,9 @@ static bool all_kept(u64 start, u64 len, bool by_kho)
 		struct page *page = pfn_to_online_page(pfn);
 
 		order = by_kho ? min_t(int, __ffs(pfn | BIT(63)), ilog2(end - pfn)) : 0;
-		if (!page || (by_kho ? page_private(page) != KHO_MARK(order) : !PageReserved(page)))
+		if (!page || (by_kho && page_private(page) != KHO_MARK(order)))
+			return false;
+		if (!by_kho && (!PageReserved(page) || is_kernel_image(pfn)))
 			return false;
 	}
 	return true;
@@ -114,7 +165,7 @@ static bool all_kept(u64 start, u64 len, bool by_kho)
 
 /*
  * What free_reserved_page() does, less the freeing. PageReserved can be trusted even with DEFERRED_STRUCT_PAGE_INIT;
- * but the kernel's own memory of boot has it too, and nothing tells it apart: the caller must know what is its own.
+ * but what the kernel allocated at boot has it too. Its image is told apart, the rest the caller must know.
  */
 static int take_reserved(u64 start, u64 len)
 {
@@ -134,9 +185,14 @@ static int take_reserved(u64 start, u64 len)
 	return 0;
 }
 
+/* RAM, every page of it: firmware and memmap= reserve pages below 1 MiB that have a struct page as well. */
 static int take_borrow(u64 start, u64 len)
 {
-	return start + len > SZ_1M ? -ERANGE : all_kept(start, len, false) ? 0 : -EINVAL;
+	if (start + len > SZ_1M)
+		return -ERANGE;
+	if (ram_bytes(start, len) != len || !all_kept(start, len, false))
+		return -EINVAL;
+	return 0;
 }
 
 static int (* const ways[])(u64 start, u64 len) = {
@@ -171,18 +227,24 @@ static bool overlaps_any(u64 start, u64 len)
 int baton_mem_take(struct baton_call *call)
 {
 	const struct baton_mem *arg = call->arg;
-	int ret = check_range(arg->start, arg->len);
+	int ret;
 
-	if (arg->reserved || arg->how >= ARRAY_SIZE(ways) || ret)
-		return ret ?: -EINVAL;
+	if (arg->reserved || arg->how >= ARRAY_SIZE(ways))
+		return -EINVAL;
+	ret = check_range(arg->start, arg->len);
+	if (ret)
+		return ret;
 	struct baton_memory *memory __free(kfree) = kzalloc(sizeof(*memory), GFP_KERNEL);
 	if (!memory)
 		return -ENOMEM;
 	*memory = (struct baton_memory) { .start = arg->start, .len = arg->len, .instance = arg->instance,
 		.has_pages = arg->how == BATON_MEM_ALLOC || arg->how == BATON_MEM_RESERVED };
 	guard(mutex)(&baton_lock);
-	ret = !baton_instance_exists(arg->instance) ? -ENOENT : overlaps_any(arg->start, arg->len) ? -EEXIST :
-	      ways[arg->how](arg->start, arg->len);
+	if (!baton_instance_exists(arg->instance))
+		return -ENOENT;
+	if (overlaps_any(arg->start, arg->len))
+		return -EEXIST;
+	ret = ways[arg->how](arg->start, arg->len);
 	if (ret)
 		return ret;
 	list_add_tail(&no_free_ptr(memory)->node, &memories);
@@ -213,18 +275,22 @@ static void give_back(struct baton_memory *memory)
 int baton_mem_give_back(struct baton_call *call)
 {
 	const struct baton_mem *arg = call->arg;
-	int ret = check_range(arg->start, arg->len);
 	struct baton_memory *memory;
+	int ret;
 
-	if (arg->reserved || ret)
-		return ret ?: -EINVAL;
+	if (arg->reserved)
+		return -EINVAL;
+	ret = check_range(arg->start, arg->len);
+	if (ret)
+		return ret;
 	guard(mutex)(&baton_lock);
 	memory = baton_memory_find(arg->start, arg->len);
 	if (!memory || memory->instance != arg->instance)
 		return -ENOENT;
 	if (memory->start != arg->start || memory->len != arg->len)
 		return -EINVAL;
-	if (!is_idle(memory))
+	/* A CPU of the instance may run in any of its memory. */
+	if (baton_cpus_recorded(memory->instance) || !is_idle(memory))
 		return -EBUSY;
 	give_back(memory);
 	return 0;
@@ -257,18 +323,22 @@ static int map_pages(struct vm_area_struct *vma, unsigned long pfn)
 {
 	enum { BATCH = 256 };
 	struct page **pages __free(kfree) = kmalloc_array(BATCH, sizeof(*pages), GFP_KERNEL);
-	int ret = pages ? 0 : -ENOMEM;
+	int ret;
 
+	if (!pages)
+		return -ENOMEM;
 	vm_flags_set(vma, VM_MIXEDMAP | VM_DONTEXPAND | VM_DONTDUMP);
-	for (unsigned long addr = vma->vm_start; addr < vma->vm_end && !ret; addr += BATCH * PAGE_SIZE) {
+	for (unsigned long addr = vma->vm_start; addr < vma->vm_end; addr += BATCH * PAGE_SIZE) {
 		unsigned long count = min(BATCH, (vma->vm_end - addr) >> PAGE_SHIFT);
 
 		for (unsigned long i = 0; i < count; i++)
 			pages[i] = pfn_to_page(pfn++);
 		ret = vm_insert_pages(vma, addr, pages, &count);
+		if (ret)
+			return ret;
 		cond_resched();
 	}
-	return ret;
+	return 0;
 }
 
 /*
@@ -306,12 +376,15 @@ static const struct file_operations part_fops = {
 int baton_mem_fd(struct baton_call *call)
 {
 	struct baton_mem_fd *arg = call->arg;
-	int ret = check_range(arg->start, arg->len);
 	struct baton_memory *memory;
 	struct file *file;
+	int ret;
 
-	if (arg->reserved || arg->flags & ~(BATON_FD_READONLY | BATON_FD_PAGES) || ret)
-		return ret ?: -EINVAL;
+	if (arg->reserved || arg->flags & ~(BATON_FD_READONLY | BATON_FD_PAGES))
+		return -EINVAL;
+	ret = check_range(arg->start, arg->len);
+	if (ret)
+		return ret;
 	guard(mutex)(&baton_lock);
 	memory = baton_memory_find(arg->start, arg->len);
 	if (!memory)
@@ -349,88 +422,132 @@ static int file_page(struct inode *inode, pgoff_t index, struct folio *new, bool
 
 	if (ret)
 		return ret;
-	if (old != new) {
-		folio_lock(new);
-		unmap_mapping_pages(inode->i_mapping, index, 1, false);
-		ret = folio_test_large(old) ? -EOPNOTSUPP : new->mapping || folio_maybe_dma_pinned(old) ? -EBUSY : 0;
-		if (!ret && !keep)
+	if (old == new)
+		goto put_old;
+	folio_lock(new);
+	unmap_mapping_pages(inode->i_mapping, index, 1, false);
+	if (folio_test_large(old)) {
+		ret = -EOPNOTSUPP;
+	} else if (new->mapping || folio_maybe_dma_pinned(old)) {
+		ret = -EBUSY;
+	} else {
+		if (!keep)
 			folio_copy(new, old);
-		if (!ret) {
-			folio_mark_uptodate(new);
-			folio_set_swapbacked(new);	/* first: the counters of shmem go by it */
-			replace_page_cache_folio(old, new);
-			folio_mark_dirty(new);
-		}
-		folio_unlock(new);
+		folio_mark_uptodate(new);
+		folio_set_swapbacked(new);	/* first: the counters of shmem go by it */
+		replace_page_cache_folio(old, new);
+		folio_mark_dirty(new);
 	}
+	folio_unlock(new);
+put_old:
 	folio_unlock(old);
 	folio_put(old);
 	return ret;
 }
 
+static int file_pages(struct inode *inode, struct baton_memory *memory, const struct baton_mem_file *arg)
+{
+	u64 size = PAGE_ALIGN(i_size_read(inode));
+	int ret;
+
+	if (arg->offset >= size || arg->len > size - arg->offset)
+		return -ERANGE;
+	memory->filed = true;
+	for (u64 at = 0; at < arg->len; at += PAGE_SIZE) {
+		if (fatal_signal_pending(current))
+			return -EINTR;
+		ret = file_page(inode, PHYS_PFN(arg->offset + at), pfn_folio(PHYS_PFN(arg->start + at)),
+				arg->flags & BATON_FILE_KEEP);
+		if (ret)
+			return ret;
+		cond_resched();
+	}
+	return 0;
+}
+
 int baton_mem_file(struct baton_call *call)
 {
 	const struct baton_mem_file *arg = call->arg;
-	int ret = check_range(arg->start, arg->len);
 	struct baton_memory *memory;
+	struct inode *inode;
+	int ret;
 
+	if (arg->reserved || arg->flags & ~BATON_FILE_KEEP || !PAGE_ALIGNED(arg->offset))
+		return -EINVAL;
+	ret = check_range(arg->start, arg->len);
+	if (ret)
+		return ret;
 	CLASS(fd, file)(arg->fd);
-	struct inode *inode = fd_empty(file) ? NULL : file_inode(fd_file(file));
-	if (arg->reserved || arg->flags & ~BATON_FILE_KEEP || !inode || !shmem_mapping(inode->i_mapping) || ret ||
-	    !PAGE_ALIGNED(arg->offset))
-		return ret ?: -EINVAL;
+	if (fd_empty(file) || !shmem_mapping(file_inode(fd_file(file))->i_mapping))
+		return -EINVAL;
+	inode = file_inode(fd_file(file));
 	guard(mutex)(&baton_lock);
 	memory = baton_memory_find(arg->start, arg->len);
-	if (!memory || !memory->has_pages)
-		return memory ? -EINVAL : -ENOENT;
+	if (!memory)
+		return -ENOENT;
+	if (!memory->has_pages)
+		return -EINVAL;
 	/* A page's count of mappings must be one file's, so what is filed is not mapped by page, and the reverse. */
 	if (memory->users && !memory->filed)
 		return -EBUSY;
 	inode_lock(inode);
-	u64 size = PAGE_ALIGN(i_size_read(inode));
-	ret = arg->offset < size && arg->len <= size - arg->offset ? 0 : -ERANGE;
-	memory->filed |= !ret;
-	for (u64 at = 0; at < arg->len && !ret; at += PAGE_SIZE) {
-		ret = file_page(inode, PHYS_PFN(arg->offset + at), pfn_folio(PHYS_PFN(arg->start + at)),
-				arg->flags & BATON_FILE_KEEP) ?: fatal_signal_pending(current) ? -EINTR : 0;
-		cond_resched();
-	}
+	ret = file_pages(inode, memory, arg);
 	inode_unlock(inode);
 	return ret;
+}
+
+static int adopt_reserved(u64 start, u64 len)
+{
+	int ret = take_reserved(start, len);
+
+	if (ret)
+		return ret;
+	for_each_pfn(pfn, start, len)	/* told, but no reason to refuse: nobody has them from us */
+		if (page_count(pfn_to_page(pfn)) != 1)
+			pr_notice("baton: page %lx has %d users\n", pfn, page_count(pfn_to_page(pfn)));
+	give_back_pages(start, len);
+	return 0;
+}
+
+static int adopt_blocks(u64 start, u64 len)
+{
+	u64 grain = memory_block_size_bytes();
+	/* The resource tree points to it for ever, and is never freed: the module can be exchanged for a newer one. */
+	static const char *name;
+	int ret, nid;
+
+	if (!IS_ALIGNED(start, grain) || !IS_ALIGNED(len, grain))
+		return -EINVAL;
+	/* What the map of boot has another word for is no RAM that was kept from this kernel. */
+	if (e820__mapped_any(start, start + len, 0))
+		return -ERANGE;
+	if (!name)
+		name = kstrdup("System RAM (baton)", GFP_KERNEL);
+	if (!name)
+		return -ENOMEM;
+	nid = memory_add_physaddr_to_nid(start);
+	if (nid == NUMA_NO_NODE)
+		nid = first_online_node;
+	ret = add_memory_driver_managed(nid, start, len, name, MHP_NONE);
+	return ret == -E2BIG ? -ERANGE : ret;	/* E2BIG: beyond what the direct map can hold */
 }
 
 int baton_mem_adopt(struct baton_call *call)
 {
 	const struct baton_adopt *arg = call->arg;
-	int ret = check_range(arg->start, arg->len), nid;
-	u64 grain = memory_block_size_bytes();
-	/* The resource tree points to it for ever, and is never freed: the module can be exchanged for a newer one. */
-	static const char *name;
+	int ret;
 
-	if (arg->reserved || ret)
-		return ret ?: -EINVAL;
+	if (arg->reserved)
+		return -EINVAL;
+	ret = check_range(arg->start, arg->len);
+	if (ret)
+		return ret;
 	guard(mutex)(&baton_lock);
 	if (overlaps_any(arg->start, arg->len))
 		return -EEXIST;
-	if (ram_bytes(arg->start, arg->len)) {
-		ret = take_reserved(arg->start, arg->len);
-		if (ret)
-			return ret;
-		for_each_pfn(pfn, arg->start, arg->len)	/* told, but no reason to refuse: nobody has them from us */
-			if (page_count(pfn_to_page(pfn)) != 1)
-				pr_notice("baton: page %lx has %d users\n", pfn, page_count(pfn_to_page(pfn)));
-		give_back_pages(arg->start, arg->len);
-		return 0;
-	}
-	if (!IS_ALIGNED(arg->start, grain) || !IS_ALIGNED(arg->len, grain))
-		return -EINVAL;
-	name = name ?: kstrdup("System RAM (baton)", GFP_KERNEL);
-	if (!name)
-		return -ENOMEM;
-	nid = memory_add_physaddr_to_nid(arg->start);
-	ret = add_memory_driver_managed(nid == NUMA_NO_NODE ? first_online_node : nid, arg->start, arg->len, name,
-					MHP_NONE);
-	return ret == -E2BIG ? -ERANGE : ret;	/* E2BIG: beyond what the direct map can hold */
+	if (ram_bytes(arg->start, arg->len))
+		return adopt_reserved(arg->start, arg->len);
+	return adopt_blocks(arg->start, arg->len);
 }
 
 /* "<bytes> <ranges>". BATON_SELF: its System RAM, less what it allocated for others; /proc/iomem says where that is. */

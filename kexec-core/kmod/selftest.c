@@ -4,9 +4,11 @@
  *
  *   selftest --layout      only the struct sizes and offsets, for whoever mirrors them (needs no module)
  *   selftest [options]     as root, on a machine that has nothing better to do: CPUs go offline and come back
- *     --outside PA         2 MiB of memory that this kernel does not know (mem= on its command line)
- *     --adopt PA           a memory block that this kernel does not know, hot-added for good
+ *     --outside PA         2 MiB of memory that was reserved on this kernel's command line (memmap=2M$PA)
+ *     --not-ours PA        a page that no way of taking memory may give out; as often as there are such pages
+ *     --adopt PA           a memory block that this kernel does not know (mem=), hot-added for good
  *     --pci ECAM BDF       a function to show through a root of ours (the kernel booted with pci=off)
+ *     --behind BDF BDF     a bridge, and a function behind it
  *     --panic PA           last of all: panic, with a notice into the word at PA
  *     --lockdown           last of all: lock the kernel down and see every changing call refused
  * RESERVED is tested where the kernel was booted with crashkernel= and nothing is loaded there.
@@ -14,8 +16,10 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/capability.h>
 #include <linux/futex.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -356,6 +360,7 @@ static void test_memory(void)
 {
 	uint64_t at, len = 128 * MIB, start = 0, end = 0, ram_end = 0;
 	uint32_t id, other;
+	struct baton_adopt adopt = { .size = sizeof(adopt), .len = PAGE };
 	char row[512], want[128];
 	long before, total, held = 0, lost;
 	int rounds = 0;
@@ -384,8 +389,18 @@ static void test_memory(void)
 	is("TAKE RESERVED: not reserved", take(id, BATON_MEM_RESERVED, at + len, PAGE), EINVAL);
 	is("TAKE RESERVED: no RAM", take(id, BATON_MEM_RESERVED, 0xfee00000, PAGE), EINVAL);
 	is("TAKE BORROW: above 1 MiB", take(id, BATON_MEM_BORROW, MIB, PAGE), ERANGE);
-	if (iomem("Kernel code", 0, &start, &end))
+	if (truth("where the kernel's image is", iomem("Kernel code", 0, &start, &end))) {
 		is("TAKE ALLOC: where nothing can be moved", take(id, BATON_MEM_ALLOC, start & ~(PAGE - 1), 2 * MIB), EBUSY);
+		is("TAKE RESERVED: the kernel's text", take(id, BATON_MEM_RESERVED, start & ~(PAGE - 1), PAGE), EINVAL);
+		adopt.start = start & ~(PAGE - 1);
+		is("ADOPT: the kernel's text", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt), EINVAL);
+	}
+	if (iomem("Kernel bss", 0, &start, &end))
+		is("TAKE RESERVED: the kernel's data", take(id, BATON_MEM_RESERVED, start & ~(PAGE - 1), PAGE), EINVAL);
+	is("TAKE OUTSIDE: the local APIC", take(id, BATON_MEM_OUTSIDE, 0xfee00000, PAGE), ERANGE);
+	is("TAKE OUTSIDE: the I/O APIC", take(id, BATON_MEM_OUTSIDE, 0xfec00000, PAGE), ERANGE);
+	is("TAKE OUTSIDE: the VGA's memory", take(id, BATON_MEM_OUTSIDE, 0xa0000, PAGE), ERANGE);
+	is("TAKE OUTSIDE: the firmware", take(id, BATON_MEM_OUTSIDE, 0xf0000, PAGE), ERANGE);
 	is("TAKE BORROW", take(id, BATON_MEM_BORROW, SIPI_PAGE, PAGE), 0);
 	is("MEM_FD: PAGES of borrowed memory", mem_fd(SIPI_PAGE, PAGE, BATON_FD_PAGES), EINVAL);
 	is("GIVE_BACK: a part", give_back(id, at, PAGE), EINVAL);
@@ -410,6 +425,53 @@ static void test_memory(void)
 	lost = before - free_kib(id);
 	printf("# MemFree is %ld KiB lower while 128 MiB are taken, %ld KiB lower in the end\n", held, lost);
 	truth("20 times taken and given back: nothing is lost", rounds == 20 && lost < 1024 && meminfo("MemTotal") == total);
+	is("DESTROY", destroy(id), 0);
+}
+
+/* What somebody has had is not shown to whoever has it next, whatever init_on_alloc= says. */
+static void test_zero(void)
+{
+	uint64_t at, len = 4 * MIB, *content, seen = 0;
+	uint32_t id;
+
+	create("zero", &id);
+	at = alloc_anywhere(id, len);
+	content = map(at, len);
+	if (!truth("memory to be left dirty", at && content != MAP_FAILED))
+		return;
+	memset(content, 0xa5, len);
+	munmap(content, len);
+	is("GIVE_BACK", give_back(id, at, len), 0);
+	is("TAKE ALLOC: the same again", take(id, BATON_MEM_ALLOC, at, len), 0);
+	content = map(at, len);
+	for (uint64_t i = 0; i < len / 8; i++)
+		seen |= content[i];
+	truth("it is zero", !seen);
+	munmap(content, len);
+	is("DESTROY", destroy(id), 0);
+}
+
+static void test_not_ours(uint64_t pa)
+{
+	struct baton_adopt adopt = { .size = sizeof(adopt), .start = pa, .len = PAGE };
+	uint32_t id;
+	int ret;
+
+	create("not-ours", &id);
+	printf("# %#lx\n", pa);
+	for (uint32_t how = BATON_MEM_ALLOC; how <= BATON_MEM_BORROW; how++) {
+		ret = take(id, how, pa, PAGE);
+		truth("TAKE: what is not ours", ret && (errno == ERANGE || errno == EINVAL));
+	}
+	truth("ADOPT: what is not ours", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt) && (errno == ERANGE || errno == EINVAL));
+	adopt.start = pa / info.memory_block_size * info.memory_block_size;
+	adopt.len = info.memory_block_size;
+	truth("ADOPT: its block", ioctl(device, BATON_IOC_MEM_ADOPT, &adopt) && (errno == ERANGE || errno == EINVAL));
+	if (pa < MIB) {
+		ret = take(id, BATON_MEM_BORROW, pa - PAGE, 3 * PAGE);
+		truth("TAKE BORROW: with its neighbours", ret && errno == EINVAL);
+		is("TAKE OUTSIDE: with its neighbours", take(id, BATON_MEM_OUTSIDE, pa - PAGE, 3 * PAGE), EEXIST);
+	}
 	is("DESTROY", destroy(id), 0);
 }
 
@@ -525,8 +587,7 @@ static void test_adopt(uint64_t pa)
 		is("ADOPT: not a whole block", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EINVAL);
 		arg.len = info.memory_block_size;
 		create("holder", &id);
-		is("TAKE OUTSIDE: to be adopted", take(id, BATON_MEM_OUTSIDE, pa + arg.len - PAGE, PAGE), 0);
-		is("ADOPT: it holds an object", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), EEXIST);
+		is("TAKE OUTSIDE: what mem= hides", take(id, BATON_MEM_OUTSIDE, pa + arg.len - PAGE, PAGE), ERANGE);
 		is("DESTROY", destroy(id), 0);
 		is("ADOPT", ioctl(device, BATON_IOC_MEM_ADOPT, &arg), 0);
 		printf("# MemTotal grew by %ld of %llu KiB\n", meminfo("MemTotal") - total, arg.len >> 10);
@@ -548,39 +609,156 @@ static bool rings(int fd, int ms)
 	return poll(&arg, 1, ms) == 1 && read(fd, &count, 8) == 8;
 }
 
+static int ring(int file, uint32_t instance, uint32_t apic_id, uint32_t vector)
+{
+	struct baton_doorbell arg = {
+		.size = sizeof(arg), .instance = instance, .apic_id = apic_id, .vector = vector
+	};
+
+	return ioctl(file, BATON_IOC_DOORBELL_RING, &arg);
+}
+
+static int connect_bell(int file, uint32_t apic_id, uint32_t vector)
+{
+	struct baton_doorbell arg = { .size = sizeof(arg), .apic_id = apic_id, .vector = vector };
+
+	return ioctl(file, BATON_IOC_DOORBELL_CONNECT, &arg);
+}
+
+static double seconds(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec + now.tv_nsec / 1e9;
+}
+
+static void run_on(uint32_t number)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(number, &set);
+	sched_setaffinity(0, sizeof(set), &set);
+}
+
+/* How often CPU 0 comes round in half a second. */
+static double laps(void)
+{
+	double end = seconds() + 0.5, count = 0;
+
+	for (; seconds() < end; count++)
+		;
+	return count;
+}
+
+/* Another CPU rings as fast as it can. Most of it wakes nobody, and the last of it is heard. */
+static void test_flood(void)
+{
+	struct baton_info before = { .size = sizeof(before) }, after = { .size = sizeof(after) };
+	int file = open(BATON_DEVICE, O_RDWR | O_CLOEXEC), child;
+	struct baton_doorbell bell = { .size = sizeof(bell), .eventfd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK) };
+	uint64_t signals = 0, count = 0;
+	double quiet, busy, began, took;
+
+	if (info.possible_cpus < 2)
+		return skip("a flood", "there is only one CPU");
+	is("DOORBELL_OPEN", ioctl(file, BATON_IOC_DOORBELL_OPEN, &bell), 0);
+	run_on(0);
+	quiet = laps();
+	began = seconds();
+	child = fork();
+	if (!child) {
+		run_on(1);
+		for (;;)
+			ring(file, BATON_SELF, bell.apic_id, bell.vector);
+	}
+	busy = laps();
+	for (int i = 0; i < 100 && !ioctl(file, BATON_IOC_INFO, &after) && !after.muffled; i++)
+		usleep(100000);
+	kill(child, SIGKILL);
+	waitpid(child, NULL, 0);
+	is("INFO", ioctl(file, BATON_IOC_INFO, &before), 0);
+	took = seconds() - began;
+	usleep(100000);		/* ten times what the last signal may take */
+	is("INFO", ioctl(file, BATON_IOC_INFO, &after), 0);
+	if (read(bell.eventfd, &count, 8) == 8)
+		signals = count;
+	printf("# %llu rings in %.2f s, %llu muffled, %lu signals; CPU 0 did %.0f %% of its work meanwhile\n",
+	       after.rings, took, after.muffled, signals, 100 * busy / quiet);
+	truth("a flood is muffled", after.muffled && after.muffled < after.rings && after.rings == before.rings);
+	truth("each ring is signalled, or muffled", signals >= after.rings - after.muffled);
+	/* A window has 10 ms at least, 32 signals of its own and one at its end. */
+	truth("so many signals and no more", signals <= (uint64_t)(took / 0.010 + 2) * 33);
+	for (uint32_t i = 0; i < info.possible_cpus; i++)
+		run_on(i);
+	close(file);
+	close(bell.eventfd);
+}
+
 static void test_doorbell(void)
 {
-	struct baton_doorbell bell = { .size = sizeof(bell) }, ring, bad;
+	struct baton_doorbell bell = { .size = sizeof(bell) }, bad;
 	int file = open(BATON_DEVICE, O_RDWR | O_CLOEXEC);
-	struct timespec from, to;
+	uint32_t everybody = info.flags & BATON_INFO_X2APIC ? UINT32_MAX : 0xff, id;
+	double from;
 	int heard = 0;
 
 	bell.eventfd = -1;
 	is("DOORBELL_OPEN: no eventfd", ioctl(file, BATON_IOC_DOORBELL_OPEN, &bell), EINVAL);
 	bell.eventfd = eventfd(0, EFD_CLOEXEC);
+	bell.instance = 1;
+	is("DOORBELL_OPEN: for an instance", ioctl(file, BATON_IOC_DOORBELL_OPEN, &bell), EINVAL);
+	bell.instance = 0;
 	is("DOORBELL_OPEN", ioctl(file, BATON_IOC_DOORBELL_OPEN, &bell), 0);
 	printf("# apic id %u, vector %#x\n", bell.apic_id, bell.vector);
 	truth("it is on CPU 0", bell.apic_id == apic_id_of(0, NULL) && bell.vector >= 32);
 	bad = bell;
 	is("DOORBELL_OPEN: one per file", ioctl(file, BATON_IOC_DOORBELL_OPEN, &bad), EBUSY);
-	ring = bell;
-	clock_gettime(CLOCK_MONOTONIC, &from);
+	from = seconds();
+	for (int i = 0; i < 32; i++)
+		heard += !ring(file, BATON_SELF, bell.apic_id, bell.vector) && rings(bell.eventfd, 2000);
+	printf("# %.0f ns a ring\n", (seconds() - from) * 1e9 / 32);
 	for (int i = 0; i < 1000; i++)
-		heard += !ioctl(device, BATON_IOC_DOORBELL_RING, &ring) && rings(bell.eventfd, 2000);
-	clock_gettime(CLOCK_MONOTONIC, &to);
-	truth("1000 rings heard", heard == 1000);
-	printf("# %ld ns a ring\n", ((to.tv_sec - from.tv_sec) * 1000000000 + to.tv_nsec - from.tv_nsec) / 1000);
-	bad.vector = 31;
-	is("DOORBELL_RING: an exception's vector", ioctl(device, BATON_IOC_DOORBELL_RING, &bad), EINVAL);
-	bad.vector = 256;
-	is("DOORBELL_RING: no vector", ioctl(device, BATON_IOC_DOORBELL_RING, &bad), EINVAL);
-	bad = bell;
-	bad.apic_id = info.flags & BATON_INFO_X2APIC ? UINT32_MAX : 0xff;
-	is("DOORBELL_RING: everybody", ioctl(device, BATON_IOC_DOORBELL_RING, &bad), EINVAL);
+		heard += !ring(file, BATON_SELF, bell.apic_id, bell.vector) && rings(bell.eventfd, 2000);
+	truth("1032 rings heard", heard == 1032);
+	is("DOORBELL_RING: an exception's vector", ring(file, BATON_SELF, bell.apic_id, 31), EINVAL);
+	is("DOORBELL_RING: no vector", ring(file, BATON_SELF, bell.apic_id, 256), EINVAL);
+	is("DOORBELL_RING: everybody", ring(file, BATON_SELF, everybody, bell.vector), EINVAL);
+	is("DOORBELL_RING: another vector of this kernel", ring(file, BATON_SELF, bell.apic_id, 0xf8), ENOENT);
+	is("DOORBELL_RING: from a file without a bell", ring(device, BATON_SELF, bell.apic_id, bell.vector), ENOENT);
+	create("liar", &id);
+	is("DOORBELL_RING: an instance that says it runs here", ring(file, id, bell.apic_id, bell.vector), ENOENT);
+	is("DOORBELL_CONNECT: a CPU of this kernel", connect_bell(file, bell.apic_id, bell.vector), EBUSY);
+	is("DOORBELL_CONNECT: an exception's vector", connect_bell(file, 0x70, 31), EINVAL);
+	is("DOORBELL_CONNECT: everybody", connect_bell(file, everybody, 64), EINVAL);
+	is("DESTROY", destroy(id), 0);
 	close(file);
 	bell.eventfd = eventfd(0, EFD_CLOEXEC);
 	file = open(BATON_DEVICE, O_RDWR | O_CLOEXEC);
 	is("DOORBELL_OPEN: after the first one's file was closed", ioctl(file, BATON_IOC_DOORBELL_OPEN, &bell), 0);
+	close(file);
+}
+
+/* With a CPU that is offline here and recorded for @id. */
+static void test_bells_of_others(uint32_t id, uint32_t other, uint32_t apic_id)
+{
+	struct baton_panic_notice notice = { .size = sizeof(notice), .apic_id = apic_id, .vector = 64, .pa = SIPI_PAGE };
+	int file = open(BATON_DEVICE, O_RDWR | O_CLOEXEC);
+
+	is("DOORBELL_RING: a CPU of the instance", ring(device, id, apic_id, 64), 0);
+	is("DOORBELL_RING: in another's name", ring(device, other, apic_id, 64), ENOENT);
+	is("DOORBELL_RING: in nobody's name", ring(device, 4711, apic_id, 64), ENOENT);
+	is("DOORBELL_RING: it is not the predecessor's", ring(device, BATON_SELF, apic_id, 64), ENOENT);
+	is("DOORBELL_CONNECT: an instance's CPU", connect_bell(file, apic_id, 64), EBUSY);
+	is("TAKE RECORD", cpu(BATON_IOC_CPU_TAKE, id, apic_id, BATON_CPU_RECORD, 0), 0);
+	is("DOORBELL_RING: the CPU is no longer its", ring(device, id, apic_id, 64), ENOENT);
+	is("PANIC_NOTICE: a bell that was not connected", ioctl(file, BATON_IOC_PANIC_NOTICE, &notice), ENOENT);
+	is("DOORBELL_CONNECT: a CPU that is nobody's here", connect_bell(file, apic_id, 64), 0);
+	is("DOORBELL_CONNECT: once only", connect_bell(file, apic_id, 65), EBUSY);
+	is("DOORBELL_RING: the predecessor", ring(file, BATON_SELF, apic_id, 64), 0);
+	is("DOORBELL_RING: another vector there", ring(file, BATON_SELF, apic_id, 65), ENOENT);
+	is("DOORBELL_RING: from another file", ring(device, BATON_SELF, apic_id, 64), ENOENT);
 	close(file);
 }
 
@@ -601,6 +779,7 @@ static void test_cpus(void)
 	uint32_t last = info.possible_cpus - 1, apic_id = apic_id_of(last, NULL), id, other;
 	volatile uint32_t *word;
 	char row[512], want[64];
+	uint64_t at;
 	uint8_t *page;
 
 	if (!last)
@@ -623,11 +802,15 @@ static void test_cpus(void)
 	is("GIVE RECORD: to the same again", cpu(BATON_IOC_CPU_GIVE, id, apic_id, BATON_CPU_RECORD, 0), 0);
 	is("GIVE: it belongs to another", cpu(BATON_IOC_CPU_GIVE, other, apic_id, BATON_CPU_RECORD, 0), EBUSY);
 	is("TAKE: it belongs to another", cpu(BATON_IOC_CPU_TAKE, other, apic_id, BATON_CPU_RECORD, 0), EBUSY);
+	at = alloc_anywhere(id, PAGE);
+	truth("memory of an instance that has a CPU", at);
+	is("GIVE_BACK: a CPU is recorded", give_back(id, at, PAGE), EBUSY);
 	is("DESTROY: a CPU is recorded", destroy(id), EBUSY);
 	is("online a CPU that was given away", set_online(last, true), EBUSY);
-	snprintf(want, sizeof(want), " cpus created %u 0 - -\n", apic_id);
+	snprintf(want, sizeof(want), " cpus created %u 4096 %lx-%lx -\n", apic_id, at, (unsigned long)(at + PAGE - 1));
 	truth("its row in /proc/multikernel", proc_row(id, row, sizeof(row)) && strstr(row, want));
-	is("TAKE RECORD", cpu(BATON_IOC_CPU_TAKE, id, apic_id, BATON_CPU_RECORD, 0), 0);
+	test_bells_of_others(id, other, apic_id);
+	is("GIVE_BACK: the CPU has been taken back", give_back(id, at, PAGE), 0);
 
 	is("TAKE BORROW: the SIPI page", take(id, BATON_MEM_BORROW, SIPI_PAGE, PAGE), 0);
 	page = map(SIPI_PAGE, PAGE);
@@ -637,6 +820,9 @@ static void test_cpus(void)
 		*word = 0;
 		is("GIVE START", cpu(BATON_IOC_CPU_GIVE, id, apic_id, BATON_CPU_START, SIPI_PAGE), 0);
 		truth("it ran our code", becomes(word, 0x600d600d));
+		*word = 0;
+		is("GIVE START: again", cpu(BATON_IOC_CPU_GIVE, id, apic_id, BATON_CPU_START, SIPI_PAGE), 0);
+		truth("it began anew", becomes(word, 0x600d600d));
 		is("TAKE FENCE", cpu(BATON_IOC_CPU_TAKE, id, apic_id, BATON_CPU_FENCE, 0), 0);
 	}
 	munmap(page, PAGE);
@@ -722,10 +908,40 @@ static void test_yield(void)
 	is("DESTROY", destroy(id), 0);
 }
 
-static void test_pci(uint64_t ecam, uint32_t bdf)
+/* A path below the function's folder. */
+static const char *pci_path(uint32_t domain, uint32_t bdf, const char *name)
+{
+	static char path[96];
+
+	snprintf(path, sizeof(path), "/sys/bus/pci/devices/%04x:%02x:%02x.%x%s",
+		 domain, bdf >> 8, bdf >> 3 & 31, bdf & 7, name);
+	return path;
+}
+
+/* A function behind a bridge, beside one that is not: each on a root bus of its own, in the domain that is the firmware's. */
+static void test_pci_behind(uint64_t ecam, uint32_t bdf, uint32_t bridge, uint32_t behind)
+{
+	struct baton_pci arg = {
+		.size = sizeof(arg), .ecam_pa = ecam, .bus_end = 0xff, .functions = 2, .bdf = { bdf, bridge }
+	};
+
+	is("PCI_ADD: a bridge", ioctl(device, BATON_IOC_PCI_ADD, &arg), EINVAL);
+	truth("nothing is shown", access(pci_path(0, bdf, ""), F_OK));
+	arg.bdf[1] = behind;
+	for (int i = 0; i < 3; i++) {
+		is("PCI_ADD: a function behind a bridge", ioctl(device, BATON_IOC_PCI_ADD, &arg), 0);
+		truth("the function is there", !access(pci_path(0, behind, "/resource"), F_OK));
+		truth("so is the other", !access(pci_path(0, bdf, ""), F_OK));
+		truth("the bridge is not", access(pci_path(0, bridge, ""), F_OK));
+		is("PCI_ADD: the domain has buses", ioctl(device, BATON_IOC_PCI_ADD, &arg), EEXIST);
+		is("PCI_REMOVE", ioctl(device, BATON_IOC_PCI_REMOVE, &arg), 0);
+		truth("both have gone", access(pci_path(0, behind, ""), F_OK) && access(pci_path(0, bdf, ""), F_OK));
+	}
+}
+
+static void test_pci(uint64_t ecam, uint32_t bdf, uint32_t bridge, uint32_t behind)
 {
 	struct baton_pci arg = { .size = sizeof(arg), .domain = 1, .ecam_pa = ecam, .functions = 1 };
-	char path[80];
 
 	is("PCI_REMOVE: none there", ioctl(device, BATON_IOC_PCI_REMOVE, &arg), ENOENT);
 	arg.functions = 0;
@@ -735,6 +951,8 @@ static void test_pci(uint64_t ecam, uint32_t bdf)
 	arg.functions = 1;
 	arg.ecam_pa = 64 * MIB;
 	is("PCI_ADD: ECAM in RAM", ioctl(device, BATON_IOC_PCI_ADD, &arg), ERANGE);
+	arg.ecam_pa = -MIB;
+	is("PCI_ADD: ECAM at the end of all addresses", ioctl(device, BATON_IOC_PCI_ADD, &arg), ERANGE);
 	if (!ecam)
 		return skip("PCI", "--pci was not given");
 	arg.ecam_pa = ecam;
@@ -742,17 +960,48 @@ static void test_pci(uint64_t ecam, uint32_t bdf)
 	is("PCI_ADD: a bus past the last", ioctl(device, BATON_IOC_PCI_ADD, &arg), EINVAL);
 	arg.bdf[0] = 0xf8 - 8;
 	is("PCI_ADD: no such function", ioctl(device, BATON_IOC_PCI_ADD, &arg), ENOENT);
+	if (bridge)
+		test_pci_behind(ecam, bdf, bridge, behind);
 	arg.bdf[0] = bdf;
 	for (int i = 0; i < 3; i++) {
 		is("PCI_ADD", ioctl(device, BATON_IOC_PCI_ADD, &arg), 0);
-		snprintf(path, sizeof(path), "/sys/bus/pci/devices/0001:%02x:%02x.%x", bdf >> 8, bdf >> 3 & 31, bdf & 7);
-		truth("the function is there", !access(path, F_OK));
+		truth("the function is there", !access(pci_path(1, bdf, ""), F_OK));
 		is("PCI_ADD: there is one", ioctl(device, BATON_IOC_PCI_ADD, &arg), EEXIST);
-		truth("its neighbour is not", access("/sys/bus/pci/devices/0001:00:00.0", F_OK) || !bdf);
+		truth("its neighbour is not", access(pci_path(1, 0, ""), F_OK) || !bdf);
 		is("PCI_REMOVE", ioctl(device, BATON_IOC_PCI_REMOVE, &arg), 0);
-		truth("the function has gone", access(path, F_OK));
+		truth("the function has gone", access(pci_path(1, bdf, ""), F_OK));
 	}
 	is("PCI_ADD: and stays", ioctl(device, BATON_IOC_PCI_ADD, &arg), 0);
+}
+
+/* Runs @asks as root without one capability; says whether it was refused with EPERM. */
+static bool refused_without(int capability, int (*asks)(uint32_t id), uint32_t id)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2];
+	int status;
+
+	fflush(stdout);
+	if (!fork()) {
+		if (syscall(SYS_capget, &header, data))
+			_exit(1);
+		data[capability / 32].effective &= ~(1u << capability % 32);
+		if (syscall(SYS_capset, &header, data))
+			_exit(2);
+		_exit(asks(id) && errno == EPERM ? 0 : 3);
+	}
+	wait(&status);
+	return !status;
+}
+
+static int asks_for_instance(uint32_t id)
+{
+	return create("without", &id);
+}
+
+static int asks_for_outside(uint32_t id)
+{
+	return take(id, BATON_MEM_OUTSIDE, 0xfee00000, PAGE);
 }
 
 /* With the device open, but no right to use it: what a service that inherits the file could do. */
@@ -776,6 +1025,9 @@ static void test_rights(void)
 	}
 	wait(&status);
 	truth("without CAP_SYS_ADMIN: INFO, no change, no addresses", !status);
+	truth("root without CAP_SYS_ADMIN", refused_without(CAP_SYS_ADMIN, asks_for_instance, 0));
+	truth("root without CAP_SYS_BOOT", refused_without(CAP_SYS_BOOT, asks_for_instance, 0));
+	truth("root without CAP_SYS_RAWIO: OUTSIDE", refused_without(CAP_SYS_RAWIO, asks_for_outside, hidden));
 	is("DESTROY", destroy(hidden), 0);
 }
 
@@ -814,6 +1066,7 @@ static void print_layout(void)
 #define AT(type, field) printf("offsetof %s.%s %zu\n", #type, #field, offsetof(struct type, field))
 	SIZE(baton_info), AT(baton_info, abi), AT(baton_info, flags), AT(baton_info, tsc_khz);
 	AT(baton_info, memory_block_size), AT(baton_info, possible_cpus), AT(baton_info, instances);
+	AT(baton_info, rings), AT(baton_info, muffled);
 	SIZE(baton_cpu_info), AT(baton_cpu_info, cpu), AT(baton_cpu_info, apic_id), AT(baton_cpu_info, flags);
 	SIZE(baton_instance), AT(baton_instance, id), AT(baton_instance, state), AT(baton_instance, reserved);
 	AT(baton_instance, name), AT(baton_instance, image);
@@ -826,6 +1079,7 @@ static void print_layout(void)
 	SIZE(baton_adopt), AT(baton_adopt, reserved), AT(baton_adopt, start), AT(baton_adopt, len);
 	SIZE(baton_cpu), AT(baton_cpu, instance), AT(baton_cpu, apic_id), AT(baton_cpu, how), AT(baton_cpu, start_pa);
 	SIZE(baton_doorbell), AT(baton_doorbell, eventfd), AT(baton_doorbell, apic_id), AT(baton_doorbell, vector);
+	AT(baton_doorbell, instance);
 	SIZE(baton_yield), AT(baton_yield, reserved), AT(baton_yield, entry_pa), AT(baton_yield, arg_pa);
 	AT(baton_yield, table_pa), AT(baton_yield, ident_pa), AT(baton_yield, away_tsc);
 	SIZE(baton_pci), AT(baton_pci, domain), AT(baton_pci, ecam_pa), AT(baton_pci, bus_end);
@@ -836,9 +1090,10 @@ static void print_layout(void)
 
 int main(int argc, char **argv)
 {
-	uint64_t outside = 0, adopt = 0, ecam = 0, panic_at = 0;
+	uint64_t outside = 0, adopt = 0, ecam = 0, panic_at = 0, not_ours[8];
 	bool lockdown = false;
-	uint32_t bdf = 0, id;
+	uint32_t bdf = 0, bridge = 0, behind = 0, id;
+	int not_ours_count = 0;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
 	for (int i = 1; i < argc; i++) {
@@ -848,12 +1103,16 @@ int main(int argc, char **argv)
 			lockdown = true;
 		else if (!strcmp(argv[i], "--outside") && i + 1 < argc)
 			outside = strtoull(argv[++i], NULL, 0);
+		else if (!strcmp(argv[i], "--not-ours") && i + 1 < argc && not_ours_count < 8)
+			not_ours[not_ours_count++] = strtoull(argv[++i], NULL, 0);
 		else if (!strcmp(argv[i], "--adopt") && i + 1 < argc)
 			adopt = strtoull(argv[++i], NULL, 0);
 		else if (!strcmp(argv[i], "--panic") && i + 1 < argc)
 			panic_at = strtoull(argv[++i], NULL, 0);
 		else if (!strcmp(argv[i], "--pci") && i + 2 < argc)
 			ecam = strtoull(argv[i + 1], NULL, 0), bdf = strtoul(argv[i + 2], NULL, 0), i += 2;
+		else if (!strcmp(argv[i], "--behind") && i + 2 < argc)
+			bridge = strtoul(argv[i + 1], NULL, 0), behind = strtoul(argv[i + 2], NULL, 0), i += 2;
 		else
 			return fprintf(stderr, "selftest: unknown argument %s\n", argv[i]), 2;
 	}
@@ -864,15 +1123,19 @@ int main(int argc, char **argv)
 	test_info();
 	test_instances();
 	test_memory();
+	test_zero();
+	for (int i = 0; i < not_ours_count; i++)
+		test_not_ours(not_ours[i]);
 	test_memfds();
 	test_pressure();
 	test_reserved();
 	test_outside(outside);
 	test_adopt(adopt);
 	test_doorbell();
+	test_flood();
 	test_cpus();
 	test_yield();
-	test_pci(ecam, bdf);
+	test_pci(ecam, bdf, bridge, behind);
 	test_rights();
 	test_unload("unload: the device is open", EAGAIN);
 	if (panic_at)

@@ -51,7 +51,7 @@ pub enum DeviceError {
         path: PathBuf,
     },
     /// Not allowed to open it, or no capability.
-    #[error("no permission for {call} on the device: run as root (CAP_SYS_ADMIN)")]
+    #[error("no permission for {call} on the device: run as root (CAP_SYS_ADMIN, CAP_SYS_BOOT, CAP_SYS_RAWIO)")]
     NoPermission {
         /// Which call, or `open`.
         call: &'static str,
@@ -217,6 +217,11 @@ pub struct Info {
     pub possible_cpus: u32,
     /// Instances, this kernel not counted.
     pub instances: u32,
+    /// Rings that this open device's doorbell has heard.
+    pub rings: u64,
+    /// Of these, how many came too thick to be signalled one by one. Another kernel that rings as often as that is broken, or wants
+    /// to keep this one from its work: an update needs a few rings for each step.
+    pub muffled: u64,
 }
 
 /// One logical CPU.
@@ -239,7 +244,7 @@ pub struct CpuInfo {
 pub enum TakeMemory {
     /// Out of this kernel's allocator, moving what can be moved.
     Alloc = sys::MEM_ALLOC,
-    /// Memory that is no RAM of this kernel.
+    /// Memory that this kernel's map of boot calls reserved, or, below 640 KiB, says nothing of.
     Outside = sys::MEM_OUTSIDE,
     /// RAM that was reserved at boot; it becomes ordinary allocated memory.
     Reserved = sys::MEM_RESERVED,
@@ -308,6 +313,12 @@ impl Bell {
         let bell = Bell { apic_id: word as u32, vector: (word >> 32) as u32 };
         let possible = bell.vector >= 32 && bell.vector < 256 && bell.apic_id != u32::MAX && bell.apic_id != 0xff;
         if possible { Some(bell) } else { None }
+    }
+}
+
+impl fmt::Display for Bell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x} at APIC id {:#x}", self.vector, self.apic_id)
     }
 }
 
@@ -405,6 +416,8 @@ impl Device {
             memory_block_size: m.memory_block_size,
             possible_cpus: m.possible_cpus,
             instances: m.instances,
+            rings: m.rings,
+            muffled: m.muffled,
         })
     }
 
@@ -552,10 +565,17 @@ impl Device {
         Ok(Bell { apic_id: m.apic_id, vector: m.vector })
     }
 
-    /// Rings another kernel's doorbell.
-    pub fn ring(&self, bell: Bell) -> Result<(), DeviceError> {
+    /// Says where the bell is of a kernel that is no instance of this one's: its predecessor. Once for each open device.
+    pub fn connect_doorbell(&self, bell: Bell) -> Result<(), DeviceError> {
         let mut m = sys::Doorbell { apic_id: bell.apic_id, vector: bell.vector, ..Default::default() };
-        self.call(sys::DOORBELL_RING, &mut m, || format!("{:#x} at APIC id {:#x}", bell.vector, bell.apic_id))
+        self.call(sys::DOORBELL_CONNECT, &mut m, || bell.to_string())
+    }
+
+    /// Rings an instance's doorbell, wherever it says that it is; the module sees to it that a CPU of the instance is there.
+    /// [`SELF`]: the bell that was connected.
+    pub fn ring(&self, instance: u32, bell: Bell) -> Result<(), DeviceError> {
+        let mut m = sys::Doorbell { apic_id: bell.apic_id, vector: bell.vector, instance, ..Default::default() };
+        self.call(sys::DOORBELL_RING, &mut m, || format!("{bell} of instance {instance}"))
     }
 
     /// This kernel's last CPU leaves. Returns only when it comes back, with the TSC ticks in between.
@@ -599,7 +619,7 @@ impl Device {
         self.call(sys::PCI_REMOVE, &mut m, || format!("of domain {domain:#x}"))
     }
 
-    /// When this kernel panics: write `value` to the word at `address`, and ring. Ends with the device.
+    /// When this kernel panics: write `value` to the word at `address`, and ring the bell that was connected. Ends with the device.
     pub fn panic_notice(&self, address: u64, value: u64, bell: Option<Bell>) -> Result<(), DeviceError> {
         let (apic_id, vector) = bell.map_or((0, 0), |b| (b.apic_id, b.vector));
         let mut m = sys::PanicNotice { apic_id, vector, pa: address, value, ..Default::default() };

@@ -137,7 +137,7 @@ macro_rules! messages {
 
 messages! {
     /// `struct baton_info`.
-    Info = "baton_info" { abi: u32, flags: u32, tsc_khz: u32, memory_block_size: u64, possible_cpus: u32, instances: u32 }
+    Info = "baton_info" { abi: u32, flags: u32, tsc_khz: u32, memory_block_size: u64, possible_cpus: u32, instances: u32, rings: u64, muffled: u64 }
     /// `struct baton_cpu_info`.
     CpuInfo = "baton_cpu_info" { cpu: u32, apic_id: u32, flags: u32 }
     /// `struct baton_instance`.
@@ -153,7 +153,7 @@ messages! {
     /// `struct baton_cpu`.
     Cpu = "baton_cpu" { instance: u32, apic_id: u32, how: u32, start_pa: u64 }
     /// `struct baton_doorbell`.
-    Doorbell = "baton_doorbell" { eventfd: i32, apic_id: u32, vector: u32 }
+    Doorbell = "baton_doorbell" { eventfd: i32, apic_id: u32, vector: u32, instance: u32 }
     /// `struct baton_yield`.
     Yield = "baton_yield" { reserved: u32, entry_pa: u64, arg_pa: u64, table_pa: u64, ident_pa: u64, away_tsc: u64 }
     /// `struct baton_pci`.
@@ -162,7 +162,7 @@ messages! {
     PanicNotice = "baton_panic_notice" { apic_id: u32, vector: u32, reserved: u32, pa: u64, value: u64 }
 }
 
-const _: () = assert!(size_of::<Info>() == 32);
+const _: () = assert!(size_of::<Info>() == 48);
 const _: () = assert!(size_of::<CpuInfo>() == 16);
 const _: () = assert!(size_of::<Instance>() == 16 + NAME_LEN + IMAGE_LEN);
 const _: () = assert!(size_of::<Mem>() == 32);
@@ -170,7 +170,7 @@ const _: () = assert!(size_of::<MemFd>() == 32);
 const _: () = assert!(size_of::<MemFile>() == 40);
 const _: () = assert!(size_of::<Adopt>() == 24);
 const _: () = assert!(size_of::<Cpu>() == 24);
-const _: () = assert!(size_of::<Doorbell>() == 16);
+const _: () = assert!(size_of::<Doorbell>() == 20);
 const _: () = assert!(size_of::<Yield>() == 48);
 const _: () = assert!(size_of::<Pci>() == 24 + 2 * PCI_MAX);
 const _: () = assert!(size_of::<PanicNotice>() == 32);
@@ -240,6 +240,7 @@ calls! {
     CPU_TAKE: Cpu = 0x31;
     DOORBELL_OPEN: Doorbell = 0x40;
     DOORBELL_RING: Doorbell = 0x41;
+    DOORBELL_CONNECT: Doorbell = 0x42;
     YIELD: Yield = 0x50;
     PCI_ADD: Pci = 0x60;
     PCI_REMOVE: Pci = 0x61;

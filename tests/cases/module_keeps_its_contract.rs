@@ -12,12 +12,23 @@ use demos::lab::{Kernel, Machine, MachineSpec, Patience, incumbent, kmod};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
-/// What machines have, and what their kernel is told (`mem=`): the rest is memory that it does not know.
+/// What machines have, and what their kernel is told (`mem=`): the rest is memory that it does not know, but for what is set aside
+/// there, for us (`$`) and as persistent memory (`!`). One low page is set aside, too; it is another's.
 const MEMORY_MIB: u32 = 2048;
-const KNOWN: &str = "mem=1G";
-const UNKNOWN: u64 = 1280 * MIB;
+const KNOWN: &str =
+    "mem=1G memmap=2M$0x50000000 memmap=16M!0x52000000 memmap=4K$0x64000000 memmap=4K$0x12000 init_on_alloc=0";
+const SET_ASIDE: u64 = 0x5000_0000;
+const PERSISTENT: u64 = 0x5200_0000;
 const TO_ADOPT: u64 = 1408 * MIB;
-const NOTICE: u64 = 1600 * MIB;
+const NOTICE: u64 = 0x6400_0000;
+const LOW_PAGE: u64 = 0x1_2000;
+/// A bridge, and behind it a function: the firmware gives its bus the number 1.
+const BEHIND_A_BRIDGE: [&str; 4] = [
+    "-device",
+    "pcie-root-port,id=port,bus=pcie.0,addr=0x10,chassis=1",
+    "-device",
+    "virtio-rng-pci,bus=port,disable-legacy=on",
+];
 
 const END: &str = "SELFTEST ENDED";
 
@@ -60,6 +71,7 @@ fn machine(kernel: &Kernel, script: &str, cmdline: &str) -> Result<Machine> {
     initrd.file("/init", 0o755, script);
     let mut spec = MachineSpec::new(lab.tree().vmlinuz(kernel), incumbent::write(&initrd)?);
     spec.memory_mib = MEMORY_MIB;
+    spec.extra = BEHIND_A_BRIDGE.map(str::to_owned).to_vec();
     spec.cmdline = format!("console=ttyS1,115200 panic=0 crashkernel=128M {cmdline}");
     Ok(lab.start(&spec)?)
 }
@@ -99,7 +111,8 @@ fn whole(name: &str, kernel: &Kernel, script: &str, cmdline: &str) -> Result<()>
 #[test]
 fn memory_that_the_kernel_does_not_know() -> Result<()> {
     let _turn = Turn::take();
-    let options = format!("--outside {UNKNOWN:#x} --adopt {TO_ADOPT:#x}");
+    let options =
+        format!("--outside {SET_ASIDE:#x} --not-ours {PERSISTENT:#x} --not-ours {LOW_PAGE:#x} --adopt {TO_ADOPT:#x}");
     for series in [OLD, NEW] {
         whole(&format!("{series}, mem="), kernel(series), &script("", &options), KNOWN)?;
     }
@@ -109,10 +122,10 @@ fn memory_that_the_kernel_does_not_know() -> Result<()> {
 #[test]
 fn pci_beside_kexec_and_under_lockdown() -> Result<()> {
     let _turn = Turn::take();
-    // The machine's own table says where configuration space is; 0x18 is 00:03.0, a NIC.
+    // The machine's own table says where configuration space is; 0x18 is 00:03.0, a NIC, 0x80 the bridge, 0x100 what is behind it.
     let before = format!("{KEXEC}\necam=0x$(od -An -t x8 -j44 -N8 /sys/firmware/acpi/tables/MCFG | tr -d ' ')");
     for series in [OLD, NEW] {
-        let script = script(&before, "--pci $ecam 0x18 --lockdown");
+        let script = script(&before, "--pci $ecam 0x18 --behind 0x80 0x100 --lockdown");
         whole(&format!("{series}, pci=off"), kernel(series), &script, "pci=off")?;
     }
     Ok(())
@@ -121,7 +134,7 @@ fn pci_beside_kexec_and_under_lockdown() -> Result<()> {
 #[test]
 fn a_panic_leaves_its_notice() -> Result<()> {
     let _turn = Turn::take();
-    let options = format!("--outside {UNKNOWN:#x} --panic {NOTICE:#x}");
+    let options = format!("--outside {SET_ASIDE:#x} --panic {NOTICE:#x}");
     let mut machine = machine(kernel(NEW), &script("", &options), KNOWN)?;
     machine.wait_for(1, "end Kernel panic", 0, Patience::BOOT)?;
     judge("7, panic", &machine)?;

@@ -277,7 +277,8 @@ fn yield_page_touches_its_arguments_and_the_apic_only() {
     assert_eq!(code[1].code(), Code::Cli);
     assert!(!code.iter().any(touches_stack), "the kernel's stack stays as it is");
     // Each wait for the interrupt controller counts its looks: between it and where it begins again there is a counter.
-    let waits = code.windows(2).filter(|pair| pair[0].code() == Code::Test_rm32_imm32 && pair[1].code() == Code::Jne_rel8_64);
+    let waits =
+        code.windows(2).filter(|pair| pair[0].code() == Code::Test_rm32_imm32 && pair[1].code() == Code::Jne_rel8_64);
     let counted = waits.map(|pair| {
         let around = pair[1].near_branch_target()..pair[1].ip();
         code.iter().any(|i| around.contains(&i.ip()) && i.code() == Code::Dec_rm32)

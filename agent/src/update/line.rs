@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use handover::channel::{Channel, Side};
-use kexec_core::device::{Bell, Device, Mapping};
+use kexec_core::device::{Bell, Device, Mapping, SELF};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use state_schemas::Payload;
@@ -100,6 +100,9 @@ impl End for Successor {
 /// One end of the line.
 pub struct Line<E: End> {
     device: Device,
+    /// Whose bell the other end's is: the instance that the incumbent started, or [`SELF`] for a successor, whose bell at the other
+    /// end is the one that it found at its beginning.
+    peer: u32,
     bell: EventFd,
     memory: Arc<Mapping>,
     channel: Channel<Arc<Mapping>>,
@@ -107,11 +110,18 @@ pub struct Line<E: End> {
 }
 
 impl Line<Incumbent> {
-    /// Opens the incumbent's end: empties the rings first. Before the successor starts.
-    pub fn open(control: Mapping, base: u64) -> Result<Line<Incumbent>> {
+    /// Opens the incumbent's end: empties the rings first. Before the successor starts, which is `instance`.
+    pub fn open(control: Mapping, base: u64, instance: u32) -> Result<Line<Incumbent>> {
         let memory = Arc::new(control);
         Channel::reset(&memory)?;
-        Line::attach(memory, base)
+        Line::take_end(memory, base, instance)
+    }
+}
+
+impl Line<Successor> {
+    /// Takes the successor's end. `base` is the control block's address.
+    pub fn attach(memory: Arc<Mapping>, base: u64) -> Result<Line<Successor>> {
+        Line::take_end(memory, base, SELF)
     }
 }
 
@@ -121,16 +131,20 @@ where
     Heard<E>: Payload + Check<Against = (), Error = MessageError> + std::fmt::Debug,
 {
     /// Takes this side's end: publishes the bell, and leaves word where to write when this kernel panics. The doorbell
-    /// belongs to an open file of the device, so the line has one of its own. `base` is the control block's address.
-    pub fn attach(memory: Arc<Mapping>, base: u64) -> Result<Line<E>> {
+    /// belongs to an open file of the device, so the line has one of its own.
+    fn take_end(memory: Arc<Mapping>, base: u64, peer: u32) -> Result<Line<E>> {
         let device = Device::open()?;
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let own = device.open_doorbell(bell.as_fd())?;
         memory.store(E::BELL_AT, own.to_word());
-        let peer = Bell::from_word(memory.load(E::Peer::BELL_AT));
-        device.panic_notice(base + E::PANIC_AT, PANICKED, peer)?;
+        // The predecessor's bell is there before this kernel is; an instance's is not, and may be moved, but not out of the instance.
+        let predecessor = if peer == SELF { Bell::from_word(memory.load(E::Peer::BELL_AT)) } else { None };
+        if let Some(there) = predecessor {
+            device.connect_doorbell(there).context("the predecessor's doorbell")?;
+        }
+        device.panic_notice(base + E::PANIC_AT, PANICKED, predecessor)?;
         let channel = Channel::attach(memory.clone(), E::SIDE)?;
-        Ok(Line { device, bell, memory, channel, end: PhantomData })
+        Ok(Line { device, peer, bell, memory, channel, end: PhantomData })
     }
 
     /// The control block.
@@ -149,7 +163,7 @@ where
     /// is rung again while an answer is awaited.
     fn ring(&self) {
         if let Some(peer) = Bell::from_word(self.memory.load(E::Peer::BELL_AT))
-            && let Err(error) = self.device.ring(peer)
+            && let Err(error) = self.device.ring(self.peer, peer)
         {
             tracing::warn!("cannot ring the {}: {error}", E::Peer::NAME);
         }
@@ -197,9 +211,10 @@ where
 }
 
 impl Line<Incumbent> {
-    /// Takes up the line of an incumbent's agent that has died: what the successor answered to that one is of no use any more.
-    pub fn take_up(control: Arc<Mapping>, base: u64, until: Instant) -> Result<Line<Incumbent>> {
-        let mut line = Line::attach(control, base)?;
+    /// Takes up the line of an incumbent's agent that has died, to `instance`: what the successor answered to that one is of no use
+    /// any more. (The successor may ring the bell of the one that died. Its answers are looked for without a bell, too.)
+    pub fn take_up(control: Arc<Mapping>, base: u64, instance: u32, until: Instant) -> Result<Line<Incumbent>> {
+        let mut line: Line<Incumbent> = Line::take_end(control, base, instance)?;
         let ours = tsc();
         line.send(&ToSuccessor::Ping { nonce: ours })?;
         loop {

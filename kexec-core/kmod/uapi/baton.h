@@ -10,12 +10,15 @@
  *   ENOTTY      this module has no such call            E2BIG       the caller knows fields that this module does not
  *   EINVAL      the arguments contradict themselves     ENOENT      no such instance, or no memory object there
  *   EBUSY       something depends on it, or pages there cannot be moved now
- *   EEXIST      it overlaps what is there already       EPERM       kernel lockdown, or no CAP_SYS_ADMIN
+ *   EEXIST      it overlaps what is there already       EPERM       kernel lockdown, or a capability is missing
  *   EOPNOTSUPP  this machine or kernel cannot           ERANGE      address outside what the call is for
  *   EFAULT      the caller's struct cannot be read, or not be written
  *   ENOMEM      no memory for the module's own records or mappings
  *   EINTR       the caller was killed while memory was taken; none of it was
  *   EIO         the interrupt controller was busy for 1 ms: nothing took the interrupt that was sent before
+ *
+ * Calls that change anything need CAP_SYS_ADMIN and CAP_SYS_BOOT. (kexec's sysctl kernel.kexec_load_disabled is not
+ * exported to modules: user space looks at it.)
  *
  * The module knows memory objects, instances (a label with an id, to which CPUs and memory are accounted),
  * CPUs, doorbells and PCI functions. It knows nothing of updates, services or formats.
@@ -47,6 +50,8 @@ struct baton_info {
 	__u64 memory_block_size;	/* out: grain of BATON_IOC_MEM_ADOPT, bytes */
 	__u32 possible_cpus;		/* out: one more than the highest CPU number */
 	__u32 instances;		/* out: how many, BATON_SELF not counted */
+	__u64 rings;			/* out: that the doorbell of this open file has heard */
+	__u64 muffled;			/* out: of these, too many at once: one signal came for all of them */
 };
 
 /* BATON_IOC_CPU_INFO: one logical CPU. ENOENT past the last possible one. */
@@ -85,15 +90,17 @@ enum baton_state {
 /*
  * BATON_IOC_MEM_TAKE: make [start, start + len) a memory object. Page-aligned. How it is got:
  *   ALLOC     out of this kernel's allocator, at exactly this place, moving what can be moved (EBUSY if not).
- *   OUTSIDE   memory that is no System RAM of this kernel (a control block, memmap= at boot); EEXIST otherwise.
+ *   OUTSIDE   memory that this kernel's map of boot calls reserved (a control block, memmap=N$S), in use by nobody; or
+ *             that it says nothing of, below 0xa0000. ERANGE for the rest: device registers, ACPI's memory, persistent
+ *             memory, what mem= hides. EEXIST for RAM of this kernel. Needs CAP_SYS_RAWIO.
  *   RESERVED  e820 RAM that was reserved at boot (struct pages exist, PageReserved), or that KHO preserved as exactly
  *             this range: it becomes ordinary allocated memory, counted in MemTotal. EINVAL if any page there is
- *             neither, or has no struct page.
+ *             neither, has no struct page, or belongs to the kernel's image.
  *   BORROW    RAM below 1 MiB, which Linux reserves at boot and leaves alone (the SIPI page). It stays reserved.
- *             ERANGE above 1 MiB, EINVAL where a page is not reserved.
+ *             ERANGE above 1 MiB, EINVAL where a page is no RAM or not reserved.
  * BATON_IOC_MEM_GIVE_BACK: the same range, whole: to the allocator (ALLOC, RESERVED), or just forgotten
  * (OUTSIDE, BORROW).
- * EBUSY while mapped or while a file of it is open.
+ * EBUSY while mapped or while a file of it is open, and while a CPU is recorded for its instance.
  */
 #define BATON_MEM_ALLOC		0
 #define BATON_MEM_OUTSIDE	1
@@ -151,7 +158,8 @@ struct baton_mem_file {
 /*
  * BATON_IOC_MEM_ADOPT: RAM becomes this kernel's own. There is no way back. Either RAM that it has not seen yet, in
  * whole memory blocks: hot-added, and onlined as /sys/devices/system/memory/auto_online_blocks says. Or pages that are
- * RESERVED as above: they go to the allocator. EINVAL: RAM that is neither; EEXIST: there is a memory object.
+ * RESERVED as above: they go to the allocator. EINVAL: RAM that is neither, or no whole blocks; EEXIST: there is a memory
+ * object; ERANGE: the map of boot says that it is something else.
  */
 struct baton_adopt {
 	__u32 size;
@@ -179,15 +187,21 @@ struct baton_cpu {
 };
 
 /*
- * BATON_IOC_DOORBELL_OPEN: an interrupt vector on the CPU that Linux calls 0; each arrival signals the eventfd.
+ * BATON_IOC_DOORBELL_OPEN: an interrupt vector on the CPU that Linux calls 0; an arrival signals the eventfd. Of more
+ * than 32 in about 10 ms, the first 32 do; one signal at the end of that time stands for the others (baton_info: muffled).
  * One per open file of /dev/baton (EBUSY); it ends with the file.
- * BATON_IOC_DOORBELL_RING: send vector to an APIC id of another kernel. Vectors below 32 and broadcast ids: EINVAL.
+ * BATON_IOC_DOORBELL_RING: send vector to an APIC id that is recorded for the instance. For BATON_SELF: to the bell that
+ * CONNECT named, while no CPU of this kernel is there, or to the file's own. ENOENT: none of these.
+ * BATON_IOC_DOORBELL_CONNECT: the bell of a kernel that is no instance here, the predecessor; once for each open file
+ * (EBUSY). EBUSY, too, when the APIC id is online here or an instance's.
+ * Vectors below 32 and broadcast ids: EINVAL.
  */
 struct baton_doorbell {
 	__u32 size;
 	__s32 eventfd;			/* OPEN: in */
-	__u32 apic_id;			/* OPEN: out, RING: in */
-	__u32 vector;			/* OPEN: out, RING: in */
+	__u32 apic_id;			/* OPEN: out, else in */
+	__u32 vector;			/* OPEN: out, else in */
+	__u32 instance;			/* RING: in, else 0 */
 };
 
 /*
@@ -208,8 +222,10 @@ struct baton_yield {
 };
 
 /*
- * BATON_IOC_PCI_ADD: a root bus (own domain) that shows only these functions, through ECAM. EEXIST when
- * there is one. BATON_IOC_PCI_REMOVE: takes it away with its devices (size and domain only).
+ * BATON_IOC_PCI_ADD: a domain of root buses that show only these functions, through ECAM: one for each bus that a
+ * function is on, so that no bridge has to be granted (EINVAL: one is). EEXIST when the domain has a bus; 0 is free in
+ * a kernel that was booted with pci=off. ENOENT: one of the functions is not there; none is shown then.
+ * BATON_IOC_PCI_REMOVE: takes the domain away with its devices (size and domain only).
  */
 struct baton_pci {
 	__u32 size;
@@ -222,7 +238,8 @@ struct baton_pci {
 
 /*
  * BATON_IOC_PANIC_NOTICE: when this kernel panics, write `value` to the 8-aligned word at pa (in a memory
- * object) and ring (apic_id, vector), unless vector is 0. Ends with the file. One per machine (EBUSY).
+ * object) and ring (apic_id, vector), unless vector is 0; a bell that CONNECT has named for this file (ENOENT).
+ * Ends with the file. One per machine (EBUSY).
  */
 struct baton_panic_notice {
 	__u32 size;
@@ -248,6 +265,7 @@ struct baton_panic_notice {
 #define BATON_IOC_CPU_TAKE		BATON_IOC(0x31)
 #define BATON_IOC_DOORBELL_OPEN		BATON_IOC(0x40)
 #define BATON_IOC_DOORBELL_RING		BATON_IOC(0x41)
+#define BATON_IOC_DOORBELL_CONNECT	BATON_IOC(0x42)
 #define BATON_IOC_YIELD			BATON_IOC(0x50)
 #define BATON_IOC_PCI_ADD		BATON_IOC(0x60)
 #define BATON_IOC_PCI_REMOVE		BATON_IOC(0x61)

@@ -249,7 +249,8 @@ fn parked_cpus_survive_machine_checks() {
 
     let mut image = Image::new();
     let firmware4 = image.firmware4;
-    let boot = image.park(Script::new(), PARK).start(1, SIPI).parked(0b10).wake(1, probe()).arrived(1, 1).dump_record(1);
+    let boot =
+        image.park(Script::new(), PARK).start(1, SIPI).parked(0b10).wake(1, probe()).arrived(1, 1).dump_record(1);
     let machine = Machine { cpu: "EPYC,mce=off,mca=off", ..cpus(2) };
     let out = run(&image.build(&boot.pass()), machine);
     leaves_park(&take(&mut &out[..]), PARK, firmware4, PAE);

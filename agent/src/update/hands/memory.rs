@@ -200,7 +200,7 @@ impl Hands<'_> {
         }
         control.write(control_block::HANDOVER.offset, &frame);
         control.store(words::EPOCH_AT, self.epoch());
-        let line = Line::open(control, placement.control_block.start())?;
+        let line = Line::open(control, placement.control_block.start(), site.instance)?;
         let root = if info.flags.contains(InfoFlags::LA57) { placement.root_5level } else { placement.root_4level };
         self.device.update_instance(site.instance, State::Loaded, None)?;
         self.placed = Some(Placed { boot: placement.boot, park: placement.park, root, line });
