@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use handover::update::effect::Effect;
-use handover::update::machine::{Event, JournalLine, Next, Serves, Update};
+use handover::update::machine::{JournalLine, Next, Serves};
 use handover::update::phase::Phase;
-use handover::update::recover::Resumed;
+use handover::update::recover::{self, Evidence, Recovery, Resumed, recover};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -121,25 +121,27 @@ impl Journal {
 
     /// The update that was under way, given that its successor has answered that it serves, and what comes next.
     ///
-    /// While nobody serves nothing is written. So where the lines end before the successor's answer, what lies between was done.
-    ///
     /// # Errors
     /// The lines do not lead to an update whose successor serves.
     pub fn resume_serving(&self) -> Result<Resumed> {
-        let mut update = Update::replay(&self.lines).context("the journal does not lead to where the update is")?;
-        let mut next = update.again(Duration::ZERO).context("the journal says that the update had ended")?;
-        while update.serves() == Serves::Nobody && !update.is_rolling_back() {
-            next = update.step(Duration::ZERO, Event::Done)?;
+        let evidence = Evidence { answered: true, epoch_word: None };
+        let recovery = recover(&self.lines, &boot_id()?, evidence, Duration::ZERO);
+        match recovery.context("the journal does not lead to where the update is")? {
+            Recovery::GoOn(resumed) | Recovery::Leave(resumed) => Ok(*resumed),
+            // It was on its way back already: there it goes on, from the undo that was under way.
+            Recovery::TakeBack(resumed) if self.lines.iter().any(|line| line.serves == Serves::Successor) => {
+                Ok(*resumed)
+            }
+            Recovery::TakeBack(resumed) => {
+                bail!("the journal ends in phase {}, in which no successor serves", resumed.update.phase())
+            }
+            Recovery::Nothing => bail!("the journal says that the update had ended"),
         }
-        if update.serves() == Serves::Incumbent {
-            bail!("the journal ends in phase {}, in which no successor serves", update.phase());
-        }
-        Ok(Resumed { update, next })
     }
 
     /// Reads its text.
     fn parse(text: &str) -> Result<Journal> {
-        let lines = handover::update::recover::parse(text);
+        let lines = recover::parse(text);
         Ok(Journal { lines: lines.context("a line does not read")? })
     }
 
@@ -163,6 +165,7 @@ mod tests {
     use handover::update::cpu::{Cpu, Cpus, Moving};
     use handover::update::deadline::Deadlines;
     use handover::update::error::Outcome;
+    use handover::update::machine::{Event, Update};
     use handover::update::plan::{Goal, Plan, ProbationPolicy};
     use state_schemas::handover_record::UpdateId;
 

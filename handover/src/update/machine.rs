@@ -378,7 +378,7 @@ impl Update {
     }
 
     /// The effect under way once more, by a driver whose clock begins anew: after a [replay](Update::replay).
-    pub fn again(&mut self, now: Duration) -> Option<Next> {
+    pub(super) fn again(&mut self, now: Duration) -> Option<Next> {
         let effect = self.under_way()?.clone();
         self.serve_again_by = None;
         match self.state {

@@ -7,14 +7,13 @@
 //! |---|---|---|
 //! | nothing: the update had ended, or the lines are another boot's | | [`Recovery::Nothing`] |
 //! | an effect before the freeze | incumbent | [`Recovery::TakeBack`]: its undo and all others |
-//! | the freeze | unknown | `TakeBack`, with a successor that stands down first if it may have been told to answer |
-//! | an effect of the probation, or `Commit` | successor | [`Recovery::GoOn`]: the effect once more, then the rest of the script |
+//! | the freeze | see [`Evidence`] | the successor has answered: [`Recovery::GoOn`]; else `TakeBack`, in which the successor stands down first if it may have been told to |
+//! | an effect of the probation, or `Commit` | successor | `GoOn`: the effect once more, then the rest of the script |
 //! | an undo | as far as it came | `TakeBack`: the undo once more, then the rest of the list |
 //! | an effect after the commit | successor | [`Recovery::Leave`]: this kernel has only to go |
 //!
 //! While nobody serves the journal is not written ([`Update::may_write_journal`]), so all that a driver that died there left is the line
-//! that announces the freeze. Whether the successor was told to answer says the *epoch word* of the control block, which the incumbent
-//! changes before it tells it.
+//! that announces the freeze. How far it came from there, other places tell ([`Evidence`]).
 //!
 //! Whoever goes on with an update carries effects out that may be so already (rule 5 of [`super::effect`]); the successor answers a word
 //! that it has obeyed before once more ([`super::successor`]). Its answers to the driver that died may still lie in the channel: `Ping`
@@ -34,6 +33,16 @@ pub struct Resumed {
     pub update: Update,
     /// The first thing to do.
     pub next: Next,
+}
+
+/// How far an update came in the blackout, where its journal is not written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Evidence {
+    /// The module's account of the instance says that it serves, which is written down when the successor has answered `Activate`.
+    pub answered: bool,
+    /// What the successor's control block has at [`EPOCH_AT`](state_schemas::control_block::words::EPOCH_AT): changed before the successor is
+    /// told to answer. Nothing when it cannot be read: then it is assumed that the successor was told.
+    pub epoch_word: Option<u64>,
 }
 
 /// What has to be done.
@@ -61,18 +70,12 @@ pub fn parse(text: &str) -> Result<Vec<JournalLine>, serde_json::Error> {
 /// What has to be done about an update of which these lines are left.
 ///
 /// - `boot`: this kernel's boot id. Whatever an update of another boot held is gone with that kernel.
-/// - `epoch_word`: what the successor's control block has at [`EPOCH_AT`](state_schemas::control_block::words::EPOCH_AT); nothing when it
-///   cannot be read. Then it is assumed that the successor was told to answer.
+/// - `evidence`: how far it came beyond the last line.
 /// - `now`: the new driver's clock, from which all deadlines count anew.
 ///
 /// # Errors
 /// The lines do not lead to a state of an update. A person has to look: `baton status` and the module tell what is held.
-pub fn recover(
-    lines: &[JournalLine],
-    boot: &str,
-    epoch_word: Option<u64>,
-    now: Duration,
-) -> Result<Recovery, ReplayError> {
+pub fn recover(lines: &[JournalLine], boot: &str, evidence: Evidence, now: Duration) -> Result<Recovery, ReplayError> {
     let Some(first) = lines.first() else { return Ok(Recovery::Nothing) };
     if first.plan.as_ref().is_some_and(|plan| plan.boot != boot) {
         return Ok(Recovery::Nothing);
@@ -84,6 +87,9 @@ pub fn recover(
     if update.is_rolling_back() {
         return Ok(Recovery::TakeBack(again(update, now)));
     }
+    while update.serves() == Serves::Nobody && evidence.answered {
+        update.step(Duration::ZERO, Event::Done)?;
+    }
     if update.is_committed() {
         return Ok(Recovery::Leave(again(update, now)));
     }
@@ -94,7 +100,7 @@ pub fn recover(
     if update.serves() == Serves::Nobody {
         // Anywhere between the freeze and the successor's first answer, or on the way back from there. It is taken back from the farthest
         // point that can have been reached: undos work whether or not there is something to undo.
-        let told = epoch_word != Some(update.plan().epochs().before);
+        let told = evidence.epoch_word != Some(update.plan().epochs().before);
         let farthest = |effect: &Effect| match effect {
             Effect::Activate { .. } => true,
             effect => !told && *effect == Effect::ReleaseAddress,

@@ -8,7 +8,7 @@ use handover::update::effect::Effect;
 use handover::update::error::{Cause, Outcome};
 use handover::update::machine::{Event, JOURNAL_VERSION, JournalLine, Next, ReplayError, Serves, Update};
 use handover::update::plan::{Goal, Plan};
-use handover::update::recover::{Recovery, Resumed, parse, recover};
+use handover::update::recover::{Evidence, Recovery, Resumed, parse, recover};
 use proptest::prelude::*;
 
 use crate::histories::facts;
@@ -23,13 +23,27 @@ struct Driver {
     written: Vec<JournalLine>,
     /// Lines that wait for the end of the blackout: they die with the driver.
     waiting: Vec<JournalLine>,
+    /// The module's account: the successor serves.
+    answered: bool,
+}
+
+/// What is known where the control block can be read and nobody has answered.
+fn word(epoch_word: Option<u64>) -> Evidence {
+    Evidence { answered: false, epoch_word }
 }
 
 impl Driver {
     fn begin(plan: &Plan) -> Driver {
         let mut update = Update::new(plan.clone());
         let next = update.step(Duration::ZERO, Event::Begin).unwrap();
-        let mut driver = Driver { world: World::before(plan), update, next, written: Vec::new(), waiting: Vec::new() };
+        let mut driver = Driver {
+            world: World::before(plan),
+            update,
+            next,
+            written: Vec::new(),
+            waiting: Vec::new(),
+            answered: false,
+        };
         driver.write();
         driver
     }
@@ -45,6 +59,7 @@ impl Driver {
     fn step(&mut self, fate: Fate) -> Option<()> {
         let Next::Do(effect) = self.next.clone() else { return None };
         let event = self.world.carry_out(&effect, fate);
+        self.answered |= matches!((&effect, &event), (Effect::Activate { .. }, Event::Done));
         self.next = self.update.step(Duration::ZERO, event).unwrap();
         self.write();
         let both = self.world.incumbent_answers() && self.world.successor_answers();
@@ -61,9 +76,9 @@ impl Driver {
         // The last line that it wanted to write came half onto the disk.
         let lines = parse(&(text + "{\"journal_version\":2,\"upd")).unwrap();
         assert_eq!(lines, self.written);
-        let word = Some(self.world.epoch_word);
-        let recovery = recover(&lines, &plan.boot, word, Duration::ZERO).unwrap();
-        Successor { world: self.world, recovery, written: self.written }
+        let evidence = Evidence { answered: self.answered, epoch_word: Some(self.world.epoch_word) };
+        let recovery = recover(&lines, &plan.boot, evidence, Duration::ZERO).unwrap();
+        Successor { world: self.world, recovery, written: self.written, answered: self.answered }
     }
 }
 
@@ -72,6 +87,7 @@ struct Successor {
     world: World,
     recovery: Recovery,
     written: Vec<JournalLine>,
+    answered: bool,
 }
 
 impl Successor {
@@ -89,7 +105,14 @@ impl Successor {
             return None;
         };
         let Resumed { update, next } = *resumed;
-        let mut driver = Driver { world: self.world, update, next, written: self.written, waiting: Vec::new() };
+        let mut driver = Driver {
+            world: self.world,
+            update,
+            next,
+            written: self.written,
+            waiting: Vec::new(),
+            answered: self.answered,
+        };
         driver.write();
         Some(driver)
     }
@@ -189,7 +212,7 @@ fn the_epoch_word_decides_in_the_blackout() {
     }
     let lines = driver.written;
     assert_eq!(lines.last().unwrap().next, Next::Do(Effect::Freeze), "more was written than may be");
-    let first = |word| match recover(&lines, "b", word, Duration::ZERO).unwrap() {
+    let first = |epoch| match recover(&lines, "b", word(epoch), Duration::ZERO).unwrap() {
         Recovery::TakeBack(resumed) => (resumed.next, resumed.update.incumbent_epoch()),
         other => panic!("{other:?}"),
     };
@@ -198,8 +221,14 @@ fn the_epoch_word_decides_in_the_blackout() {
         assert_eq!(first(told), (Next::Do(Effect::StandDown { epoch: 8 }), 9));
     }
     // It has the deadlines of one that begins now.
-    let Recovery::TakeBack(resumed) = recover(&lines, "b", Some(8), Duration::from_secs(77)).unwrap() else { panic!() };
+    let Recovery::TakeBack(resumed) = recover(&lines, "b", word(Some(8)), Duration::from_secs(77)).unwrap() else {
+        panic!()
+    };
     assert_eq!(resumed.update.deadline(), Duration::from_secs(77) + plan.deadlines.cutover);
+    // It answered, and the driver died before it could write that down in the journal.
+    let answered = Evidence { answered: true, epoch_word: Some(8) };
+    let Recovery::GoOn(resumed) = recover(&lines, "b", answered, Duration::ZERO).unwrap() else { panic!() };
+    assert_eq!((resumed.next, resumed.update.serves()), (Next::Do(Effect::DropAddress), Serves::Successor));
 }
 
 #[test]
@@ -210,9 +239,9 @@ fn what_is_no_journal_of_this_boot_is_not_followed() {
         driver.step(Fate::Done).unwrap();
     }
     let lines = driver.written;
-    let of = |lines: &[JournalLine]| recover(lines, "b", None, Duration::ZERO);
+    let of = |lines: &[JournalLine]| recover(lines, "b", word(None), Duration::ZERO);
     assert_eq!(of(&[]), Ok(Recovery::Nothing));
-    assert_eq!(recover(&lines, "another boot", None, Duration::ZERO), Ok(Recovery::Nothing));
+    assert_eq!(recover(&lines, "another boot", word(None), Duration::ZERO), Ok(Recovery::Nothing));
     assert!(matches!(of(&lines), Ok(Recovery::TakeBack(_))));
     assert!(matches!(of(&lines[1..]), Err(ReplayError::NoPlan)));
     assert!(matches!(of(&[&lines[..2], &lines[3..]].concat()), Err(ReplayError::Line { seq: 3, index: 2 })));
@@ -241,7 +270,7 @@ fn golden_lines() {
     let text: Vec<String> = update.take_journal().iter().map(|line| serde_json::to_string(line).unwrap()).collect();
     let golden = include_str!("golden_journal.jsonl");
     assert_eq!(text.join("\n") + "\n", golden);
-    assert_eq!(recover(&parse(golden).unwrap(), "b", None, Duration::ZERO), Ok(Recovery::Nothing));
+    assert_eq!(recover(&parse(golden).unwrap(), "b", word(None), Duration::ZERO), Ok(Recovery::Nothing));
 }
 
 fn fate() -> impl Strategy<Value = Fate> {
