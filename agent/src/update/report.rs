@@ -198,16 +198,8 @@ impl<'a> Report<'a> {
 
 /// An effect's name with its CPU.
 fn named(effect: &Effect) -> String {
-    let name = effect.name();
-    match effect {
-        Effect::OfflineCpu { cpu }
-        | Effect::StartCpu { cpu }
-        | Effect::ParkCpu { cpu }
-        | Effect::HandCpu { cpu }
-        | Effect::YieldLastCpu { cpu }
-        | Effect::TakeCpuBack { cpu }
-        | Effect::UnparkCpu { cpu }
-        | Effect::OnlineCpu { cpu } => format!("{name} {}", cpu.number),
-        _ => name.to_owned(),
+    match effect.cpu() {
+        Some(cpu) => format!("{} {}", effect.name(), cpu.number),
+        None => effect.name().to_owned(),
     }
 }
