@@ -37,7 +37,7 @@ struct baton_bell {
 /* One open file of /dev/baton: what ends with it. Under baton_lock. */
 struct baton_file {
 	struct baton_bell bell;
-	u64 peer;			/* the bell that CONNECT named; 0: none. Written once */
+	u64 peer;			/* the bell that CONNECT named; 0: none. RING reads it without a lock */
 	bool has_notice;		/* the panic notice is its */
 };
 

@@ -30,7 +30,7 @@
 #include <asm/irqdomain.h>
 #include "baton.h"
 
-/* APIC id -> instance. Changed under baton_lock and cpus_read_lock; read under either, cpus_write_lock, or (RING) RCU. */
+/* APIC id -> instance. Changed under baton_lock and cpus_read_lock; read under one lock of theirs, or RCU (RING). */
 static DEFINE_XARRAY(given);
 static int hotplug_state;
 
@@ -329,7 +329,7 @@ static bool can_be_bell(u32 apic_id, u32 vector)
 	return apic_id_is_valid(apic_id) && vector >= 32 && vector <= 255;
 }
 
-/* The predecessor's bell, which is no instance's. Once for each file, so that it cannot be moved later. */
+/* The predecessor's bell, which is no instance's. It may get another vector (its agent began anew), no other CPU. */
 int baton_doorbell_connect(struct baton_call *call)
 {
 	const struct baton_doorbell *arg = call->arg;
@@ -337,7 +337,9 @@ int baton_doorbell_connect(struct baton_call *call)
 	if (arg->instance || !can_be_bell(arg->apic_id, arg->vector))
 		return -EINVAL;
 	guard(mutex)(&baton_lock);
-	if (call->file->peer || apic_id_is_online(arg->apic_id) || given_to(arg->apic_id) != BATON_SELF)
+	if (call->file->peer && lower_32_bits(call->file->peer) != arg->apic_id)
+		return -EBUSY;
+	if (apic_id_is_online(arg->apic_id) || given_to(arg->apic_id) != BATON_SELF)
 		return -EBUSY;
 	WRITE_ONCE(call->file->peer, bell_place(arg->apic_id, arg->vector));
 	return 0;

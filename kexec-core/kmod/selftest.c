@@ -755,9 +755,11 @@ static void test_bells_of_others(uint32_t id, uint32_t other, uint32_t apic_id)
 	is("DOORBELL_RING: the CPU is no longer its", ring(device, id, apic_id, 64), ENOENT);
 	is("PANIC_NOTICE: a bell that was not connected", ioctl(file, BATON_IOC_PANIC_NOTICE, &notice), ENOENT);
 	is("DOORBELL_CONNECT: a CPU that is nobody's here", connect_bell(file, apic_id, 64), 0);
-	is("DOORBELL_CONNECT: once only", connect_bell(file, apic_id, 65), EBUSY);
+	is("DOORBELL_CONNECT: to another CPU", connect_bell(file, apic_id + 0x40, 64), EBUSY);
 	is("DOORBELL_RING: the predecessor", ring(file, BATON_SELF, apic_id, 64), 0);
 	is("DOORBELL_RING: another vector there", ring(file, BATON_SELF, apic_id, 65), ENOENT);
+	is("DOORBELL_CONNECT: the same CPU, another vector", connect_bell(file, apic_id, 65), 0);
+	is("DOORBELL_RING: the predecessor's new bell", ring(file, BATON_SELF, apic_id, 65), 0);
 	is("DOORBELL_RING: from another file", ring(device, BATON_SELF, apic_id, 64), ENOENT);
 	close(file);
 }
@@ -918,24 +920,24 @@ static const char *pci_path(uint32_t domain, uint32_t bdf, const char *name)
 	return path;
 }
 
-/* A function behind a bridge, beside one that is not: each on a root bus of its own, in the domain that is the firmware's. */
+/* A function behind a bridge, beside one that is not: each on a root bus of its own. */
 static void test_pci_behind(uint64_t ecam, uint32_t bdf, uint32_t bridge, uint32_t behind)
 {
 	struct baton_pci arg = {
-		.size = sizeof(arg), .ecam_pa = ecam, .bus_end = 0xff, .functions = 2, .bdf = { bdf, bridge }
+		.size = sizeof(arg), .domain = 2, .ecam_pa = ecam, .bus_end = 0xff, .functions = 2, .bdf = { bdf, bridge }
 	};
 
 	is("PCI_ADD: a bridge", ioctl(device, BATON_IOC_PCI_ADD, &arg), EINVAL);
-	truth("nothing is shown", access(pci_path(0, bdf, ""), F_OK));
+	truth("nothing is shown", access(pci_path(2, bdf, ""), F_OK));
 	arg.bdf[1] = behind;
 	for (int i = 0; i < 3; i++) {
 		is("PCI_ADD: a function behind a bridge", ioctl(device, BATON_IOC_PCI_ADD, &arg), 0);
-		truth("the function is there", !access(pci_path(0, behind, "/resource"), F_OK));
-		truth("so is the other", !access(pci_path(0, bdf, ""), F_OK));
-		truth("the bridge is not", access(pci_path(0, bridge, ""), F_OK));
+		truth("the function is there", !access(pci_path(2, behind, "/resource"), F_OK));
+		truth("so is the other", !access(pci_path(2, bdf, ""), F_OK));
+		truth("the bridge is not", access(pci_path(2, bridge, ""), F_OK));
 		is("PCI_ADD: the domain has buses", ioctl(device, BATON_IOC_PCI_ADD, &arg), EEXIST);
 		is("PCI_REMOVE", ioctl(device, BATON_IOC_PCI_REMOVE, &arg), 0);
-		truth("both have gone", access(pci_path(0, behind, ""), F_OK) && access(pci_path(0, bdf, ""), F_OK));
+		truth("both have gone", access(pci_path(2, behind, ""), F_OK) && access(pci_path(2, bdf, ""), F_OK));
 	}
 }
 

@@ -565,7 +565,8 @@ impl Device {
         Ok(Bell { apic_id: m.apic_id, vector: m.vector })
     }
 
-    /// Says where the bell is of a kernel that is no instance of this one's: its predecessor. Once for each open device.
+    /// Says where the bell is of a kernel that is no instance of this one's: its predecessor. Again, when
+    /// that one's agent began anew: the vector may be another then, the CPU may not.
     pub fn connect_doorbell(&self, bell: Bell) -> Result<(), DeviceError> {
         let mut m = sys::Doorbell { apic_id: bell.apic_id, vector: bell.vector, ..Default::default() };
         self.call(sys::DOORBELL_CONNECT, &mut m, || bell.to_string())

@@ -13,7 +13,7 @@
 use serde::{Deserialize, Serialize};
 use state_schemas::control_block;
 
-use crate::range::Range;
+use crate::range::{Range, RangeSet};
 
 /// Page size.
 pub const PAGE: u64 = 4096;
@@ -108,6 +108,13 @@ impl LowSlot {
         Range::new(self.root_page().end(), self.range().end())
     }
 
+    /// The slots that a successor can have: wholly RAM, which no firmware and no `memmap=` keeps for itself, and not `own`, the one
+    /// that holds this address and is this kernel's.
+    pub fn free_in(ram: &RangeSet, own: Option<u64>) -> impl Iterator<Item = LowSlot> {
+        let own = own.and_then(LowSlot::holding);
+        LowSlot::all().filter(move |slot| Some(*slot) != own && ram.contains(slot.range()))
+    }
+
     /// The slot that holds this address, if any: how an instance recognises its own from its e820.
     pub fn holding(address: u64) -> Option<LowSlot> {
         LowSlot::all().find(|slot| slot.range().contains(Range::new(address, address + 1)))
@@ -127,5 +134,17 @@ mod tests {
         assert_eq!(LowSlot::holding(SIPI_PAGE), None);
         assert_eq!(LowSlot::holding(LOW_SLOTS_END), None);
         assert_eq!(SIPI_VECTOR, 8);
+    }
+
+    #[test]
+    fn a_slot_of_which_a_page_is_reserved_is_nobodys() {
+        let indexes = |ram: &RangeSet, own| LowSlot::free_in(ram, own).map(u8::from).collect::<Vec<_>>();
+        let whole = RangeSet::from(Range::new(0x1000, 0x9_fc00));
+        assert_eq!(indexes(&whole, None), [0, 1, 2, 3]);
+        assert_eq!(indexes(&whole, Some(0x3_1000)), [0, 2, 3]);
+        // memmap=4K$0x2f000 takes the last page of the first one.
+        let torn = whole.subtract(&Range::new(0x2_f000, 0x3_0000).into());
+        assert_eq!(indexes(&torn, None), [1, 2, 3]);
+        assert_eq!(indexes(&RangeSet::new(), None), [0; 0]);
     }
 }

@@ -25,9 +25,9 @@ const LOW_PAGE: u64 = 0x1_2000;
 /// A bridge, and behind it a function: the firmware gives its bus the number 1.
 const BEHIND_A_BRIDGE: [&str; 4] = [
     "-device",
-    "pcie-root-port,id=port,bus=pcie.0,addr=0x10,chassis=1",
+    "pcie-root-port,id=rp0,bus=pcie.0,addr=0x10,chassis=1",
     "-device",
-    "virtio-rng-pci,bus=port,disable-legacy=on",
+    "virtio-rng-pci,bus=rp0,disable-legacy=on",
 ];
 
 const END: &str = "SELFTEST ENDED";

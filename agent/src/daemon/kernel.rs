@@ -21,7 +21,7 @@ use crate::daemon::config::Config;
 use crate::daemon::control::{Role, ServiceState, ServiceStatus, Stage, Status, UpdateStatus};
 use crate::daemon::listen::Peer;
 use crate::daemon::outcome::{Class, Failure};
-use crate::machine::facts::{Facts, managed_memory};
+use crate::machine::facts::{Facts, movable_memory};
 use crate::machine::net::Netlink;
 use crate::recovery::ledger::{self, Ledger};
 use crate::services::access::Access;
@@ -359,7 +359,7 @@ impl Kernel {
         let device = self.device()?;
         let wish = Wish { size: len, grain, below: None };
         let mut tried = 0;
-        for range in candidates(&managed_memory()?, avoid, &wish)? {
+        for range in candidates(&movable_memory(&self.facts().ram)?, avoid, &wish)? {
             tried += 1;
             match device.take_memory(instance, range, TakeMemory::Alloc) {
                 Ok(()) => return Ok(range),

@@ -5,7 +5,9 @@ use std::fs;
 
 use anyhow::{Context, Result, anyhow};
 use kexec_core::memory_map::RangeSet;
-use kexec_core::memory_map::iomem::{firmware_ram, parse_firmware_memmap, parse_iomem, system_ram};
+use kexec_core::memory_map::iomem::{
+    Resource, firmware_ram, movable, parse_firmware_memmap, parse_iomem, set_aside, system_ram, usable_ram,
+};
 
 use crate::daemon::config::Config;
 use crate::machine::net::{Mac, Netlink, parse_mac};
@@ -51,7 +53,7 @@ impl Facts {
             }
         }
         Ok(Facts {
-            ram: own_memory(&firmware_memory()?, &managed_memory()?, &config.update.reserved()),
+            ram: usable_ram(&firmware_memory()?, &resources()?, &config.update.reserved()),
             apic_ids: Vec::new(),
             bsp: None,
             ecam: sysfs::ecam().ok().map(|(base, bus_end)| Ecam { base, bus_end }),
@@ -76,16 +78,24 @@ fn firmware_memory() -> Result<RangeSet> {
     Ok(firmware_ram(&entries))
 }
 
-/// What of the firmware's RAM this kernel may give away: what it manages itself, and what the operator kept for a successor. All
-/// else (above `mem=`, behind `memmap=`) is somebody else's.
-fn own_memory(firmware: &RangeSet, managed: &RangeSet, reserved: &RangeSet) -> RangeSet {
-    firmware.intersect(&managed.union(reserved))
+fn resources() -> Result<Vec<Resource>> {
+    let text = fs::read_to_string("/proc/iomem").context("cannot read /proc/iomem")?;
+    Ok(parse_iomem(&text)?)
 }
 
 /// RAM that this kernel manages now.
 pub fn managed_memory() -> Result<RangeSet> {
-    let text = fs::read_to_string("/proc/iomem").context("cannot read /proc/iomem")?;
-    Ok(system_ram(&parse_iomem(&text)?))
+    Ok(system_ram(&resources()?))
+}
+
+/// Of `ram`, what could be taken out of this kernel's allocator.
+pub fn movable_memory(ram: &RangeSet) -> Result<RangeSet> {
+    Ok(movable(&resources()?, ram))
+}
+
+/// Of `named`, what was set aside on this kernel's command line and is still there.
+pub fn memory_set_aside(named: &RangeSet) -> Result<RangeSet> {
+    Ok(set_aside(&resources()?, named))
 }
 
 /// What Linux says could be had without swapping.
@@ -93,30 +103,4 @@ pub fn available_memory() -> Result<u64> {
     let mut system = sysinfo::System::new().map_err(|e| anyhow!("cannot read this system's memory: {e}"))?;
     system.refresh_memory();
     Ok(system.available_memory())
-}
-
-#[cfg(test)]
-mod tests {
-    use kexec_core::memory_map::Range;
-
-    use super::*;
-
-    #[test]
-    fn memory_of_others_is_not_given_away() {
-        const GIB: u64 = 1 << 30;
-        let firmware =
-            RangeSet::from(vec![Range::new(0, 0x9_fc00), Range::new(1 << 20, 2 * GIB), Range::new(4 * GIB, 5 * GIB)]);
-        // mem=4G, memmap=256M!1G, memmap=128M$0x60000000
-        let managed = RangeSet::from(vec![
-            Range::new(0x1000, 0x9_fc00),
-            Range::new(1 << 20, GIB),
-            Range::new(GIB + (256 << 20), 0x6000_0000),
-            Range::new(0x6800_0000, 2 * GIB),
-        ]);
-        assert_eq!(own_memory(&firmware, &managed, &RangeSet::new()), managed);
-        let reserved = RangeSet::from(Range::new(0x6000_0000, 0x6800_0000));
-        assert_eq!(own_memory(&firmware, &managed, &reserved), managed.union(&reserved));
-        let nowhere = RangeSet::from(Range::new(3 * GIB, 4 * GIB));
-        assert_eq!(own_memory(&firmware, &managed, &nowhere), managed, "what the firmware does not call RAM is none");
-    }
 }

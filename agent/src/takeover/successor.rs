@@ -19,8 +19,8 @@ use handover::update::phase::Phase;
 use handover::update::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::Device;
-use kexec_core::memory_map::division::keep_movable;
-use kexec_core::memory_map::{Range, RangeSet};
+use kexec_core::memory_map::RangeSet;
+use kexec_core::memory_map::division::Adoption;
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use state_schemas::control_block::words::BootMark;
@@ -39,8 +39,8 @@ use crate::takeover::birth::{Birth, range};
 use crate::update::line::{Line, Successor};
 use crate::update::timeline::{Timeline, tsc};
 
-/// Domain number of our PCI root bus: not 0, which is the firmware's.
-const PCI_DOMAIN: u32 = 1;
+/// Domain number of our PCI root buses: the machine's own. With `pci=off` nothing else is there, and functions keep their names.
+const PCI_DOMAIN: u32 = 0;
 /// How long the driver may take to bring up the interface.
 const LINK_PATIENCE: Duration = Duration::from_secs(20);
 /// How long an incumbent may be silent before its last word, before it counts as gone.
@@ -309,23 +309,35 @@ impl<'k> Heir<'k> {
         Ok(())
     }
 
+    /// The incumbent could only expect how large this kernel's memory blocks are; the module knows.
+    fn plan_adoption(&self) -> Result<Adoption> {
+        let grant = &self.birth.record.grant;
+        let blocks: RangeSet = grant.blocks.iter().map(|blocks| range(*blocks)).collect();
+        // The next region will be as large as this kernel's.
+        Ok(Adoption::new(&blocks, grant.region.len, self.device.info()?.memory_block_size)?)
+    }
+
     /// Whole blocks by hot-add; fragments, arenas excepted, page by page. Says what could not be had.
     fn adopt_memory(&self) -> Vec<String> {
         let record = &self.birth.record;
         let mut left = Vec::new();
-        let block = record.machine.memory_block;
-        let blocks: RangeSet = record.grant.blocks.iter().map(|blocks| range(*blocks)).collect();
-        // As much as this kernel's own region: the next one's will be like it.
-        let movable = keep_movable(&blocks, record.grant.region.len);
-        for (policy, set) in [("online_kernel", blocks.subtract(&movable)), ("online_movable", movable)] {
-            if let Err(error) = sysfs::set_auto_online(policy) {
-                left.push(format!("memory policy {policy}: {error:#}"));
-            }
-            for start in set.iter().flat_map(|range| (range.start()..range.end()).step_by(block as usize)) {
-                let one = Range::new(start, start + block);
-                if let Err(error) = self.device.adopt_memory(one) {
-                    left.push(format!("memory block {one}: {error}"));
+        match self.plan_adoption() {
+            Err(error) => left.push(format!("memory blocks: {error:#}")),
+            Ok(adoption) => {
+                for (policy, set) in [("online_kernel", &adoption.ordinary), ("online_movable", &adoption.movable)] {
+                    if let Err(error) = sysfs::set_auto_online(policy) {
+                        left.push(format!("memory policy {policy}: {error:#}"));
+                    }
+                    for block in adoption.each(set) {
+                        if let Err(error) = self.device.adopt_memory(block) {
+                            left.push(format!("memory block {block}: {error}"));
+                        }
+                    }
                 }
+                let mib = adoption.block_size >> 20;
+                left.extend(adoption.left.iter().map(|part| {
+                    format!("memory {part}: no whole block of this kernel, whose blocks have {mib} MiB; the next one can have it")
+                }));
             }
         }
         for free in crate::update::kho::free_fragments(record).iter() {

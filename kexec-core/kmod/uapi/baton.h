@@ -192,8 +192,8 @@ struct baton_cpu {
  * One per open file of /dev/baton (EBUSY); it ends with the file.
  * BATON_IOC_DOORBELL_RING: send vector to an APIC id that is recorded for the instance. For BATON_SELF: to the bell that
  * CONNECT named, while no CPU of this kernel is there, or to the file's own. ENOENT: none of these.
- * BATON_IOC_DOORBELL_CONNECT: the bell of a kernel that is no instance here, the predecessor; once for each open file
- * (EBUSY). EBUSY, too, when the APIC id is online here or an instance's.
+ * BATON_IOC_DOORBELL_CONNECT: the bell of a kernel that is no instance here, the predecessor. Called again for the same
+ * open file, it may change the vector, not the APIC id (EBUSY). EBUSY, too, when that is online here or an instance's.
  * Vectors below 32 and broadcast ids: EINVAL.
  */
 struct baton_doorbell {
@@ -223,8 +223,9 @@ struct baton_yield {
 
 /*
  * BATON_IOC_PCI_ADD: a domain of root buses that show only these functions, through ECAM: one for each bus that a
- * function is on, so that no bridge has to be granted (EINVAL: one is). EEXIST when the domain has a bus; 0 is free in
- * a kernel that was booted with pci=off. ENOENT: one of the functions is not there; none is shown then.
+ * function is on, so that no bridge has to be granted (EINVAL: one is). EEXIST when the domain has a bus (in a
+ * successor, to which neither PCI nor ACPI shows one, 0 has none). ENOENT: one of the functions is not there; none is
+ * shown then.
  * BATON_IOC_PCI_REMOVE: takes the domain away with its devices (size and domain only).
  */
 struct baton_pci {

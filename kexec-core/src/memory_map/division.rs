@@ -18,7 +18,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Range, RangeSet};
+use super::{Range, RangeSet, expected_block_size};
 use crate::layout::{LOW_MEMORY_END, PAGE, REGION_ALIGN};
 
 /// Every page of the machine's RAM, in exactly one class.
@@ -94,6 +94,33 @@ impl Division {
         Ok(Division { low, region, arenas: arenas.clone(), fragments, blocks, cap, unused, block_size })
     }
 
+    /// The same for a successor whose memory blocks may be larger than this kernel's, `own_block`: a block that is too small for it
+    /// could not be hot-added after the commit, so it has to be a fragment from the start.
+    pub fn for_successor(
+        ram: &RangeSet,
+        region: Range,
+        arenas: &RangeSet,
+        own_block: u64,
+        hypervisor: bool,
+    ) -> Result<Division, DivisionError> {
+        let mut division = Division::new(ram, region, arenas, own_block)?;
+        // Larger blocks leave more fragments, and so maybe more RAM that the successor sees at boot. Each round has larger blocks
+        // than the one before, and there is a largest size.
+        loop {
+            let end = division.room_for_cap().map_or(0, |room| room.end()).max(region.end());
+            let theirs = expected_block_size(end, hypervisor);
+            if theirs <= division.block_size {
+                return Ok(division);
+            }
+            division = Division::new(ram, region, arenas, theirs)?;
+        }
+    }
+
+    /// Whether a successor whose RAM ends with this cap has blocks that are small enough for this division.
+    pub fn allows_cap(&self, cap: Range, hypervisor: bool) -> bool {
+        expected_block_size(cap.end(), hypervisor) <= self.block_size
+    }
+
     /// Where the cap may be, if one is needed: in fragments above the region and all arenas.
     pub fn room_for_cap(&self) -> Option<RangeSet> {
         let reserved_end = self.reserved_in_successor().end();
@@ -118,15 +145,6 @@ impl Division {
         self.fragments.union(&self.arenas)
     }
 
-    /// The blocks one by one, highest first: the order in which a failure part-way leaves the least behind for a
-    /// kernel whose own allocations gather low.
-    pub fn single_blocks(&self) -> impl Iterator<Item = Range> + '_ {
-        let size = self.block_size;
-        self.blocks.iter().rev().flat_map(move |r| {
-            (0..r.len() / size).rev().map(move |i| Range::new(r.start() + i * size, r.start() + (i + 1) * size))
-        })
-    }
-
     /// Bytes that the successor has in the end: all but low memory.
     pub fn total_after_commit(&self) -> u64 {
         let cap = self.cap.map_or(0, Range::len);
@@ -134,12 +152,41 @@ impl Division {
     }
 }
 
-/// Which of the hot-added blocks a kernel keeps movable, so that the *next* region, of `want` bytes, can be taken from them
-/// again: the highest place where it fits. The others become ordinary memory: a kernel whose memory is mostly movable
-/// runs out of room for its own (page tables, slab) while there seems to be plenty.
-pub fn keep_movable(blocks: &RangeSet, want: u64) -> RangeSet {
-    let place = blocks.iter().rev().find(|range| range.len() >= want);
-    place.map_or_else(RangeSet::new, |range| Range::new(range.end() - want, range.end()).into())
+/// How a kernel hot-adds the blocks that it was left: in memory blocks of its own size, which its predecessor could only expect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adoption {
+    /// What becomes ordinary memory.
+    pub ordinary: RangeSet,
+    /// What is kept movable, so that the *next* region can be taken from it again: the highest place where it fits. Not all of it: a
+    /// kernel whose memory is mostly movable runs out of room for its own (page tables, slab) while there seems to be plenty.
+    pub movable: RangeSet,
+    /// What is in no whole block of this kernel's, and has to wait for the next one.
+    pub left: RangeSet,
+    /// This kernel's block size.
+    pub block_size: u64,
+}
+
+impl Adoption {
+    /// Plans it: `blocks` are there, the next region will have `region` bytes.
+    pub fn new(blocks: &RangeSet, region: u64, block_size: u64) -> Result<Adoption, DivisionError> {
+        if !block_size.is_power_of_two() || block_size < REGION_ALIGN {
+            return Err(DivisionError::BlockSize { size: block_size });
+        }
+        let whole = blocks.shrink_to(block_size);
+        let left = blocks.subtract(&whole);
+        let want = region.checked_next_multiple_of(block_size).unwrap_or(u64::MAX);
+        let place = whole.iter().rev().find(|range| range.len() >= want);
+        let movable = place.map_or_else(RangeSet::new, |range| Range::new(range.end() - want, range.end()).into());
+        Ok(Adoption { ordinary: whole.subtract(&movable), movable, left, block_size })
+    }
+
+    /// The blocks of `set`, which is one of the above, one by one.
+    pub fn each(&self, set: &RangeSet) -> impl Iterator<Item = Range> + use<> {
+        let size = self.block_size;
+        let starts =
+            set.iter().flat_map(|r| (0..r.len() / size).map(move |i| r.start() + i * size)).collect::<Vec<_>>();
+        starts.into_iter().map(move |start| Range::new(start, start + size))
+    }
 }
 
 #[cfg(test)]
@@ -154,9 +201,59 @@ mod tests {
     #[test]
     fn the_highest_place_for_a_region_stays_movable() {
         let blocks = RangeSet::from(vec![Range::new(BLOCK, 9 * BLOCK), Range::new(32 * BLOCK, 34 * BLOCK)]);
-        assert_eq!(keep_movable(&blocks, 4 * BLOCK), RangeSet::from(Range::new(5 * BLOCK, 9 * BLOCK)));
-        assert_eq!(keep_movable(&blocks, 2 * BLOCK), RangeSet::from(Range::new(32 * BLOCK, 34 * BLOCK)));
-        assert!(keep_movable(&blocks, 9 * BLOCK).is_empty());
+        let movable = |want| Adoption::new(&blocks, want, BLOCK).unwrap().movable;
+        assert_eq!(movable(4 * BLOCK), RangeSet::from(Range::new(5 * BLOCK, 9 * BLOCK)));
+        assert_eq!(movable(2 * BLOCK), RangeSet::from(Range::new(32 * BLOCK, 34 * BLOCK)));
+        assert_eq!(movable(2 * BLOCK - MIB), movable(2 * BLOCK), "no block is torn");
+        assert!(movable(9 * BLOCK).is_empty());
+        assert!(movable(u64::MAX).is_empty());
+    }
+
+    #[test]
+    fn blocks_are_adopted_by_the_size_that_this_kernel_has() {
+        let blocks = RangeSet::from(vec![Range::new(7 * BLOCK, 33 * BLOCK)]);
+        let left = |size| Adoption::new(&blocks, 0, size).unwrap().left.to_string();
+        assert_eq!(left(BLOCK), "nothing");
+        assert_eq!(left(2 * MIB), "nothing");
+        // 2 GiB: 16 of them
+        assert_eq!(left(16 * BLOCK), "0x38000000-0x7fffffff, 0x100000000-0x107ffffff");
+        assert_eq!(left(64 * BLOCK), "0x38000000-0x107ffffff");
+        let smaller = Adoption::new(&blocks, 3 * BLOCK, BLOCK / 2).unwrap();
+        assert_eq!(smaller.each(&smaller.movable).count(), 6);
+        assert_eq!(smaller.each(&smaller.ordinary).count(), 46);
+        assert!(Adoption::new(&blocks, 0, 3 * BLOCK).is_err() && Adoption::new(&blocks, 0, 0).is_err());
+    }
+
+    #[test]
+    fn a_successor_with_larger_blocks_gets_fragments_that_fill_them() {
+        const GIB: u64 = 1 << 30;
+        // 66 GiB with a hole below 4 GiB, as virtual machines have it; small blocks here, since this kernel's own region was low.
+        let ram = RangeSet::from(vec![Range::new(MIB, 2 * GIB), Range::new(4 * GIB, 68 * GIB)]);
+        let none = RangeSet::new();
+        let divide = |region, hypervisor| Division::for_successor(&ram, region, &none, BLOCK, hypervisor).unwrap();
+        let low = Range::new(GIB, GIB + 4 * BLOCK);
+        // Nothing reserved but block 0: below 64 GiB all have small blocks.
+        assert_eq!(divide(low, false).block_size, BLOCK);
+        // A region that ends above: on metal 2 GiB, under a hypervisor what its end allows.
+        let high = Range::new(66 * GIB - 4 * BLOCK, 66 * GIB);
+        for hypervisor in [false, true] {
+            let division = divide(high, hypervisor);
+            assert_eq!(division.block_size, 2 * GIB);
+            assert_eq!(division.fragments.to_string(), "0x100000-0x7fffffff, 0x1000000000-0x105fffffff");
+            let adopted = Adoption::new(&division.blocks, high.len(), 2 * GIB).unwrap();
+            assert!(adopted.left.is_empty());
+        }
+        let odd = Range::new(66 * GIB + 3 * BLOCK, 66 * GIB + 7 * BLOCK);
+        assert_eq!(divide(odd, true).block_size, BLOCK);
+        assert_eq!(divide(odd, false).block_size, 2 * GIB);
+        // A cap in the last, ragged block counts as well as a region.
+        let ragged = RangeSet::from(vec![Range::new(MIB, 2 * GIB), Range::new(4 * GIB, 68 * GIB + 5 * MIB)]);
+        let division = Division::for_successor(&ragged, low, &none, BLOCK, false).unwrap();
+        assert_eq!(division.block_size, 2 * GIB);
+        let division = Division::for_successor(&ragged, low, &none, BLOCK, true).unwrap();
+        assert_eq!(division.block_size, BLOCK);
+        assert!(division.allows_cap(Range::new(68 * GIB + 4 * MIB, 68 * GIB + 5 * MIB), true));
+        assert!(!division.allows_cap(Range::new(68 * GIB - PAGE, 68 * GIB), true));
     }
 
     #[test]
@@ -189,8 +286,6 @@ mod tests {
         // block 0 (low memory), the rest of the arena's block, the last block (its end is the firmware's)
         assert_eq!(division.fragments.to_string(), "0x100000-0x7ffffff, 0x54000000-0x57ffffff, 0x78000000-0x7ffddfff");
         assert_eq!(division.blocks, RangeSet::from(Range::new(BLOCK, 10 * BLOCK)));
-        assert_eq!(division.single_blocks().count(), 9);
-        assert_eq!(division.single_blocks().next().unwrap().start(), 9 * BLOCK);
         assert_eq!(division.reserved_in_successor().count(), 3);
     }
 
@@ -260,11 +355,30 @@ mod tests {
             }
             // No whole block hides among the fragments.
             prop_assert!(d.fragments.shrink_to(block).is_empty());
-            prop_assert_eq!(&d.single_blocks().collect::<RangeSet>(), &d.blocks);
             for r in &d.fragments {
                 prop_assert_eq!(r, r.shrink_to(PAGE));
                 prop_assert!(r.start() >= LOW_MEMORY_END);
             }
+        }
+
+        /// Whatever the successor's block size turns out to be: nothing twice, nothing torn, nothing forgotten. And no larger than
+        /// expected means that nothing is left.
+        #[test]
+        fn every_block_is_adopted_or_named(
+            (ram, region, arenas, block) in machines(),
+            hypervisor in any::<bool>(),
+            shift in 0u32..8,
+        ) {
+            let d = Division::for_successor(&ram, region, &arenas, block, hypervisor).unwrap();
+            prop_assert!(d.block_size >= block);
+            let theirs = (2 * MIB) << (2 * shift);
+            let adoption = Adoption::new(&d.blocks, region.len(), theirs).unwrap();
+            let steps: Vec<Range> = [&adoption.ordinary, &adoption.movable].into_iter().flat_map(|set| adoption.each(set)).collect();
+            prop_assert!(steps.iter().all(|step| step.len() == theirs && *step == step.shrink_to(theirs)));
+            let all = steps.iter().copied().chain(adoption.left.iter()).collect::<RangeSet>();
+            prop_assert_eq!(&all, &d.blocks);
+            prop_assert_eq!(steps.len() as u64 * theirs + adoption.left.total(), d.blocks.total());
+            prop_assert!(adoption.left.is_empty() || theirs > d.block_size);
         }
     }
 }

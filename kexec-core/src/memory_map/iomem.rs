@@ -66,15 +66,44 @@ pub fn parse_iomem(text: &str) -> Result<Vec<Resource>, IomemError> {
     Ok(resources)
 }
 
+/// What `baton.ko` calls the RAM that it hot-added.
+const ADOPTED: &str = "System RAM (baton)";
+
 /// The kernel's RAM: every `System RAM` resource, and those that drivers hot-added (`System RAM (name)`).
 pub fn system_ram(resources: &[Resource]) -> RangeSet {
     resources.iter().filter(|r| r.name == "System RAM" || r.name.starts_with("System RAM (")).map(|r| r.range).collect()
+}
+
+/// What of that is the kernel's own for good. Not what drivers other than Baton's hot-added (`System RAM (virtio_mem)`, `(kmem)`):
+/// they take it out again, and the next kernel has no such driver.
+pub fn own_ram(resources: &[Resource]) -> RangeSet {
+    resources.iter().filter(|r| r.name == "System RAM" || r.name == ADOPTED).map(|r| r.range).collect()
 }
 
 /// Where the kernel's own image lies (`Kernel code`, `Kernel rodata`, `Kernel data`, `Kernel bss`) and a crash kernel's
 /// reservation: RAM that no allocator can move away.
 pub fn kernel_image(resources: &[Resource]) -> RangeSet {
     resources.iter().filter(|r| r.name.starts_with("Kernel ") || r.name == "Crash kernel").map(|r| r.range).collect()
+}
+
+/// What can be tried to be taken out of this kernel's allocator, within `ram`, the RAM that the next kernel can have.
+pub fn movable(resources: &[Resource], ram: &RangeSet) -> RangeSet {
+    own_ram(resources).intersect(ram).subtract(&kernel_image(resources))
+}
+
+/// Of `named`, which somebody has set aside for Baton on the command line, what this kernel indeed keeps away from: it says
+/// `Reserved`, and nothing else is there.
+pub fn set_aside(resources: &[Resource], named: &RangeSet) -> RangeSet {
+    let (reserved, others): (Vec<&Resource>, Vec<&Resource>) = resources.iter().partition(|r| r.name == "Reserved");
+    let ranges = |resources: &[&Resource]| resources.iter().map(|r| r.range).collect::<RangeSet>();
+    named.intersect(&ranges(&reserved)).subtract(&ranges(&others))
+}
+
+/// The RAM that may be divided between this kernel and the next one: what the firmware listed, and this kernel either uses as its
+/// RAM or keeps away from for Baton. The rest is somebody else's, whatever the firmware says: persistent memory (`memmap=n!s`), a
+/// reservation of another's (`memmap=n$s`), what `mem=` leaves out.
+pub fn usable_ram(firmware: &RangeSet, resources: &[Resource], named: &RangeSet) -> RangeSet {
+    own_ram(resources).union(&set_aside(resources, named)).intersect(firmware)
 }
 
 /// One entry of `/sys/firmware/memmap`.
@@ -175,6 +204,85 @@ fd00000000-ffffffffff : Reserved
         let map = parse_firmware_memmap(entries).unwrap();
         assert_eq!(firmware_ram(&map), RangeSet::from(Range::new(0, 0x9fc00)));
         assert!(parse_firmware_memmap([("0", "0x1", "x")]).is_err());
+    }
+
+    /// What the firmware of a machine of 3 GiB lists.
+    fn firmware() -> RangeSet {
+        vec![Range::new(0, 0x9fc00), Range::new(1 << 20, 0xbffd_e000)].into()
+    }
+
+    fn usable(iomem: &str, named: &[(u64, u64)]) -> String {
+        let named: RangeSet = named.iter().map(|(start, mib)| Range::new(*start, start + (mib << 20))).collect();
+        usable_ram(&firmware(), &parse_iomem(iomem).unwrap(), &named).to_string()
+    }
+
+    /// `memmap=512M!1G`: a file system is mounted there.
+    const PERSISTENT: &str = "\
+00001000-0009fbff : System RAM
+00100000-3fffffff : System RAM
+40000000-5fffffff : Persistent Memory (legacy)
+  40000000-5fffffff : namespace0.0
+60000000-bffddfff : System RAM
+bffde000-bfffffff : Reserved
+";
+    /// `memmap=512M$0x30000000`.
+    const ASIDE: &str = "\
+00001000-0009fbff : System RAM
+00100000-2fffffff : System RAM
+30000000-4fffffff : Reserved
+50000000-bffddfff : System RAM
+bffde000-bfffffff : Reserved
+";
+    /// `mem=2G`.
+    const LESS: &str = "\
+00001000-0009fbff : System RAM
+00100000-7fffffff : System RAM
+bffde000-bfffffff : Reserved
+";
+    /// The same page as a SIPI page, `memmap=4K$0x8000`; virtio-mem; a block that Baton hot-added.
+    const OTHERS: &str = "\
+00001000-00007fff : System RAM
+00008000-00008fff : Reserved
+00009000-0009fbff : System RAM
+00100000-3fffffff : System RAM
+  1b400000-1c3fffff : Kernel code
+  20000000-27ffffff : Crash kernel
+40000000-47ffffff : System RAM (virtio_mem)
+48000000-4fffffff : System RAM (baton)
+";
+
+    #[test]
+    fn what_is_somebody_elses_is_never_divided() {
+        const LOW: &str = "0x1000-0x9fbff, ";
+        let whole = format!("{LOW}0x100000-0xbffddfff");
+        let without_aside = format!("{LOW}0x100000-0x2fffffff, 0x50000000-0xbffddfff");
+        // Also when it is named by mistake.
+        for named in [&[][..], &[(1 << 30, 512)][..]] {
+            assert_eq!(usable(PERSISTENT, named), format!("{LOW}0x100000-0x3fffffff, 0x60000000-0xbffddfff"));
+            assert_eq!(usable(LESS, named), format!("{LOW}0x100000-0x7fffffff"));
+        }
+        assert_eq!(usable(LESS, &[(0x8000_0000, 512)]), format!("{LOW}0x100000-0x7fffffff"));
+        assert_eq!(usable(ASIDE, &[]), without_aside);
+        assert_eq!(usable(ASIDE, &[(0x3000_0000, 512)]), whole);
+        assert_eq!(usable(ASIDE, &[(0x3000_0000, 1024)]), whole);
+        assert_eq!(usable(ASIDE, &[(0xbfe0_0000, 2)]), without_aside, "the firmware's own reservation is no RAM");
+        assert_eq!(usable(OTHERS, &[]), "0x1000-0x7fff, 0x9000-0x9fbff, 0x100000-0x3fffffff, 0x48000000-0x4fffffff");
+    }
+
+    #[test]
+    fn no_region_is_proposed_where_another_has_something() {
+        use crate::memory_map::{Wish, candidates};
+        let places = |iomem: &str| {
+            let resources = parse_iomem(iomem).unwrap();
+            let ram = movable(&resources, &usable_ram(&firmware(), &resources, &RangeSet::new()));
+            let wish = Wish { size: 128 << 20, grain: 128 << 20, below: None };
+            candidates(&ram, &RangeSet::new(), &wish).unwrap().collect::<RangeSet>().to_string()
+        };
+        assert_eq!(places(PERSISTENT), "0x8000000-0x3fffffff, 0x60000000-0xb7ffffff");
+        assert_eq!(places(LESS), "0x8000000-0x7fffffff");
+        assert_eq!(places(ASIDE), "0x8000000-0x2fffffff, 0x50000000-0xb7ffffff");
+        // Neither over the kernel's image and the crash kernel, nor into what virtio-mem brought.
+        assert_eq!(places(OTHERS), "0x8000000-0x17ffffff, 0x28000000-0x3fffffff, 0x48000000-0x4fffffff");
     }
 
     proptest! {

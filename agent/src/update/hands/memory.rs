@@ -17,7 +17,7 @@ use state_schemas::shared::SharedMemory;
 use super::{Hands, Placed};
 use crate::daemon::config::Cidr;
 use crate::daemon::outcome::Failure;
-use crate::machine::facts::managed_memory;
+use crate::machine::facts::{managed_memory, memory_set_aside};
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
 use crate::update::kho::{self, HandedOver, Spoken};
@@ -34,7 +34,7 @@ pub(super) struct Site {
     pub(super) low_slot: LowSlot,
     /// Which memory reaches it by which road. Only who places it has to know.
     pub(super) division: Option<Division>,
-    /// Pages below 1 MiB that are written: the SIPI page, and the slot's first.
+    /// Pages below 1 MiB that are written: the SIPI page, and the slot's first. (The whole slot is taken.)
     pub(super) low: Vec<(Range, Mapping)>,
 }
 
@@ -59,10 +59,12 @@ impl Hands<'_> {
         let settled = listed.and_then(|()| self.kernel.files.close(self.device, &self.kernel.services.ranges()));
         let taken = settled.and_then(|_| self.take_region(instance)).and_then(|region| {
             let division = Some(self.divide(instance, region)?);
+            let sipi = Range::new(SIPI_PAGE, SIPI_PAGE + PAGE);
+            self.take_low(instance, sipi).context("the page where CPUs start is not free")?;
+            let low_slot = self.take_slot(instance)?;
             let mut low = Vec::new();
-            let low_slot = self.free_slot()?;
-            for page in [Range::new(SIPI_PAGE, SIPI_PAGE + PAGE), low_slot.root_page()] {
-                low.push((page, self.take_low_page(instance, page)?));
+            for page in [sipi, low_slot.root_page()] {
+                low.push((page, self.device.map(page, Access::ReadWrite)?));
             }
             Ok(Site { instance, region, low_slot, division, low })
         });
@@ -93,10 +95,9 @@ impl Hands<'_> {
         let (len, grain) = (self.plan.region_len, self.plan.block_size);
         let avoid = self.not_for_a_region();
         // What the operator has named only: other memory that this kernel does not manage is somebody else's.
-        let named = self.kernel.config.update.reserved();
-        let reserved_at_boot = self.plan.facts.ram.intersect(&named).subtract(&managed_memory()?);
+        let set_aside = memory_set_aside(&self.kernel.config.update.reserved())?.intersect(&self.plan.facts.ram);
         let wish = Wish { size: len, grain, below: None };
-        if let Some(range) = candidates(&reserved_at_boot, &avoid, &wish)?.next() {
+        if let Some(range) = candidates(&set_aside, &avoid, &wish)?.next() {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
         }
@@ -108,12 +109,18 @@ impl Hands<'_> {
     /// Which memory reaches the successor by which road; takes the cap if one is needed.
     fn divide(&self, instance: u32, region: Range) -> Result<Division> {
         let arenas: RangeSet = self.arenas().collect();
-        let division = Division::new(&self.plan.facts.ram, region, &arenas, self.plan.block_size)?;
+        let hypervisor = runs_under_hypervisor();
+        let ram = &self.plan.facts.ram;
+        let division = Division::for_successor(ram, region, &arenas, self.plan.block_size, hypervisor)?;
         let Some(room) = division.room_for_cap() else { return Ok(division) };
         for place in room.iter().rev() {
             let mut end = place.end();
             while end > place.start() {
                 let page = Range::new(end - PAGE, end);
+                if !division.allows_cap(page, hypervisor) {
+                    end = end.saturating_sub(CAP_STEP);
+                    continue;
+                }
                 match self.device.take_memory(instance, page, TakeMemory::Alloc) {
                     Ok(()) => return Ok(division.with_cap(page)),
                     // In use, or none of this kernel's: a little lower.
@@ -139,19 +146,30 @@ impl Hands<'_> {
         arenas.into_iter().chain(files)
     }
 
-    fn free_slot(&self) -> Result<LowSlot> {
+    /// A whole slot, every page of it: the successor's kernel gets it as RAM.
+    fn take_slot(&self, instance: u32) -> Result<LowSlot> {
         let own = self.kernel.birth.as_ref().map(|birth| birth.record.grant.low_slot.start);
-        LowSlot::all()
-            .filter(|slot| self.plan.facts.ram.contains(slot.range()))
-            .find(|slot| own.is_none_or(|own| !slot.range().contains(Range::new(own, own + 1))))
-            .context("no slot below 1 MiB is free")
+        let mut refused = Vec::new();
+        for slot in LowSlot::free_in(&self.plan.facts.ram, own) {
+            match self.take_low(instance, slot.range()) {
+                Ok(()) => return Ok(slot),
+                Err(error) => refused.push(format!("{error:#}")),
+            }
+        }
+        bail!(
+            "no slot below 1 MiB is free: firmware, `memmap=` or another kernel has a page of each [{}]",
+            refused.join("; ")
+        )
     }
 
-    /// Below 1 MiB Linux reserves everything: RAM of this kernel is borrowed, other memory just taken.
-    fn take_low_page(&self, instance: u32, page: Range) -> Result<Mapping> {
-        let how = if managed_memory()?.contains(page) { TakeMemory::Borrow } else { TakeMemory::Outside };
-        self.device.take_memory(instance, page, how)?;
-        Ok(self.device.map(page, Access::ReadWrite)?)
+    /// Below 1 MiB Linux reserves everything: RAM of this kernel is borrowed; what it has never seen, a successor that knows of no
+    /// low memory but its own, is just taken, if the machine says that it is RAM.
+    fn take_low(&self, instance: u32, range: Range) -> Result<()> {
+        let how = if managed_memory()?.contains(range) { TakeMemory::Borrow } else { TakeMemory::Outside };
+        if !self.plan.facts.ram.contains(range) {
+            bail!("{range} is not, or not wholly, RAM that may be used: firmware or `memmap=` keeps it");
+        }
+        Ok(self.device.take_memory(instance, range, how)?)
     }
 
     /// Writes kernel, initrd, firmware and handover record into the region.
@@ -323,6 +341,11 @@ impl Hands<'_> {
                 .collect(),
         }
     }
+}
+
+/// What Linux asks as well when it chooses its memory block size.
+fn runs_under_hypervisor() -> bool {
+    raw_cpuid::CpuId::new().get_feature_info().is_some_and(|features| features.has_hypervisor())
 }
 
 fn unix_ns() -> u64 {
