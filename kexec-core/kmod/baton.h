@@ -87,10 +87,17 @@ bool baton_cpus_recorded(u32 instance);
 void baton_cpus_show(struct seq_file *seq, u32 instance);
 void baton_doorbell_close(struct baton_file *file);
 void baton_panic_notice_clear(void);
+void baton_notice_give(void);
+void baton_cpus_stop_given(void);
 baton_call_fn baton_cpu_info, baton_cpu_give, baton_cpu_take;
 baton_call_fn baton_doorbell_open, baton_doorbell_ring, baton_doorbell_connect, baton_panic_notice_set;
 
 /* jump.c, pci.c */
 baton_call_fn baton_yield, baton_pci_add, baton_pci_remove;
+
+/* platform.c */
+void baton_platform_init(void);
+void baton_platform_exit(void);
+baton_call_fn baton_cpu_give_away, baton_cpu_take_back, baton_end, baton_ioapic_mask, baton_sleep_type;
 
 #endif

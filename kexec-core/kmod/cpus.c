@@ -24,7 +24,6 @@
 #include <linux/interrupt.h>
 #include <linux/irq.h>
 #include <linux/irqdomain.h>
-#include <linux/panic_notifier.h>
 #include <linux/xarray.h>
 #include <asm/apic.h>
 #include <asm/irqdomain.h>
@@ -184,7 +183,9 @@ int baton_cpu_info(struct baton_call *call)
 	if (info->cpu >= nr_cpu_ids || !cpu_possible(info->cpu))
 		return -ENOENT;
 	info->apic_id = cpu_physical_id(info->cpu);
-	info->flags = (cpu_present(info->cpu) ? BATON_CPU_PRESENT : 0) | (cpu_online(info->cpu) ? BATON_CPU_ONLINE : 0);
+	info->flags = cpu_online(info->cpu) ? BATON_CPU_ONLINE : 0;
+	if (cpu_present(info->cpu) || given_to(info->apic_id) != BATON_SELF)
+		info->flags |= BATON_CPU_PRESENT;
 	return baton_reply(call);
 }
 
@@ -198,6 +199,16 @@ bool baton_cpus_recorded(u32 instance)
 		if (xa_to_value(owner) == instance)
 			return true;
 	return false;
+}
+
+/* On the way to a restart: without baton_lock, whose holder may have been stopped. */
+void baton_cpus_stop_given(void)
+{
+	unsigned long apic_id;
+	void *owner;
+
+	xa_for_each(&given, apic_id, owner)
+		send_init(apic_id);
 }
 
 /* A list of APIC ids such as "0-2,5". */
@@ -378,15 +389,16 @@ static struct {
 } notice;
 
 /* Runs on a dying kernel: one store, one ICR write, no lock, no allocation, no wait without an end. */
-static int notice_panic(struct notifier_block *block, unsigned long action, void *message)
+void baton_notice_give(void)
 {
-	WRITE_ONCE(*notice.word, notice.arg.value);
+	u64 *word = smp_load_acquire(&notice.word);
+
+	if (!word)
+		return;
+	WRITE_ONCE(*word, notice.arg.value);
 	if (notice.arg.vector && !apic_id_is_online(notice.arg.apic_id))
 		write_icr(notice.arg.apic_id, APIC_DM_FIXED | notice.arg.vector);
-	return NOTIFY_DONE;
 }
-
-static struct notifier_block notice_block = { .notifier_call = notice_panic, .priority = INT_MAX };
 
 int baton_panic_notice_set(struct baton_call *call)
 {
@@ -409,17 +421,18 @@ int baton_panic_notice_set(struct baton_call *call)
 	if (!word)
 		return -ENOMEM;
 	memory->users++;
-	notice = (typeof(notice)) { .arg = *arg, .memory = memory, .word = word };
+	notice.arg = *arg;
+	notice.memory = memory;
+	smp_store_release(&notice.word, word);
 	call->file->has_notice = true;
-	return atomic_notifier_chain_register(&panic_notifier_list, &notice_block);
+	return 0;
 }
 
 void baton_panic_notice_clear(void)
 {
 	guard(mutex)(&baton_lock);
-	atomic_notifier_chain_unregister(&panic_notifier_list, &notice_block);
-	memunmap(notice.word);
-	notice.word = NULL;
+	/* A panic stops this CPU before it looks here: it sees the word, or none. */
+	memunmap(xchg(&notice.word, NULL));
 	notice.memory->users--;
 }
 

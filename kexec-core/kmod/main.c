@@ -78,8 +78,8 @@ static const struct baton_op baton_ops[] = {
 	OP(MEM_FD, baton_mem_fd, baton_mem_fd, fd, true),
 	OP(MEM_FILE, baton_mem_file, baton_mem_file, offset, true),
 	OP(MEM_ADOPT, baton_mem_adopt, baton_adopt, len, true),
-	OP(CPU_GIVE, baton_cpu_give, baton_cpu, how, true),
-	OP(CPU_TAKE, baton_cpu_take, baton_cpu, how, true),
+	OP(CPU_GIVE, baton_cpu_give_away, baton_cpu, how, true),
+	OP(CPU_TAKE, baton_cpu_take_back, baton_cpu, how, true),
 	OP(DOORBELL_OPEN, baton_doorbell_open, baton_doorbell, vector, true),
 	OP(DOORBELL_RING, baton_doorbell_ring, baton_doorbell, vector, true),
 	OP(DOORBELL_CONNECT, baton_doorbell_connect, baton_doorbell, vector, true),
@@ -87,6 +87,9 @@ static const struct baton_op baton_ops[] = {
 	OP(PCI_ADD, baton_pci_add, baton_pci, functions, true),
 	OP(PCI_REMOVE, baton_pci_remove, baton_pci, domain, true),
 	OP(PANIC_NOTICE, baton_panic_notice_set, baton_panic_notice, value, true),
+	OP(END, baton_end, baton_end, how, true),
+	OP(SLEEP_TYPE, baton_sleep_type, baton_sleep_type, type_b, false),
+	OP(IOAPIC_MASK, baton_ioapic_mask, baton_ioapic, pa, true),
 };
 
 static int baton_may_mutate(void)
@@ -164,10 +167,12 @@ static int __init baton_init(void)
 	ret = baton_cpus_init();
 	if (ret)
 		return ret;
+	baton_platform_init();
 	proc_entry = proc_create_single("multikernel", 0444, NULL, baton_instances_show);
 	ret = proc_entry ? misc_register(&baton_device) : -ENOMEM;
 	if (ret) {
 		proc_remove(proc_entry);
+		baton_platform_exit();
 		baton_cpus_exit();
 	}
 	return ret;
@@ -178,6 +183,7 @@ static void __exit baton_exit(void)
 {
 	misc_deregister(&baton_device);
 	proc_remove(proc_entry);
+	baton_platform_exit();
 	baton_cpus_exit();
 }
 

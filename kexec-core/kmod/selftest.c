@@ -808,7 +808,7 @@ static void test_cpus(void)
 	truth("memory of an instance that has a CPU", at);
 	is("GIVE_BACK: a CPU is recorded", give_back(id, at, PAGE), EBUSY);
 	is("DESTROY: a CPU is recorded", destroy(id), EBUSY);
-	is("online a CPU that was given away", set_online(last, true), EBUSY);
+	is("online a CPU that was given away", set_online(last, true), EINVAL);
 	snprintf(want, sizeof(want), " cpus created %u 4096 %lx-%lx -\n", apic_id, at, (unsigned long)(at + PAGE - 1));
 	truth("its row in /proc/multikernel", proc_row(id, row, sizeof(row)) && strstr(row, want));
 	test_bells_of_others(id, other, apic_id);
@@ -1038,6 +1038,47 @@ static void test_unload(const char *when, int want)
 	is(when, syscall(SYS_delete_module, "baton", O_NONBLOCK), want);
 }
 
+static int end(uint32_t how)
+{
+	struct baton_end arg = { .size = sizeof(arg), .how = how };
+
+	return ioctl(device, BATON_IOC_END, &arg);
+}
+
+static int ioapic_mask(uint64_t pa)
+{
+	struct baton_ioapic arg = { .size = sizeof(arg), .pa = pa };
+
+	return ioctl(device, BATON_IOC_IOAPIC_MASK, &arg);
+}
+
+static void test_platform(void)
+{
+	struct baton_sleep_type sleep = { .size = sizeof(sleep), .state = 5 };
+	uint32_t id;
+
+	is("END: no such way", end(2), EINVAL);
+	is("END ALONE", end(BATON_END_ALONE), 0);
+	is("END ALONE: again", end(BATON_END_ALONE), 0);
+	is("suspend: another kernel has the machine", write_file("/sys/power/state", "freeze"), EBUSY);
+	is("END MACHINE", end(BATON_END_MACHINE), 0);
+	create("asleep", &id);
+	is("suspend: there is an instance", write_file("/sys/power/state", "freeze"), EBUSY);
+	is("hibernation: there is an instance", write_file("/sys/power/disk", "reboot") ?:
+	   write_file("/sys/power/state", "disk"), EBUSY);
+	is("DESTROY", destroy(id), 0);
+
+	is("SLEEP_TYPE: S5", ioctl(device, BATON_IOC_SLEEP_TYPE, &sleep), 0);
+	truth("SLEEP_TYPE: three bits each", sleep.type_a < 8 && sleep.type_b < 8);
+	sleep.state = 6;
+	is("SLEEP_TYPE: there is no S6", ioctl(device, BATON_IOC_SLEEP_TYPE, &sleep), EINVAL);
+
+	is("IOAPIC_MASK: that is RAM", ioapic_mask(64 * MIB), ERANGE);
+	is("IOAPIC_MASK: no such place", ioapic_mask(0xfec00008), EINVAL);
+	is("IOAPIC_MASK: above 4 GiB", ioapic_mask(1ull << 32), ERANGE);
+	is("IOAPIC_MASK: other CPUs are online", ioapic_mask(0xfec00000), EBUSY);
+}
+
 static void test_lockdown(void)
 {
 	uint32_t id;
@@ -1088,6 +1129,9 @@ static void print_layout(void)
 	AT(baton_pci, functions), AT(baton_pci, bdf);
 	SIZE(baton_panic_notice), AT(baton_panic_notice, apic_id), AT(baton_panic_notice, vector);
 	AT(baton_panic_notice, reserved), AT(baton_panic_notice, pa), AT(baton_panic_notice, value);
+	SIZE(baton_end), AT(baton_end, how), SIZE(baton_ioapic), AT(baton_ioapic, reserved), AT(baton_ioapic, pa);
+	SIZE(baton_sleep_type), AT(baton_sleep_type, state), AT(baton_sleep_type, type_a);
+	AT(baton_sleep_type, type_b), AT(baton_sleep_type, reserved);
 }
 
 int main(int argc, char **argv)
@@ -1138,6 +1182,7 @@ int main(int argc, char **argv)
 	test_cpus();
 	test_yield();
 	test_pci(ecam, bdf, bridge, behind);
+	test_platform();
 	test_rights();
 	test_unload("unload: the device is open", EAGAIN);
 	if (panic_at)

@@ -7,12 +7,18 @@
 //! 2. **A phantom CPU comes first in the MADT.** Linux takes an APIC id that comes first, and is not the one it runs on, for the
 //!    real BSP of a crashed machine and drops it (`check_for_real_bsp`); were the boot CPU first, the missing BSP flag in its
 //!    APIC base MSR would make it "a crash kernel" with one CPU only. So an id that no CPU has is there to be dropped.
+//!
+//! Power-off and reset work nevertheless. A machine without the old registers has a sleep control register of 8 bits, with the sleep
+//! type in bits 2 to 4 and the enable bit in 5: that is the layout of the upper byte of PM1a_CNT, so it is pointed there, and the
+//! status register at the upper byte of PM1a_STS, where the wake status is bit 7 as well.
 
-use acpi_tables::Aml;
+use acpi_tables::aml::{Name, Package};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
+use acpi_tables::{Aml, gas};
+use state_schemas::platform::{Platform, PowerOff, Register, Reset};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{Immutable, IntoBytes, Unaligned};
 
@@ -38,6 +44,8 @@ pub struct AcpiRequest<'a> {
     pub mailbox: u64,
     /// Physical address that an offlined CPU jumps to.
     pub reset_vector: u64,
+    /// The machine's registers; a kernel that is not told of one does without.
+    pub platform: Platform,
 }
 
 /// Finished tables.
@@ -134,8 +142,8 @@ impl AcpiTables {
             bytes.extend_from_slice(table);
             at
         };
-        let dsdt = put(sdt(*b"DSDT", 2, &[]).as_slice());
-        let fadt = put(&to_bytes(&fadt(dsdt)));
+        let dsdt = put(sdt(*b"DSDT", 2, &dsdt_body(&request.platform)).as_slice());
+        let fadt = put(&to_bytes(&fadt(dsdt, &request.platform)));
         let madt = put(sdt(*b"APIC", 5, &madt_body(&ids, request)).as_slice());
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt);
@@ -216,7 +224,22 @@ fn madt_body(ids: &[u32], request: &AcpiRequest<'_>) -> Vec<u8> {
     body
 }
 
-fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
+/// `\_S5`: what is written to the sleep type field to power off. The second number is for PM1b_CNT, which is not there.
+fn dsdt_body(platform: &Platform) -> Vec<u8> {
+    platform.power_off.map_or_else(Vec::new, |PowerOff { sleep_type, .. }| {
+        to_bytes(&Name::new("_S5_".into(), &Package::new(vec![&sleep_type, &0u8, &0u8, &0u8])))
+    })
+}
+
+fn by_the_byte(register: Register) -> gas::GAS {
+    let (space, address) = match register {
+        Register::Memory(address) => (gas::AddressSpace::SystemMemory, address),
+        Register::Port(port) => (gas::AddressSpace::SystemIo, port.into()),
+    };
+    gas::GAS::new(space, 8, 0, gas::AccessSize::ByteAccess, address)
+}
+
+fn fadt(dsdt: u64, platform: &Platform) -> acpi_tables::fadt::FADT {
     /// IA-PC boot architecture: the VGA range must not be probed; there is no CMOS RTC. (8042 and legacy bits stay 0.)
     const NO_VGA: u16 = 1 << 2;
     const NO_CMOS_RTC: u16 = 1 << 5;
@@ -228,6 +251,13 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton);
     fadt.iapc_boot_arch = (NO_VGA | NO_CMOS_RTC).into();
+    if let Some(PowerOff { control, status, .. }) = platform.power_off {
+        (fadt.sleep_control_reg, fadt.sleep_status_reg) = (by_the_byte(control), by_the_byte(status));
+    }
+    if let Some(Reset { register, value }) = platform.reset {
+        fadt = fadt.flag(Flags::ResetRegSup);
+        (fadt.reset_reg, fadt.reset_value) = (by_the_byte(register), value);
+    }
     fadt.finalize()
 }
 

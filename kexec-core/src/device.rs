@@ -293,6 +293,15 @@ pub enum TakeCpu {
     Record,
 }
 
+/// What it means for the machine that this kernel restarts, powers off, executes another one, or panics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The machine is this kernel's, and ends with it. CPUs that were given away are stopped first.
+    Machine,
+    /// The machine is another kernel's: only this kernel stops.
+    Alone,
+}
+
 /// Where a doorbell rings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bell {
@@ -625,6 +634,33 @@ impl Device {
         let (apic_id, vector) = bell.map_or((0, 0), |b| (b.apic_id, b.vector));
         let mut m = sys::PanicNotice { apic_id, vector, pa: address, value, ..Default::default() };
         self.call(sys::PANIC_NOTICE, &mut m, || format!("at {address:#x}"))
+    }
+
+    /// Whose the machine is when this kernel ends. It stays so when the device is closed.
+    pub fn set_end(&self, end: End) -> Result<(), DeviceError> {
+        let how = match end {
+            End::Machine => sys::END_MACHINE,
+            End::Alone => sys::END_ALONE,
+        };
+        self.call(sys::END, &mut sys::End { how, ..Default::default() }, || format!("({end:?})"))
+    }
+
+    /// What ACPI says is written to the sleep type fields of PM1a_CNT and PM1b_CNT for a sleep state (5: off); nothing where
+    /// the machine has no such state.
+    pub fn sleep_type(&self, state: u32) -> Result<Option<(u8, u8)>, DeviceError> {
+        let mut m = sys::SleepType { state, ..Default::default() };
+        match self.call(sys::SLEEP_TYPE, &mut m, || format!("of S{state}")) {
+            // The module gives three bits of each.
+            Ok(()) => Ok(Some(((m.type_a & 7) as u8, (m.type_b & 7) as u8))),
+            Err(DeviceError::Unsupported { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Masks every pin of the I/O APIC at this address, for good. Only where no other CPU of this kernel is online.
+    pub fn mask_ioapic(&self, address: u64) -> Result<(), DeviceError> {
+        let mut m = sys::Ioapic { pa: address, ..Default::default() };
+        self.call(sys::IOAPIC_MASK, &mut m, || format!("at {address:#x}"))
     }
 
     fn call<M: Message>(

@@ -12,6 +12,7 @@
 use std::borrow::Cow;
 
 use state_schemas::control_block::{self, Piece, words};
+use state_schemas::platform::Platform;
 use state_schemas::shared::SharedMemory;
 use trampoline::{ParkArgs, SipiArgs, park_page, yield_page};
 use zerocopy::IntoBytes;
@@ -56,6 +57,8 @@ pub struct PlacementRequest<'a> {
     pub gigabyte_pages: bool,
     /// TSC frequency; 0: leave it to the kernel.
     pub tsc_khz: u32,
+    /// The machine's registers, for its ACPI tables.
+    pub platform: Platform,
     /// For a kernel with KHO: the payload of its setup_data node. The kernel is then told by the handover what `reserved_ram`
     /// is, and by nothing else. A `SETUP_INDIRECT` node beside it would only cost one of
     /// [`MAX_RESERVATIONS`](crate::boot_params::MAX_RESERVATIONS): decompressor and early boot take memory from KHO's
@@ -221,6 +224,7 @@ impl<'a> Placement<'a> {
             cpus: &cpus,
             mailbox,
             reset_vector: park_at,
+            platform: request.platform,
         })?;
 
         let e820 = e820(request, control_block)?;

@@ -52,6 +52,8 @@ pub const ALL_NUMBERS: &[(&str, u64)] = &[
     ("CPU_RECORD", CPU_RECORD as u64),
     ("CPU_START", CPU_START as u64),
     ("CPU_FENCE", CPU_FENCE as u64),
+    ("END_MACHINE", END_MACHINE as u64),
+    ("END_ALONE", END_ALONE as u64),
 ];
 
 /// `BATON_INFO_X2APIC`.
@@ -84,6 +86,11 @@ pub const CPU_RECORD: u32 = 0;
 pub const CPU_START: u32 = 1;
 /// `BATON_CPU_FENCE`.
 pub const CPU_FENCE: u32 = 2;
+
+/// `BATON_END_MACHINE`.
+pub const END_MACHINE: u32 = 0;
+/// `BATON_END_ALONE`.
+pub const END_ALONE: u32 = 1;
 
 /// A struct of the header: plain data whose first field is its own size.
 pub trait Message: Copy + FromBytes + IntoBytes + Immutable + KnownLayout {
@@ -160,6 +167,12 @@ messages! {
     Pci = "baton_pci" { domain: u32, ecam_pa: u64, bus_end: u32, functions: u32, bdf: [u16; PCI_MAX] }
     /// `struct baton_panic_notice`.
     PanicNotice = "baton_panic_notice" { apic_id: u32, vector: u32, reserved: u32, pa: u64, value: u64 }
+    /// `struct baton_end`.
+    End = "baton_end" { how: u32 }
+    /// `struct baton_sleep_type`.
+    SleepType = "baton_sleep_type" { state: u32, type_a: u32, type_b: u32, reserved: u32 }
+    /// `struct baton_ioapic`.
+    Ioapic = "baton_ioapic" { reserved: u32, pa: u64 }
 }
 
 const _: () = assert!(size_of::<Info>() == 48);
@@ -174,6 +187,9 @@ const _: () = assert!(size_of::<Doorbell>() == 20);
 const _: () = assert!(size_of::<Yield>() == 48);
 const _: () = assert!(size_of::<Pci>() == 24 + 2 * PCI_MAX);
 const _: () = assert!(size_of::<PanicNotice>() == 32);
+const _: () = assert!(size_of::<End>() == 8);
+const _: () = assert!(size_of::<SleepType>() == 20);
+const _: () = assert!(size_of::<Ioapic>() == 16);
 
 /// One call of the device and the struct that goes with it. Only this file makes them: the pairing is what makes
 /// [`Call::on`] sound.
@@ -245,6 +261,9 @@ calls! {
     PCI_ADD: Pci = 0x60;
     PCI_REMOVE: Pci = 0x61;
     PANIC_NOTICE: PanicNotice = 0x70;
+    END: End = 0x80;
+    SLEEP_TYPE: SleepType = 0x81;
+    IOAPIC_MASK: Ioapic = 0x82;
 }
 
 /// Takes over a file descriptor that the module has made for us.

@@ -11,13 +11,27 @@ use acpi::{AcpiHandler, AcpiTables as Reader, PhysicalMapping};
 use kexec_core::acpi::{AcpiError, AcpiRequest, AcpiTables, choose_phantom};
 use kexec_core::memory_map::Range;
 use proptest::prelude::*;
+use state_schemas::platform::{Platform, PowerOff, Register, Reset};
 
 const ROOM: Range = Range::new(0x1_5801_0000, 0x1_5802_0000);
 const MAILBOX: u64 = 0x1_5800_4000;
 const PARK: u64 = 0x1_5800_5000;
 
 fn build(phantom: u32, cpus: &[u32]) -> Result<AcpiTables, AcpiError> {
-    AcpiTables::build(&AcpiRequest { room: ROOM, phantom, cpus, mailbox: MAILBOX, reset_vector: PARK })
+    build_with(phantom, cpus, Platform::default())
+}
+
+fn build_with(phantom: u32, cpus: &[u32], platform: Platform) -> Result<AcpiTables, AcpiError> {
+    AcpiTables::build(&AcpiRequest { room: ROOM, phantom, cpus, mailbox: MAILBOX, reset_vector: PARK, platform })
+}
+
+/// An ordinary machine's.
+fn registers() -> Platform {
+    Platform {
+        power_off: Some(PowerOff { control: Register::Port(0x605), status: Register::Port(0x601), sleep_type: 5 }),
+        reset: Some(Reset { register: Register::Port(0xcf9), value: 15 }),
+        power_button: None,
+    }
 }
 
 fn le(bytes: &[u8]) -> u64 {
@@ -81,6 +95,18 @@ fn the_kernel_finds_what_it_needs() {
     assert_eq!(entries.len(), 6, "no IOAPIC, no overrides");
 }
 
+#[test]
+fn a_machine_can_be_powered_off_and_reset() {
+    let tables = build_with(0xfe, &[3, 0], registers()).unwrap();
+    let (fadt, dsdt, _) = read(&tables);
+    assert_eq!(le(&fadt[112..116]) & (1 << 10), 1 << 10, "RESET_REG_SUP");
+    let port = |port: u64| [&[1, 8, 0, 1], port.to_le_bytes().as_slice()].concat();
+    assert_eq!((&fadt[116..128], fadt[128]), (port(0xcf9).as_slice(), 15));
+    assert_eq!((&fadt[244..256], &fadt[256..268]), (port(0x605).as_slice(), port(0x601).as_slice()));
+    // Name (_S5_, Package (4) { 5, 0, 0, 0 })
+    assert_eq!(&dsdt[36..], b"\x08_S5_\x12\x07\x04\x0a\x05\0\0\0");
+}
+
 /// "Physical memory" that holds the tables and nothing else.
 #[derive(Clone)]
 struct Memory<'a>(&'a AcpiTables);
@@ -123,7 +149,7 @@ fn the_acpi_crate_reads_the_same() {
 
 #[test]
 fn iasl_disassembles_every_table() {
-    let tables = build(0xfe, &[3, 0, 1, 0x1_0000]).unwrap();
+    let tables = build_with(0xfe, &[3, 0, 1, 0x1_0000], registers()).unwrap();
     let (fadt, dsdt, madt) = read(&tables);
     let folder = tempfile::tempdir().unwrap();
     let disassemble = |name: &str, bytes: &[u8]| {
@@ -147,7 +173,7 @@ fn iasl_disassembles_every_table() {
     assert!(madt.contains("Subtable Type : 10 "), "{madt}");
     assert_eq!(line(&madt, "Mailbox Version"), "0001");
     assert_eq!(line(&madt, "Mailbox Address"), "0000000158004000");
-    disassemble("dsdt", dsdt);
+    assert!(disassemble("dsdt", dsdt).contains("Name (_S5, Package (0x04)"));
 }
 
 #[test]

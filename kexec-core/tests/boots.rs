@@ -15,6 +15,7 @@ use kexec_core::image::BzImage;
 use kexec_core::layout::{LowSlot, SIPI_PAGE};
 use kexec_core::memory_map::{Range, RangeSet};
 use kexec_core::placement::{Placement, PlacementRequest};
+use state_schemas::platform::Platform;
 use trampoline::sipi_page;
 
 const MIB: u64 = 1 << 20;
@@ -117,6 +118,7 @@ fn stock_kernels_boot_from_a_placement_alone() {
             identity: RangeSet::new(),
             gigabyte_pages: false,
             tsc_khz: 1_000_000,
+            platform: Platform::default(),
             kho: None,
         })
         .unwrap();

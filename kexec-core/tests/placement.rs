@@ -10,6 +10,7 @@ use kexec_core::memory_map::{Range, RangeSet};
 use kexec_core::placement::*;
 use proptest::prelude::*;
 use state_schemas::control_block::{self, words};
+use state_schemas::platform::Platform;
 use state_schemas::shared::SharedMemory;
 
 const MIB: u64 = 1 << 20;
@@ -30,6 +31,7 @@ fn request<'a>(image: &'a BzImage<'a>, region: Range, initrd: &'a [u8]) -> Place
         identity: RangeSet::new(),
         gigabyte_pages: false,
         tsc_khz: 2_000_000,
+        platform: Platform::default(),
         kho: None,
     }
 }

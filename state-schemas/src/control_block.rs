@@ -93,6 +93,10 @@ pub mod words {
     pub const SUCCESSOR_PANIC_AT: u64 = WORDS.offset + 0x30;
     /// The successor's agent marks here how far it has come (a [`BootMark`]).
     pub const BOOT_MARK_AT: u64 = WORDS.offset + 0x38;
+    /// A moment just before the cutover, as the incumbent's TSC shows it; 0: the incumbent does not say.
+    pub const CLOCK_TSC_AT: u64 = WORDS.offset + 0x40;
+    /// The wall clock at that moment, in nanoseconds since 1970.
+    pub const CLOCK_NS_AT: u64 = WORDS.offset + 0x48;
 
     /// `"BATONCB\0"`.
     pub const MAGIC: u64 = u64::from_le_bytes(*b"BATONCB\0");

@@ -17,6 +17,7 @@ use crate::codec::{self, CodecError};
 use crate::header::{Frame, HeaderError, Kind};
 use crate::latest::handover_record::{HandoverRecord, Service};
 use crate::latest::message::{ToIncumbent, ToSuccessor};
+use crate::latest::platform::Platform;
 use crate::v1;
 
 /// Why a frame did not give a value, or a value no frame.
@@ -105,6 +106,7 @@ macro_rules! first_version {
 
 first_version!(ToSuccessor, Kind::ToSuccessor);
 first_version!(ToIncumbent, Kind::ToIncumbent);
+first_version!(Platform, Kind::Platform);
 
 impl Payload for HandoverRecord {
     const KIND: Kind = Kind::HandoverRecord;
@@ -229,6 +231,25 @@ fn record_2_to_1(new: HandoverRecord) -> Result<v1::record::HandoverRecord, Payl
         retired,
         journal,
     })
+}
+
+impl HandoverRecord {
+    /// The payload of this kind among those that are carried; nothing where there is none that this program reads. Whole
+    /// frames are there: the record was checked.
+    pub fn carried_payload<T: Payload>(&self) -> Option<Received<T>> {
+        self.carried.iter().find_map(|frame| T::from_frame(frame).ok())
+    }
+
+    /// Puts a payload among those that are carried, in place of the one of this kind, or takes that one out.
+    ///
+    /// # Errors
+    /// Those of [`Payload::to_frame`].
+    pub fn carry<T: Payload>(&mut self, payload: Option<&T>) -> Result<(), PayloadError> {
+        let frame = payload.map(|payload| payload.to_frame(T::VERSION)).transpose()?;
+        self.carried.retain(|other| T::from_frame(other).is_err());
+        self.carried.extend(frame);
+        Ok(())
+    }
 }
 
 fn write(kind: Kind, version: u32, payload: &[u8]) -> Vec<u8> {

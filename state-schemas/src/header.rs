@@ -49,6 +49,8 @@ pub enum Kind {
     ToSuccessor = 2,
     /// [`crate::message`], from the successor.
     ToIncumbent = 3,
+    /// [`crate::platform`]; carried.
+    Platform = FIRST_CARRIED_KIND,
 }
 
 /// Kinds from here on are never a record or a message of their own: they stand in a record

@@ -13,6 +13,11 @@ pub mod handover_record {
     };
 }
 
+/// The machine's own registers.
+pub mod platform {
+    pub use crate::v1::platform::{Platform, PlatformError, PowerButton, PowerOff, Register, Reset};
+}
+
 /// The channel's messages.
 pub mod message {
     pub use crate::v1::message::{ITEM_LIMIT, MessageError, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};

@@ -14,4 +14,4 @@ pub mod v2;
 
 pub use codec::CodecError;
 pub use convert::{Payload, PayloadError};
-pub use latest::{handover_record, message};
+pub use latest::{handover_record, message, platform};

@@ -35,7 +35,7 @@ use crate::daemon::listen::{Caller, Limits};
 use crate::daemon::outcome::Failure;
 use crate::recovery::recover::{self, GoingOn};
 use crate::services::{Admitted, access};
-use crate::takeover::successor;
+use crate::takeover::{button, successor};
 use crate::update::{check, upgrade};
 use baton_sdk::protocol::DEFAULT_SOCKET as SERVICE_SOCKET;
 
@@ -99,6 +99,7 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
     crate::services::files::server::start(kernel.clone())?;
     crate::services::files::notify::start(kernel.clone())?;
     crate::services::resize::start(kernel.clone())?;
+    button::watch(kernel.clone())?;
     tell_init();
     info!(release = kernel.release(), role = %kernel.role(), "batond is ready");
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

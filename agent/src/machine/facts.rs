@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::fs;
 
 use anyhow::{Context, Result, anyhow};
+use kexec_core::device::Device;
 use kexec_core::memory_map::RangeSet;
 use kexec_core::memory_map::iomem::{
     Resource, firmware_ram, movable, parse_firmware_memmap, parse_iomem, set_aside, system_ram, usable_ram,
 };
+use state_schemas::platform::Platform;
 
 use crate::daemon::config::Config;
 use crate::machine::net::{Mac, Netlink, parse_mac};
@@ -34,6 +36,9 @@ pub struct Facts {
     pub bsp: Option<u32>,
     /// Nothing on a machine without PCIe.
     pub ecam: Option<Ecam>,
+    /// The machine's own registers. Nothing on a kernel that the firmware booted: there they are looked up when they are needed
+    /// ([`firmware_platform`]), since that takes the module.
+    pub platform: Option<Platform>,
     /// The configured interfaces that exist, by MAC, and their PCI functions.
     pub nics: BTreeMap<Mac, Bdf>,
     /// How many updates this machine has behind it.
@@ -57,6 +62,7 @@ impl Facts {
             apic_ids: Vec::new(),
             bsp: None,
             ecam: sysfs::ecam().ok().map(|(base, bus_end)| Ecam { base, bus_end }),
+            platform: None,
             nics,
             hops: 0,
             epoch: 1,
@@ -81,6 +87,24 @@ fn firmware_memory() -> Result<RangeSet> {
 fn resources() -> Result<Vec<Resource>> {
     let text = fs::read_to_string("/proc/iomem").context("cannot read /proc/iomem")?;
     Ok(parse_iomem(&text)?)
+}
+
+/// A table of the firmware's; for a successor, of its predecessor's making.
+fn acpi_table(signature: &str) -> Result<Vec<u8>> {
+    let path = format!("/sys/firmware/acpi/tables/{signature}");
+    fs::read(&path).with_context(|| format!("cannot read {path}"))
+}
+
+/// The machine's own registers, as the firmware describes them. A machine without ACPI has none that are known.
+pub fn firmware_platform(device: &Device) -> Result<Platform> {
+    let Ok(fadt) = acpi_table("FACP") else { return Ok(Platform::default()) };
+    let s5 = device.sleep_type(5)?.map(|(type_a, _)| type_a);
+    Ok(kexec_core::firmware::platform(&fadt, s5))
+}
+
+/// Where this kernel's I/O APICs are; a successor has none.
+pub fn io_apics() -> Vec<u32> {
+    acpi_table("APIC").map(|madt| kexec_core::firmware::io_apics(&madt)).unwrap_or_default()
 }
 
 /// RAM that this kernel manages now.

@@ -1,6 +1,7 @@
 //! The machine as it is: what the kernel, the firmware and the network say of it, and the few calls that change it.
 
 pub mod bounded;
+pub mod clock;
 pub mod facts;
 pub mod liveupdate;
 pub mod net;

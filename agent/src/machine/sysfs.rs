@@ -5,7 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 fn write(path: &Path, text: &str) -> Result<()> {
@@ -137,6 +137,36 @@ pub fn quiesce_pci(granted: &[Bdf]) -> Result<Vec<String>> {
         stopped.push(name);
     }
     Ok(stopped)
+}
+
+/// Stops watchdogs that are armed, for a kernel that is about to leave: nobody would pet them. One whose driver is in use by a
+/// program is stopped by taking its driver away. Says which; what cannot be stopped is only logged, since there is no way back here.
+pub fn quiesce_watchdogs() -> Vec<String> {
+    let mut stopped = Vec::new();
+    let Ok(folders) = fs::read_dir("/sys/class/watchdog") else { return stopped };
+    for folder in folders.flatten().map(|entry| entry.path()) {
+        if fs::read_to_string(folder.join("state")).is_ok_and(|state| state.trim() == "active") {
+            let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            match stop_watchdog(&folder, &name) {
+                Ok(()) => stopped.push(name),
+                Err(error) => tracing::error!("{name} is armed and will reset the machine: {error:#}"),
+            }
+        }
+    }
+    stopped
+}
+
+/// A `V` before the close stops it (Documentation/watchdog/watchdog-api.rst), unless the driver was told never to.
+fn stop_watchdog(folder: &Path, name: &str) -> Result<()> {
+    if fs::write(Path::new("/dev").join(name), "V").is_err() {
+        // Somebody has it open, or its node is not here.
+        let device = fs::canonicalize(folder.join("device")).context("it has no device")?;
+        unbind(&device)?;
+    }
+    match fs::read_to_string(folder.join("state")) {
+        Ok(state) if state.trim() == "active" => bail!("it does not stop (is `nowayout` set?)"),
+        _ => Ok(()),
+    }
 }
 
 /// How hot-added memory is onlined from now on: `online_movable` keeps it free of what cannot be moved away again.

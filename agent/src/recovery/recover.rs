@@ -15,7 +15,7 @@ use handover::update::effect::Effect;
 use handover::update::error::{Cause, Left, Outcome};
 use handover::update::machine::{Event, JournalLine, Next, Serves};
 use handover::update::recover::Resumed;
-use kexec_core::device::{Access, Device, TakeCpu};
+use kexec_core::device::{Access, Device, End, TakeCpu};
 use kexec_core::layout::{PAGE, SIPI_PAGE};
 use kexec_core::memory_map::Range;
 use kexec_core::registry::State;
@@ -155,6 +155,7 @@ fn take_back(
     for instance in left {
         device.destroy_instance(instance.id)?;
     }
+    device.set_end(End::Machine)?;
     let theirs = |apic_id| left.iter().any(|instance| instance.cpus.contains(&apic_id));
     for cpu in device.cpus()?.iter().filter(|cpu| !cpu.online) {
         if theirs(cpu.apic_id) || journal.cpus().any(|number| number == cpu.cpu) {

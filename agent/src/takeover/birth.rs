@@ -12,6 +12,7 @@ use state_schemas::Payload;
 use state_schemas::control_block::{self, words};
 use state_schemas::latest::handover_record::{HandoverRecord, PhysRange, Role};
 use state_schemas::latest::message::ToIncumbent;
+use state_schemas::platform::Platform;
 use state_schemas::shared::SharedMemory;
 
 use crate::daemon::control::{Stage, UpdateStatus};
@@ -74,6 +75,10 @@ impl Birth {
             ram: record.machine.ram.iter().map(|ram| range(*ram)).collect::<RangeSet>(),
             apic_ids: record.machine.cpus.iter().map(|cpu| cpu.apic_id).collect(),
             bsp: record.machine.cpus.iter().find(|cpu| cpu.firmware_boot).map(|cpu| cpu.apic_id),
+            // A predecessor that did not say, or said nonsense, leaves this kernel without.
+            platform: Some(
+                record.carried_payload::<Platform>().and_then(|told| told.check(&()).ok()).unwrap_or_default(),
+            ),
             ecam: record.ecam.map(|ecam| Ecam { base: ecam.address, bus_end: ecam.bus_end }),
             nics: record
                 .network

@@ -19,24 +19,29 @@ use handover::update::phase::Phase;
 use handover::update::successor::{Answer, Order};
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::Device;
+use kexec_core::device::{Device, End};
 use kexec_core::memory_map::RangeSet;
 use kexec_core::memory_map::division::Adoption;
+use kexec_core::memory_map::division::keep_movable;
+use kexec_core::memory_map::{Range, RangeSet};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use state_schemas::control_block::words::BootMark;
 use state_schemas::control_block::{MAILBOX, words};
+use state_schemas::latest::handover_record::ClockPair;
 use state_schemas::latest::message::ToIncumbent;
 use state_schemas::shared::SharedMemory;
 
 use crate::daemon::control::{ServiceState, Stage};
 use crate::daemon::kernel::Kernel;
+use crate::machine::clock::Moment;
 use crate::machine::liveupdate;
 use crate::machine::net::{Announcer, Link};
 use crate::machine::pci;
 use crate::machine::sysfs;
 use crate::services::arenas::Arena;
 use crate::takeover::birth::{Birth, range};
-use crate::update::line::{Line, Successor};
+use crate::update::line::{Line, Successor, Unanswered};
 use crate::update::timeline::{Timeline, tsc};
 
 /// Domain number of our PCI root buses: the machine's own. With `pci=off` nothing else is there, and functions keep their names.
@@ -74,6 +79,8 @@ struct Heir<'k> {
     /// What could not be done after the commit; the update is told of it when it has ended.
     left_undone: Vec<String>,
     timeline: Timeline,
+    /// It has been activated.
+    serves: bool,
 }
 
 /// Takes the machine over; returns when it is this kernel's own.
@@ -87,16 +94,25 @@ pub fn run(kernel: &Kernel) -> Result<()> {
         },
         abi: words::VERSION,
     })?;
-    let last = heir.serve()?;
-    heir.drain(last)
+    match heir.serve() {
+        Ok(last) => heir.drain(last),
+        Err(error) if heir.serves => {
+            heir.go_on_alone(&error);
+            Err(error)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 impl<'k> Heir<'k> {
     fn prepare(kernel: &'k Kernel, birth: &'k Birth) -> Result<Heir<'k>> {
         let device = kernel.device()?;
         let started = tsc();
+        // The machine is the incumbent's: it must not end with this kernel.
+        device.set_end(End::Alone)?;
         mark(birth, BootMark::Agent);
-        set_clock(birth)?;
+        let ClockPair { tsc: then, unix_ns, tsc_khz } = birth.record.clock;
+        Moment { tsc: then, unix_ns }.set_clock(tsc_khz)?;
         let line = Line::attach(birth.control.clone(), birth.base)?;
         let sessions = liveupdate::hold()?;
         expect_arenas(kernel, device, birth)?;
@@ -106,7 +122,19 @@ impl<'k> Heir<'k> {
         mark(birth, BootMark::Network);
         let mut timeline = Timeline::continue_from(birth.record.journal.clone());
         timeline.add("successor: prepare", started, tsc());
-        Ok(Heir { kernel, birth, device, line, address, sessions, unsettled: None, left_undone: Vec::new(), timeline })
+        let left_undone = Vec::new();
+        Ok(Heir {
+            kernel,
+            birth,
+            device,
+            line,
+            address,
+            sessions,
+            unsettled: None,
+            left_undone,
+            timeline,
+            serves: false,
+        })
     }
 
     /// Does what the incumbent says, until its last word: the order to take the rest.
@@ -188,6 +216,7 @@ impl<'k> Heir<'k> {
         if self.birth.control.load(words::EPOCH_AT) != epoch {
             bail!("epoch {epoch} is not the current one");
         }
+        self.set_clock_again();
         self.kernel.services.activate(epoch, self.cutover_deadline())?;
         let serving = tsc();
         if let Some(address) = &self.address {
@@ -197,10 +226,57 @@ impl<'k> Heir<'k> {
             address.announcer.announce()?;
         }
         let announced = tsc();
+        self.device.set_end(End::Machine)?;
+        self.serves = true;
         self.kernel.state().facts.epoch = epoch;
         self.timeline.add("successor: services", started, serving);
         self.timeline.add("successor: address", serving, announced);
         Ok(Answer::AnsweringSince(announced))
+    }
+
+    /// The incumbent's wall clock may have been set since the record was written, and the TSC's rate, by which this kernel went on from
+    /// there, is known only so well.
+    fn set_clock_again(&self) {
+        let word = |at| self.birth.control.load(at);
+        let then = Moment { tsc: word(words::CLOCK_TSC_AT), unix_ns: word(words::CLOCK_NS_AT) };
+        // 0: an older incumbent, which does not say.
+        if then.tsc != 0
+            && let Err(error) = then.set_clock(self.birth.record.clock.tsc_khz)
+        {
+            tracing::warn!("the wall clock stays as it was at the start: {error:#}");
+        }
+    }
+
+    /// The incumbent has ended while this kernel serves: it goes on serving with what it has.
+    fn go_on_alone(&mut self, why: &anyhow::Error) {
+        let dead = matches!(why.downcast_ref(), Some(Unanswered::Panicked(_)));
+        let mut left = std::mem::take(&mut self.left_undone);
+        let online: Vec<u32> =
+            self.device.cpus().into_iter().flatten().filter(|cpu| cpu.online).map(|cpu| cpu.apic_id).collect();
+        let record = &self.birth.record;
+        let lost: Vec<String> = record
+            .machine
+            .cpus
+            .iter()
+            .filter(|cpu| !online.contains(&cpu.apic_id))
+            .map(|cpu| cpu.apic_id.to_string())
+            .collect();
+        let blocks: u64 = record.grant.blocks.iter().map(|piece| piece.len).sum();
+        let memory = (blocks + crate::update::kho::free_fragments(record).total()) >> 20;
+        left.push(format!("{why:#}: what it had is lost until the machine is reset"));
+        if !lost.is_empty() {
+            left.push(format!("CPUs with APIC id {}: the incumbent had them when it ended", lost.join(", ")));
+        }
+        left.push(format!("memory: {memory} MiB that the incumbent had when it ended"));
+        if dead {
+            // None of its programs can go on there, and the machine is this kernel's.
+            self.start_programs();
+            left.append(&mut self.left_undone);
+            if let Err(error) = sysfs::grant_panic_wish() {
+                left.push(format!("panic=: {error:#}"));
+            }
+        }
+        self.kernel.note(|update| update.left_undone = left);
     }
 
     /// Not before the incumbent cannot go on any more: its own programs, which cannot be asked to look at their memory anew, would
@@ -232,6 +308,8 @@ impl<'k> Heir<'k> {
             self.kernel.netlink.drop_held(&held)?;
         }
         self.kernel.set_phase(Phase::Trial);
+        self.device.set_end(End::Alone)?;
+        self.serves = false;
         Ok(Answer::Done)
     }
 
@@ -358,17 +436,6 @@ fn sooner_than(limit: Duration) -> Duration {
 /// What the incumbent can read when it hears nothing.
 fn mark(birth: &Birth, reached: BootMark) {
     birth.control.store(words::BOOT_MARK_AT, reached as u64);
-}
-
-/// There is no RTC: the wall clock goes on from the incumbent's, by the TSC.
-fn set_clock(birth: &Birth) -> Result<()> {
-    let clock = birth.record.clock;
-    let ticks = tsc().saturating_sub(clock.tsc);
-    let elapsed_ns = u128::from(ticks) * 1_000_000 / u128::from(clock.tsc_khz);
-    let now = u128::from(clock.unix_ns) + elapsed_ns;
-    let seconds = i64::try_from(now / 1_000_000_000).context("the handed-over time is absurd")?;
-    let nanoseconds = i64::try_from(now % 1_000_000_000)?;
-    clock_settime(ClockId::CLOCK_REALTIME, TimeSpec::new(seconds, nanoseconds)).context("cannot set the wall clock")
 }
 
 /// The arenas become memory of this kernel's, with their content, and wait for their services.

@@ -31,8 +31,8 @@ const PANICKED: u64 = 1;
 /// Why the other side gave no answer, or not the one that was wanted.
 #[derive(Debug, thiserror::Error)]
 pub enum Unanswered {
-    /// It will never answer.
-    #[error("the {0} panicked")]
+    /// It will never answer: its module said so at the end.
+    #[error("the {0} panicked, or was restarted")]
     Panicked(&'static str),
     /// Nobody waits for it any more.
     #[error("the operator called the update off")]

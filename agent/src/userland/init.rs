@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! mount /proc /sys /dev /run ─► load modules ─► lo up ─► batond ─ READY=1 ─► services, programs ─► reap for ever
+//!                                    signal: halt, power off, restart ─► SIGTERM to everybody ─► sync ─► reboot(2)
 //! ```
 //! It knows no roles: batond finds out by the command line whether this kernel is a successor. Its own messages go to
 //! /dev/kmsg, because a successor's terminal has no interrupt (see DESIGN.md, traps).
@@ -13,15 +14,19 @@ use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use kexec_core::cmdline::control_block_of;
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
-use nix::sys::wait::{WaitStatus, wait};
-use nix::unistd::{User, pause};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, wait, waitpid};
+use nix::unistd::{Pid, User, pause};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::daemon::config::Config;
 use crate::machine::net::Netlink;
@@ -37,9 +42,15 @@ const AGENT_PATIENCE: Duration = Duration::from_secs(60);
 /// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the .xz itself.
 const COMPRESSED: ModuleInitFlags = ModuleInitFlags::from_bits_retain(4);
 
+/// How long programs may take to end before they are killed, when the machine ends.
+const ENDING_PATIENCE: Duration = Duration::from_secs(10);
+/// Set when the machine ends: how, and whom to tell when the last program has ended.
+static ENDING: OnceLock<mpsc::Sender<()>> = OnceLock::new();
+
 /// Brings user space up and never returns, but for an error that leaves nothing to run.
 pub fn run() -> Result<()> {
     mount_all()?;
+    obey_signals()?;
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let release = release.trim();
     say(&format!("baton-init on {release}"));
@@ -78,10 +89,55 @@ pub fn say(text: &str) {
 pub fn give_up(error: &anyhow::Error) -> ! {
     say(&format!("baton-init: {error:#}"));
     nix::unistd::sync();
-    match reboot(RebootMode::RB_POWER_OFF) {
+    // A successor's module keeps the machine of its incumbent from ending with it; without the module nothing would.
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let alone = control_block_of(&cmdline).is_some() && !Path::new("/proc/multikernel").exists();
+    end(if alone { RebootMode::RB_HALT_SYSTEM } else { RebootMode::RB_POWER_OFF })
+}
+
+fn end(how: RebootMode) -> ! {
+    match reboot(how) {
         Ok(never) => match never {},
         Err(_) => std::process::exit(1),
     }
+}
+
+/// As BusyBox's init: SIGUSR1 halts the machine, SIGUSR2 powers it off, SIGTERM restarts it, each after the programs have ended in
+/// order. So `halt`, `poweroff` and `reboot` work, and batond when the power button is pressed.
+fn obey_signals() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let listening = || -> Result<_> {
+        let _entered = runtime.enter();
+        let [halt, power_off, restart] =
+            [SignalKind::user_defined1(), SignalKind::user_defined2(), SignalKind::terminate()].map(signal);
+        Ok((halt?, power_off?, restart?))
+    };
+    let (mut halt, mut power_off, mut restart) = listening().context("cannot wait for signals")?;
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        let how = runtime.block_on(async {
+            tokio::select! {
+                _ = halt.recv() => RebootMode::RB_HALT_SYSTEM,
+                _ = power_off.recv() => RebootMode::RB_POWER_OFF,
+                _ = restart.recv() => RebootMode::RB_AUTOBOOT,
+            }
+        });
+        say(&format!("baton-init: the machine ends: {how:?}"));
+        let (sender, ended) = mpsc::channel();
+        // Nobody else sets it.
+        let _ = ENDING.set(sender);
+        // Everybody but process 1. There may be nobody left.
+        let everybody = Pid::from_raw(-1);
+        let _ = kill(everybody, Signal::SIGTERM);
+        // If there are none already, nobody waits for the last one.
+        let none_left = waitpid(None, Some(WaitPidFlag::WNOHANG)) == Err(Errno::ECHILD);
+        if !none_left && ended.recv_timeout(ENDING_PATIENCE).is_err() {
+            say(&format!("baton-init: not everybody ended in {ENDING_PATIENCE:?}: the rest is killed"));
+            let _ = kill(everybody, Signal::SIGKILL);
+        }
+        nix::unistd::sync();
+        end(how)
+    })?;
+    Ok(())
 }
 
 fn mount_all() -> Result<()> {
@@ -180,9 +236,15 @@ fn start(
 fn reap(children: &HashMap<i32, String>) -> Result<()> {
     loop {
         let status = match wait() {
-            // The last program has ended. The machine does not: its kernel serves files, packets, and whoever logs in next.
+            Err(Errno::EINTR) => continue,
+            // The last program has ended. The machine does not, unless it was told to: its kernel serves files, packets, and whoever
+            // logs in next.
             Err(Errno::ECHILD) => {
-                say("baton-init: no program is left");
+                match ENDING.get() {
+                    // Whoever waits for this ends the machine; or it ends already.
+                    Some(ending) => drop(ending.send(())),
+                    None => say("baton-init: no program is left"),
+                }
                 loop {
                     pause();
                 }

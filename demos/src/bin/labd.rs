@@ -40,10 +40,15 @@ fn main() -> io::Result<()> {
             println!("{}", serde_json::to_string(&keeper::ask()?)?);
             Ok(())
         }
+        ["wall"] => {
+            let moment = agent::machine::clock::Moment::now().map_err(io::Error::other)?;
+            println!("{} {}", moment.tsc, moment.unix_ns);
+            Ok(())
+        }
         ["luo", session, token] => luo(session, token.parse().map_err(io::Error::other)?),
         _ => Err(io::Error::new(
             ErrorKind::InvalidInput,
-            "usage: labd | labd keep MIB | labd kept | labd luo SESSION TOKEN",
+            "usage: labd | labd keep MIB | labd kept | labd luo SESSION TOKEN | labd wall",
         )),
     }
 }

@@ -169,8 +169,9 @@ struct baton_adopt {
 };
 
 /*
- * BATON_IOC_CPU_GIVE: a CPU that is offline here goes to an instance. START sends INIT, SIPI, SIPI to page
- * `start_pa` (below 1 MiB); RECORD only accounts for it (user space wakes it through a mailbox).
+ * BATON_IOC_CPU_GIVE: a CPU that is offline here goes to an instance; until it comes back, it is not present here.
+ * START sends INIT, SIPI, SIPI to page `start_pa` (below 1 MiB); RECORD only accounts for it (user space wakes it
+ * through a mailbox).
  * BATON_IOC_CPU_TAKE: the account ends. FENCE sends INIT first, so that whatever ran there stops; never use it on
  * the CPU that the firmware booted: it would reset the machine. RECORD sends nothing.
  * EBUSY: the APIC id is online here, or belongs to another instance.
@@ -251,6 +252,43 @@ struct baton_panic_notice {
 	__u64 value;
 };
 
+/*
+ * BATON_IOC_END: whose the machine is, when this kernel restarts, powers off, halts, executes another one, or panics.
+ *   MACHINE  this kernel's, as it is when the module is loaded. The CPUs that were given away get INIT first.
+ *   ALONE    another kernel's: this one gives its panic notice, stops its own CPUs and nothing else. It does not reset
+ *            after a panic, whatever kernel.panic says. The module cannot be unloaded.
+ * It does not end with the file. System sleep gives EBUSY while it is ALONE, or while there is an instance.
+ */
+#define BATON_END_MACHINE	0
+#define BATON_END_ALONE		1
+struct baton_end {
+	__u32 size;
+	__u32 how;			/* BATON_END_* */
+};
+
+/*
+ * BATON_IOC_SLEEP_TYPE: what ACPI's \_Sx says is written to the sleep type fields of PM1a_CNT and PM1b_CNT.
+ * EOPNOTSUPP: this machine has no such state. (The registers are in the FADT, which user space can read.)
+ */
+struct baton_sleep_type {
+	__u32 size;
+	__u32 state;			/* 0 to 5 */
+	__u32 type_a;			/* out: 0 to 7 */
+	__u32 type_b;			/* out: 0 to 7 */
+	__u32 reserved;
+};
+
+/*
+ * BATON_IOC_IOAPIC_MASK: masks every pin of the I/O APIC whose registers are at pa (as the MADT says), but for SMIs.
+ * There is no way back: for a kernel that leaves.
+ * EBUSY: another CPU is online, which may use it. ENOENT: nothing answers there. ERANGE: there is RAM, or it is too high.
+ */
+struct baton_ioapic {
+	__u32 size;
+	__u32 reserved;
+	__u64 pa;
+};
+
 #define BATON_IOC(nr)			_IO(0xBA, nr)
 #define BATON_IOC_INFO			BATON_IOC(0x00)
 #define BATON_IOC_CPU_INFO		BATON_IOC(0x01)
@@ -271,5 +309,8 @@ struct baton_panic_notice {
 #define BATON_IOC_PCI_ADD		BATON_IOC(0x60)
 #define BATON_IOC_PCI_REMOVE		BATON_IOC(0x61)
 #define BATON_IOC_PANIC_NOTICE		BATON_IOC(0x70)
+#define BATON_IOC_END			BATON_IOC(0x80)
+#define BATON_IOC_SLEEP_TYPE		BATON_IOC(0x81)
+#define BATON_IOC_IOAPIC_MASK		BATON_IOC(0x82)
 
 #endif

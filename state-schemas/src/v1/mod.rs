@@ -4,4 +4,5 @@
 //! a byte, 0 or 1, and its value; an enum is a u32, the number that stands beside each variant, and its fields.
 
 pub mod message;
+pub mod platform;
 pub mod record;

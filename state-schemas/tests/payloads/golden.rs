@@ -12,6 +12,7 @@ use serde::Serialize;
 use state_schemas::Payload;
 use state_schemas::handover_record::{Arena, HandoverRecord};
 use state_schemas::header::{Frame, HEADER_LEN};
+use state_schemas::platform::Platform;
 
 pub fn compare(file: &str, bytes: &[u8]) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(file);
@@ -97,6 +98,23 @@ fn the_messages_of_version_1() {
     for (tag, message) in samples::to_incumbent().iter().enumerate() {
         check(1, &format!("to_incumbent_{tag}"), message, message);
     }
+}
+
+/// It stands in a record, beside what this program does not know, and takes its own place there only.
+#[test]
+fn the_platform_of_version_1() {
+    let platform = samples::platform();
+    check(1, "platform", &platform, &platform);
+    let mut record = samples::record();
+    assert!(record.carried_payload::<Platform>().is_none());
+    record.carry(Some(&Platform::default())).unwrap();
+    record.carry(Some(&platform)).unwrap();
+    assert_eq!(record.carried, [samples::stranger().to_bytes(), platform.to_frame(1).unwrap()]);
+    let record = HandoverRecord::from_frame(&record.to_frame(2).unwrap()).unwrap().check(&samples::REGION).unwrap();
+    assert_eq!(record.carried_payload::<Platform>().unwrap().check(&()), Ok(platform));
+    let mut without = record;
+    without.carry::<Platform>(None).unwrap();
+    assert_eq!(without.carried, [samples::stranger().to_bytes()]);
 }
 
 #[test]

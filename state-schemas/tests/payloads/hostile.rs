@@ -136,6 +136,27 @@ fn each_lie_about_a_frame_has_its_name() {
 }
 
 #[test]
+fn registers_that_cannot_be_are_refused() {
+    use state_schemas::platform::{Platform, PlatformError, Register};
+    let refused = |change: &dyn Fn(&mut Platform)| {
+        let mut platform = samples::platform();
+        change(&mut platform);
+        let received = Platform::from_frame(&platform.to_frame(1).unwrap()).unwrap();
+        received.check(&()).unwrap_err()
+    };
+    let off = |platform: &mut Platform| platform.power_off.unwrap();
+    assert_eq!(
+        refused(&|p| p.power_off = Some(state_schemas::platform::PowerOff { sleep_type: 8, ..off(p) })),
+        PlatformError::SleepType(8)
+    );
+    assert_eq!(refused(&|p| p.reset.as_mut().unwrap().register = Register::Memory(0)), PlatformError::Address("reset"));
+    assert_eq!(
+        refused(&|p| p.power_button.as_mut().unwrap().enable = Register::Port(0)),
+        PlatformError::Address("button enable")
+    );
+}
+
+#[test]
 fn an_unknown_kind_is_carried_through_untouched() {
     let stranger = samples::stranger();
     let bytes = stranger.to_bytes();

@@ -58,6 +58,8 @@ fn control_words() -> Rows {
         ("incumbent panic", words::INCUMBENT_PANIC_AT, 8),
         ("successor panic", words::SUCCESSOR_PANIC_AT, 8),
         ("boot mark", words::BOOT_MARK_AT, 8),
+        ("clock tsc", words::CLOCK_TSC_AT, 8),
+        ("clock ns", words::CLOCK_NS_AT, 8),
     ]
 }
 

@@ -3,6 +3,7 @@
 use state_schemas::handover_record::*;
 use state_schemas::header::{FIRST_CARRIED_KIND, Frame};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
+use state_schemas::platform::{Platform, PowerButton, PowerOff, Register, Reset};
 use state_schemas::v1;
 
 const MIB: u64 = 1 << 20;
@@ -130,6 +131,15 @@ pub fn record() -> HandoverRecord {
     });
     record.carried = vec![stranger().to_bytes()];
     record
+}
+
+pub fn platform() -> Platform {
+    let (control, status) = (Register::Port(0x605), Register::Port(0x601));
+    Platform {
+        power_off: Some(PowerOff { control, status, sleep_type: 5 }),
+        reset: Some(Reset { register: Register::Memory(0xfed8_0cf9), value: 15 }),
+        power_button: Some(PowerButton { status, enable: Register::Port(0x603) }),
+    }
 }
 
 pub fn to_successor() -> Vec<ToSuccessor> {

@@ -17,12 +17,12 @@ use state_schemas::shared::SharedMemory;
 use super::{Hands, Placed};
 use crate::daemon::config::Cidr;
 use crate::daemon::outcome::Failure;
-use crate::machine::facts::{managed_memory, memory_set_aside};
+use crate::machine::clock::Moment;
+use crate::machine::facts::{firmware_platform, managed_memory, memory_set_aside};
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
 use crate::update::kho::{self, HandedOver, Spoken};
 use crate::update::line::Line;
-use crate::update::timeline::tsc;
 
 /// How far apart the places are that are tried for the cap.
 const CAP_STEP: u64 = 256 << 10;
@@ -177,12 +177,19 @@ impl Hands<'_> {
         let site = self.site()?;
         let facts = &self.plan.facts;
         let info = self.device.info()?;
+        let tsc_khz = Moment::raw()?.khz_since(self.began, info.tsc_khz);
         let image = BzImage::parse(&self.plan.image)?;
         let division = site.division()?;
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let first = 1 + self.listed.len() as u32;
         let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
-        let mut record = self.record(site, info.tsc_khz, &kept)?;
+        let mut record = self.record(site, tsc_khz, &kept)?;
+        let platform = match facts.platform {
+            Some(platform) => platform,
+            None => firmware_platform(self.device)?,
+        };
+        // An older agent over there has no words for it: its kernel can power off, the next one cannot.
+        record.carry(Some(&platform).filter(|_| self.plan.record_version >= 2))?;
         let spoken = self.plan.kho;
         let handover = spoken.map(|spoken| self.hand_over(spoken, site, &image, &mut record, &kept)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
@@ -200,7 +207,8 @@ impl Hands<'_> {
             gigabyte_pages: raw_cpuid::CpuId::new()
                 .get_extended_processor_and_feature_identifiers()
                 .is_some_and(|features| features.has_1gib_pages()),
-            tsc_khz: info.tsc_khz,
+            tsc_khz,
+            platform,
             kho: handover.as_ref().map(|handed| handed.setup_data.clone()),
         })?;
         let region = self.device.map(site.region, Access::ReadWrite)?;
@@ -258,6 +266,7 @@ impl Hands<'_> {
     /// What the successor's agent must know.
     fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> Result<record::HandoverRecord> {
         let division = site.division()?;
+        let now = Moment::now()?;
         let facts = &self.plan.facts;
         let crossings = &self.listed;
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
@@ -271,7 +280,7 @@ impl Hands<'_> {
                 release: self.kernel.release().to_owned(),
                 agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             },
-            clock: record::ClockPair { tsc: tsc(), unix_ns: unix_ns(), tsc_khz: tsc_khz.into() },
+            clock: record::ClockPair { tsc: now.tsc, unix_ns: now.unix_ns, tsc_khz: tsc_khz.into() },
             machine: record::Machine {
                 ram: all(&facts.ram),
                 memory_block: division.block_size,
@@ -346,9 +355,4 @@ impl Hands<'_> {
 /// What Linux asks as well when it chooses its memory block size.
 fn runs_under_hypervisor() -> bool {
     raw_cpuid::CpuId::new().get_feature_info().is_some_and(|features| features.has_hypervisor())
-}
-
-fn unix_ns() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |since| u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
 }

@@ -21,7 +21,7 @@ use handover::update::effect::Effect;
 use handover::update::error::{Cause, Sort};
 use handover::update::machine::Event;
 use handover::update::sizes;
-use kexec_core::device::Device;
+use kexec_core::device::{Device, End};
 use kexec_core::registry::State;
 use kexec_core::trampoline::SipiArgs;
 use state_schemas::control_block::words;
@@ -35,6 +35,8 @@ use crate::daemon::control::ServiceState;
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::Failure;
 use crate::machine::bounded::within;
+use crate::machine::clock::Moment;
+use crate::machine::facts::io_apics;
 use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
@@ -74,6 +76,8 @@ pub struct Hands<'k> {
     id: record::UpdateId,
     /// APIC id of the CPU that the firmware booted: INIT would reset the machine there.
     firmware_bsp: Option<u32>,
+    /// When the update began, to measure the TSC's rate by.
+    began: Moment,
     /// When the effect under way must be over.
     until: Instant,
     site: Option<Site>,
@@ -107,6 +111,7 @@ impl<'k> Hands<'k> {
             last_words: None,
             id,
             firmware_bsp: plan.moves.iter().find(|(cpu, _)| cpu.firmware_bsp).map(|(cpu, _)| cpu.apic_id),
+            began: Moment::raw()?,
             until: Instant::now(),
             site: None,
             placed: None,
@@ -364,6 +369,7 @@ impl<'k> Hands<'k> {
             placed.line.memory().store(words::EPOCH_AT, epoch);
         }
         // Each of these is done whatever becomes of the others. Programs first: nobody waits for an answer of theirs.
+        let ended = self.device.set_end(End::Machine).map_err(Into::into);
         let programs = self.kernel.files.resume();
         let resumed = self.kernel.services.unfreeze(epoch, self.until);
         let started = self.kernel.files.await_started(self.until);
@@ -371,7 +377,8 @@ impl<'k> Hands<'k> {
         // From now on services answer in this epoch, also to a batond that comes after this one.
         let written = self.kernel.ledger.change(|pages| pages.epoch = epoch);
         let failed = resumed.failed.iter().map(|(name, why)| format!("service {name} does not go on: {why}"));
-        let rest = [programs, started, written].into_iter().filter_map(Result::err).map(|error| format!("{error:#}"));
+        let rest =
+            [ended, programs, started, written].into_iter().filter_map(Result::err).map(|error| format!("{error:#}"));
         let failed: Vec<String> = failed.chain(rest).collect();
         if failed.is_empty() { Ok(()) } else { bail!("{}", failed.join("; ")) }
     }
@@ -388,7 +395,13 @@ impl<'k> Hands<'k> {
 
     /// Gives the epoch to the successor, and waits until its services answer.
     fn activate(&mut self, epoch: u64) -> Result<()> {
-        self.placed()?.line.memory().store(words::EPOCH_AT, epoch);
+        // From here on the machine may be the successor's, whatever becomes of this kernel.
+        self.device.set_end(End::Alone)?;
+        let now = Moment::now()?;
+        let memory = self.placed()?.line.memory();
+        memory.store(words::CLOCK_NS_AT, now.unix_ns);
+        memory.store(words::CLOCK_TSC_AT, now.tsc);
+        memory.store(words::EPOCH_AT, epoch);
         self.ask(&ToSuccessor::Activate { epoch }, |answer| match answer {
             ToIncumbent::Activated { epoch: reached, .. } if reached == epoch => Some(()),
             _ => None,
@@ -436,8 +449,17 @@ impl<'k> Hands<'k> {
             tracing::error!("{error:#}");
         }
         let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
-        let stopped = sysfs::quiesce_pci(&granted)?;
+        // Whoever pets a watchdog ends with this kernel.
+        let mut stopped = sysfs::quiesce_watchdogs();
+        stopped.extend(sysfs::quiesce_pci(&granted)?);
         tracing::info!("quiesced: {}", stopped.join(" "));
+        // Last: this kernel hears no device any more. A pin that stays open would interrupt a CPU that is the successor's by then,
+        // and, if it is a level, without end.
+        for address in io_apics() {
+            if let Err(error) = self.device.mask_ioapic(address.into()) {
+                tracing::error!("the I/O APIC at {address:#x} goes on interrupting: {error}");
+            }
+        }
         Ok(())
     }
 }
