@@ -15,14 +15,19 @@ pub struct CpuFacts {
     pub cpu: u32,
     /// APIC id: the machine's name for it, the same in every kernel.
     pub apic_id: u32,
-    /// It runs this kernel.
+    /// It runs this kernel. One that does not, and that no other instance has, is offline on purpose (`nosmt`, `maxcpus=`, by hand, retired
+    /// for errors): it goes over with the machine, because it must not wait in memory that is the successor's, but it stays offline
+    /// there.
     pub online: bool,
     /// The firmware booted the machine on it (IA32_APIC_BASE.BSP). INIT would reset the machine, so it can be neither
     /// started by SIPI nor fenced; only the mailbox moves it.
     pub firmware_bsp: bool,
+    /// It is the first thread of its core, as Linux counts: see [`is_first_thread`].
+    pub first_thread: bool,
     /// isolcpus, nohz_full, an isolated cpuset: somebody counts on it.
     pub isolated: bool,
-    /// A task is bound to it that has nowhere else to go.
+    /// Tasks are bound to it alone. The kernel moves them when it goes offline, so another CPU is preferred, and where there is none,
+    /// that is said.
     pub pinned: bool,
     /// The instance that has it, if not this kernel.
     pub instance: Option<u32>,
@@ -71,11 +76,19 @@ pub enum CpuRefusal {
         /// Asked for.
         cpu: u32,
     },
-    /// A task is bound to it.
-    #[error("CPU {cpu} is busy: tasks are bound to it and could run nowhere else")]
-    Pinned {
-        /// Asked for.
+    /// Nobody wants it to run.
+    #[error("CPU {cpu} is offline, and stays so: name it to start the successor there, or bring another one online")]
+    Offline {
+        /// Which.
         cpu: u32,
+    },
+    /// The mailbox has no bit for it.
+    #[error("CPU {cpu} has APIC id {apic_id:#x}: Baton can move CPUs with ids below {MAILBOX_APIC_IDS:#x}")]
+    Unaddressable {
+        /// Which.
+        cpu: u32,
+        /// Its id.
+        apic_id: u32,
     },
     /// None will do.
     #[error("none of {} CPUs can be spared: {}", .reasons.len(), .reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
@@ -87,8 +100,9 @@ pub enum CpuRefusal {
 
 /// The CPU to boot a successor on: the wished one, or the best.
 ///
-/// The best is one that is offline already (nothing has to be moved away), else the highest number: interrupts and
-/// bound work gather at the low ones.
+/// The best one is the first thread of its core: with `nosmt` no other may run, and its siblings stay what they are to the incumbent.
+/// Then one to which no task is bound, then the highest number: interrupts and bound work gather at the low ones. One that is offline
+/// is taken only by name.
 pub fn choose_spare(cpus: &[CpuFacts], wish: Option<u32>) -> Result<CpuFacts, CpuRefusal> {
     if let Some(cpu) = wish {
         let facts = cpus
@@ -101,21 +115,12 @@ pub fn choose_spare(cpus: &[CpuFacts], wish: Option<u32>) -> Result<CpuFacts, Cp
     let mut best: Option<&CpuFacts> = None;
     for facts in cpus {
         match may_be_spare(facts, cpus) {
-            Ok(()) => best = best.max_by_rank(facts),
+            Ok(()) if !facts.online => reasons.push(CpuRefusal::Offline { cpu: facts.cpu }),
+            Ok(()) => best = best.into_iter().chain([facts]).max_by_key(|f| (f.first_thread, !f.pinned, f.cpu)),
             Err(reason) => reasons.push(reason),
         }
     }
     best.copied().ok_or(CpuRefusal::NoneLeft { reasons })
-}
-
-trait MaxByRank<'a> {
-    fn max_by_rank(self, other: &'a CpuFacts) -> Self;
-}
-
-impl<'a> MaxByRank<'a> for Option<&'a CpuFacts> {
-    fn max_by_rank(self, other: &'a CpuFacts) -> Self {
-        self.into_iter().chain([other]).max_by_key(|f| (!f.online, f.cpu))
-    }
 }
 
 fn may_be_spare(facts: &CpuFacts, all: &[CpuFacts]) -> Result<(), CpuRefusal> {
@@ -129,9 +134,28 @@ fn may_be_spare(facts: &CpuFacts, all: &[CpuFacts]) -> Result<(), CpuRefusal> {
         CpuFacts { firmware_bsp: true, .. } => Err(CpuRefusal::FirmwareBoot { cpu }),
         CpuFacts { cpu: 0, .. } => Err(CpuRefusal::Boot { cpu }),
         CpuFacts { isolated: true, .. } => Err(CpuRefusal::Isolated { cpu }),
-        CpuFacts { pinned: true, .. } => Err(CpuRefusal::Pinned { cpu }),
         _ => Ok(()),
     }
+}
+
+/// Refuses a machine with a CPU that cannot be moved: it would run on in memory that is the successor's.
+pub fn all_can_move(cpus: &[CpuFacts]) -> Result<(), CpuRefusal> {
+    let beyond = cpus.iter().find(|f| f.instance.is_none() && f.apic_id >= MAILBOX_APIC_IDS);
+    beyond.map_or(Ok(()), |&CpuFacts { cpu, apic_id, .. }| Err(CpuRefusal::Unaddressable { cpu, apic_id }))
+}
+
+/// Whether a CPU is the first thread of its core, as Linux decides (`cpu_mark_primary_thread()`, arch/x86/kernel/cpu/topology.c): the
+/// bits of its APIC id that tell threads of a core apart are all zero. `thread_bits` is their number (CPUID leaf 0xb or 0x1f, the shift of
+/// the first level), 0 without hyperthreads.
+pub fn is_first_thread(apic_id: u32, thread_bits: u32) -> bool {
+    apic_id & 1u32.checked_shl(thread_bits).map_or(u32::MAX, |threads| threads - 1) == 0
+}
+
+/// The number in the successor of the CPU that is `cpu` here, when the successor boots on `spare` and gets the others in the order
+/// `moves`: Linux counts from 0, its boot CPU first, then as the MADT lists them.
+pub fn number_in_successor(spare: &CpuFacts, moves: &[(CpuFacts, Move)], cpu: u32) -> Option<u32> {
+    let mut order = std::iter::once(spare).chain(moves.iter().map(|(facts, _)| facts));
+    order.position(|facts| facts.cpu == cpu).map(|at| at as u32)
 }
 
 /// Where one CPU stands in the order of moves.
@@ -149,8 +173,8 @@ pub enum Move {
 /// The order in which the CPUs left behind by the spare one go over.
 ///
 /// Ordinary ones ascending; then the one that the firmware booted, as late as possible, because a fence must leave it
-/// out (INIT resets the machine); Linux's CPU 0 last, because Linux cannot offline it. Offline CPUs that no other instance
-/// has go too: the machine is handed over whole.
+/// out (INIT resets the machine); Linux's CPU 0 last, because Linux cannot offline it. CPUs that are offline on purpose go too, and stay
+/// offline ([`CpuFacts::online`]).
 pub fn order_of_moves(cpus: &[CpuFacts], spare: u32) -> Vec<(CpuFacts, Move)> {
     let mut order: Vec<(CpuFacts, Move)> = cpus
         .iter()
@@ -194,6 +218,19 @@ pub fn parse_cpu_list(text: &str) -> Result<Vec<u32>, CpuListError> {
 pub struct CpuListError {
     /// The text.
     pub text: String,
+}
+
+/// The same format, written: ascending numbers, runs as "first-last".
+pub fn format_cpu_list(cpus: &[u32]) -> String {
+    let mut runs: Vec<(u32, u32)> = Vec::new();
+    for &cpu in cpus {
+        match runs.last_mut() {
+            Some((_, last)) if last.checked_add(1) == Some(cpu) => *last = cpu,
+            _ => runs.push((cpu, cpu)),
+        }
+    }
+    let text = |&(first, last): &(u32, u32)| if first == last { first.to_string() } else { format!("{first}-{last}") };
+    runs.iter().map(text).collect::<Vec<_>>().join(",")
 }
 
 fn list(cpus: &[u32]) -> String {
@@ -341,6 +378,7 @@ mod tests {
             apic_id: cpu * 2,
             online: true,
             firmware_bsp: cpu == 0,
+            first_thread: true,
             isolated: false,
             pinned: false,
             instance: None,
@@ -353,21 +391,102 @@ mod tests {
         assert_eq!(choose_spare(&cpus, None).unwrap().cpu, 3);
         cpus[3].isolated = true;
         assert_eq!(choose_spare(&cpus, None).unwrap().cpu, 2);
-        cpus[1].online = false;
+        assert_eq!(choose_spare(&cpus, Some(1)).unwrap().cpu, 1);
+        // A task is bound to it: only where there is no other.
+        cpus[2].pinned = true;
         assert_eq!(choose_spare(&cpus, None).unwrap().cpu, 1);
-        assert_eq!(choose_spare(&cpus, Some(2)).unwrap().cpu, 2);
+        cpus[1].pinned = true;
+        let spare = choose_spare(&cpus, None).unwrap();
+        assert_eq!((spare.cpu, spare.pinned), (2, true));
+    }
+
+    #[test]
+    fn what_is_offline_on_purpose_is_taken_by_name_only() {
+        let mut cpus: Vec<_> = (0..4).map(cpu).collect();
+        cpus[3].online = false;
+        assert_eq!(choose_spare(&cpus, None).unwrap().cpu, 2);
+        assert_eq!(choose_spare(&cpus, Some(3)).unwrap().cpu, 3);
+        // It is moved, so that it does not wait in memory of which the incumbent is not the owner any more.
+        let order: Vec<_> = order_of_moves(&cpus, 2).into_iter().map(|(f, _)| (f.cpu, f.online)).collect();
+        assert_eq!(order, [(1, true), (3, false), (0, true)]);
+        // maxcpus=2, one of the two is the boot CPU.
+        cpus[1].isolated = true;
+        cpus[2].online = false;
+        let none = choose_spare(&cpus, None).unwrap_err().to_string();
+        assert!(none.contains("CPU 2 is offline, and stays so: name it"), "{none}");
+    }
+
+    #[test]
+    fn the_spare_one_is_the_first_thread_of_its_core() {
+        // -smp 4,sockets=2,cores=1,threads=2: APIC ids 0 1 2 3. One socket of two cores: the same. Spread: 0 2 1 3, as many firmwares do.
+        for ids in [[0, 1, 2, 3], [0, 2, 1, 3], [0, 1, 0x10, 0x11]] {
+            let cpus: Vec<_> = (0..4)
+                .map(|n| CpuFacts {
+                    apic_id: ids[n as usize],
+                    first_thread: is_first_thread(ids[n as usize], 1),
+                    ..cpu(n)
+                })
+                .collect();
+            let spare = choose_spare(&cpus, None).unwrap();
+            assert!(spare.apic_id.is_multiple_of(2) && spare.apic_id != 0, "{spare}");
+            assert!(choose_spare(&cpus, Some(3)).is_ok(), "cpuhp.parallel=off lets a second thread boot");
+        }
+        // One core: there is no other first thread.
+        let one_core = [cpu(0), CpuFacts { apic_id: 1, first_thread: false, ..cpu(1) }];
+        assert_eq!(choose_spare(&one_core, None).unwrap().cpu, 1);
+        // nosmt: second threads are offline, and stay so.
+        let nosmt: Vec<_> =
+            (0..4).map(|n| CpuFacts { online: n % 2 == 0, first_thread: n % 2 == 0, ..cpu(n) }).collect();
+        assert_eq!(choose_spare(&nosmt, None).unwrap().cpu, 2);
+    }
+
+    #[test]
+    fn first_threads() {
+        assert!(is_first_thread(7, 0) && is_first_thread(6, 1) && !is_first_thread(7, 1));
+        assert!(is_first_thread(8, 2) && !is_first_thread(10, 2));
+        assert!(is_first_thread(0, 32) && !is_first_thread(1, 40));
+    }
+
+    #[test]
+    fn four_thousand_cpus_with_holes_in_their_ids() {
+        // Two threads a core, and ids that leave out every other core.
+        let cpus: Vec<_> = (0..4096u32)
+            .map(|n| {
+                let apic_id = n / 2 * 4 + n % 2;
+                CpuFacts { apic_id, first_thread: is_first_thread(apic_id, 1), ..cpu(n) }
+            })
+            .collect();
+        all_can_move(&cpus).unwrap();
+        let spare = choose_spare(&cpus, None).unwrap();
+        assert_eq!(spare.cpu, 4094);
+        let order = order_of_moves(&cpus, spare.cpu);
+        assert_eq!((order.len(), order.last().unwrap().1), (4095, Move::Yield));
+        assert_eq!(number_in_successor(&spare, &order, spare.cpu), Some(0));
+        assert_eq!(number_in_successor(&spare, &order, 1), Some(1));
+        assert_eq!(number_in_successor(&spare, &order, 0), Some(4095));
+        assert_eq!(number_in_successor(&spare, &order, 4096), None);
+        let beyond = CpuFacts { apic_id: MAILBOX_APIC_IDS, ..cpu(4096) };
+        assert_eq!(all_can_move(&[beyond]), Err(CpuRefusal::Unaddressable { cpu: 4096, apic_id: MAILBOX_APIC_IDS }));
+    }
+
+    #[test]
+    fn cpu_lists_are_written_as_they_are_read() {
+        for (cpus, text) in [(vec![], ""), (vec![3], "3"), (vec![0, 1, 2, 5, 7, 8], "0-2,5,7-8")] {
+            assert_eq!(format_cpu_list(&cpus), text);
+            assert_eq!(parse_cpu_list(text).unwrap(), cpus);
+        }
     }
 
     #[test]
     fn each_refusal_says_why() {
         let mut cpus: Vec<_> = (0..4).map(cpu).collect();
         cpus[2].instance = Some(7);
-        cpus[3].pinned = true;
+        cpus[3].isolated = true;
         let refused = |cpu| choose_spare(&cpus, Some(cpu)).unwrap_err().to_string();
         assert_eq!(refused(9), "CPU 9 does not exist: this machine has 0, 1, 2, 3");
         assert!(refused(0).contains("booted the machine"));
         assert_eq!(refused(2), "CPU 2 belongs to instance 7");
-        assert!(refused(3).contains("busy"));
+        assert!(refused(3).contains("isolated"));
         let last = choose_spare(&[cpu(1)], Some(1)).unwrap_err();
         assert_eq!(last, CpuRefusal::Last { cpu: 1 });
         let none = choose_spare(&[cpu(0)], None).unwrap_err();
@@ -467,7 +586,8 @@ mod tests {
             }).collect();
             match choose_spare(&cpus, wish) {
                 Ok(spare) => {
-                    prop_assert!(spare.cpu != 0 && !spare.firmware_bsp && !spare.isolated && !spare.pinned);
+                    prop_assert!(spare.cpu != 0 && !spare.firmware_bsp && !spare.isolated);
+                    prop_assert!(spare.online || wish.is_some());
                     prop_assert!(spare.instance.is_none() && wish.is_none_or(|w| w == spare.cpu));
                     prop_assert!(cpus.iter().any(|f| f.online && f.cpu != spare.cpu));
                     let order = order_of_moves(&cpus, spare.cpu);

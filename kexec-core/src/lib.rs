@@ -3,10 +3,12 @@
 pub mod acpi;
 pub mod boot_params;
 pub mod cmdline;
+pub mod compression;
 pub mod cpus;
 pub mod device;
 pub mod firmware;
 pub mod image;
+pub mod initrd;
 pub mod layout;
 pub mod memory_map;
 pub mod page_tables;

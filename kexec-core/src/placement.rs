@@ -19,10 +19,10 @@ use zerocopy::IntoBytes;
 
 use crate::acpi::{self, AcpiError, AcpiRequest, AcpiTables};
 use crate::boot_params::{BootParams, BootParamsError, E820Entry, SETUP_KEXEC_KHO, SetupData};
-use crate::cmdline::{self, CmdlineError};
+use crate::cmdline::{self, Circumstances, CmdlineError};
 use crate::image::BzImage;
 use crate::layout::{ENTRY_OFFSET, KERNEL_OFFSET, LOW_MEMORY_END, LowSlot, PAGE, REGION_ALIGN, REGION_MIN};
-use crate::memory_map::{Range, RangeSet};
+use crate::memory_map::{Range, RangeSet, Wish, candidates};
 use crate::page_tables::{PageTables, PageTablesError};
 
 /// What shall be placed, and where.
@@ -156,6 +156,16 @@ pub enum PlacementError {
         /// Given.
         region: Range,
     },
+    /// The machine's memory has no such hole.
+    #[error(
+        "no {size:#x} bytes of this machine's memory ({ram:#x} bytes) lie together beside what must stay where it is"
+    )]
+    NoPlace {
+        /// Needed.
+        size: u64,
+        /// All that there is.
+        ram: u64,
+    },
     /// See there.
     #[error(transparent)]
     Cmdline(#[from] CmdlineError),
@@ -206,8 +216,16 @@ impl<'a> Placement<'a> {
         let at = |piece: Piece| Range::new(region.start() + piece.offset, region.start() + piece.end());
         let control_block = Range::new(region.start(), region.start() + control_block::SIZE);
 
-        let max_cmdline = image.cmdline_size().min(control_block::CMDLINE.size - 1);
-        let cmdline = cmdline::complete(request.cmdline, control_block, request.tsc_khz, max_cmdline)?;
+        let cmdline = cmdline::complete(
+            request.cmdline,
+            &Circumstances {
+                control_block,
+                tsc_khz: request.tsc_khz,
+                max: image.cmdline_size().min(control_block::CMDLINE.size - 1),
+                highest_apic_id: request.other_cpus.iter().copied().fold(request.boot_cpu, u32::max),
+                room: initrd.start() - kernel.end(),
+            },
+        )?;
 
         // Beside what is asked for: all that the boot protocol wants mapped, the image from load address to init_size.
         let mapped: Vec<Range> = request.identity.iter().chain([Range::new(region.start(), kernel.end())]).collect();
@@ -307,6 +325,22 @@ impl<'a> Placement<'a> {
     pub fn piece(&self, piece: Piece) -> Range {
         Range::new(self.control_block.start() + piece.offset, self.control_block.start() + piece.end())
     }
+}
+
+/// Whether a successor could be placed, asked before any memory is taken: of `request.region` only the length counts, and a place is
+/// supposed for it in `request.identity`. What is refused here would be refused by [`Placement::new`]; the command line as it will be is
+/// returned, but for the address of the control block.
+///
+/// # Errors
+/// Those of [`Placement::new`], and [`PlacementError::NoPlace`].
+pub fn can_place(request: &PlacementRequest<'_>) -> Result<String, PlacementError> {
+    let size = request.region.len();
+    let avoid = request.reserved_ram.iter().chain(request.cap).collect();
+    let no_place = || PlacementError::NoPlace { size, ram: request.identity.total() };
+    let mut places = candidates(&request.identity, &avoid, &Wish { size, grain: REGION_ALIGN, below: None })
+        .map_err(|_| PlacementError::Region { region: request.region })?;
+    let region = places.next().ok_or_else(no_place)?;
+    Ok(Placement::new(&PlacementRequest { region, ..request.clone() })?.cmdline)
 }
 
 /// Where image and initrd will lie: the image low in the region, the initrd at its end.

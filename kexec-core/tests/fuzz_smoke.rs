@@ -19,6 +19,11 @@ fn image() {
 }
 
 #[test]
+fn initrd() {
+    run("initrd", entries::initrd);
+}
+
+#[test]
 fn payload() {
     run("payload", entries::payload);
 }

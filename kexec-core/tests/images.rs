@@ -4,7 +4,8 @@ mod support;
 
 use std::time::Instant;
 
-use kexec_core::image::bzimage::{ImageError, SignaturePolicy};
+use kexec_core::image::signature::{SignatureError, Trusted, verify};
+use kexec_core::image::unified::Unified;
 use kexec_core::image::{BzImage, KernelFacts, PayloadError, payload};
 use proptest::prelude::*;
 use support::synthetic_image;
@@ -21,12 +22,10 @@ fn stock_kernels_are_what_they_are() {
         assert!(image.init_size() > image.protected_mode().len() as u64);
         assert!(image.five_level());
         assert_eq!(image.protocol(), 0x20f);
-        image.check_signature(SignaturePolicy::Optional).unwrap();
-        assert_eq!(image.check_signature(SignaturePolicy::Required).is_ok(), image.is_signed());
 
         let started = Instant::now();
         let facts = KernelFacts::of(&image).unwrap();
-        println!("{}: {facts:?}, signed: {}, {:?}", image.release(), image.is_signed(), started.elapsed());
+        println!("{}: {facts:?}, {:?}", image.release(), started.elapsed());
         assert!(facts.mailbox_reset_vector, "{}", image.release());
         // The lab's tree may have a kernel of its own making, too.
         let ours = image.release().contains("-kho-");
@@ -36,6 +35,106 @@ fn stock_kernels_are_what_they_are() {
     }
 }
 
+/// Debian signs its kernels; the lab's own one is not signed.
+#[test]
+fn a_signature_counts_for_the_image_that_was_signed() {
+    let stranger = Trusted::parse(include_bytes!("data/authority.pem")).unwrap();
+    let mut signed = 0;
+    for (_, path) in support::lab_kernels() {
+        let file = std::fs::read(&path).unwrap();
+        let started = Instant::now();
+        let verified = match verify(&file, &[]) {
+            Err(SignatureError::None) => {
+                assert!(path.display().to_string().contains("-kho-"), "{} is not signed", path.display());
+                continue;
+            }
+            verified => verified.unwrap(),
+        };
+        println!("{}: signed by {}, {:?}", path.display(), verified.signer, started.elapsed());
+        signed += 1;
+        assert!(verified.signer.contains("Debian") && !verified.trusted);
+        let untrusted = verify(&file, std::slice::from_ref(&stranger)).unwrap_err();
+        assert!(matches!(untrusted, SignatureError::Untrusted { trusted: 1, .. }), "{untrusted}");
+        let end = u32::from_le_bytes(file[0x3c..0x40].try_into().unwrap()) as usize + 24 + 112 + 4 * 8;
+        let table = u32::from_le_bytes(file[end..end + 4].try_into().unwrap()) as usize;
+        // One bit anywhere: in the boot header, the kernel, its last byte.
+        for at in [0, 0x1f1, 0x202, 0x5000, file.len() / 2, table - 1] {
+            let mut changed = file.clone();
+            changed[at] ^= 1;
+            let why = verify(&changed, &[]);
+            assert!(why.is_err(), "byte {at:#x}");
+            if at > 0x1000 {
+                assert!(
+                    matches!(why, Err(SignatureError::OtherImage { algorithm: "SHA-256", .. })),
+                    "byte {at:#x}: {why:?}"
+                );
+            }
+        }
+        // The signer's own certificate, trusted: no bit of the signature can be changed without a refusal, or to no effect.
+        let certificates = (table..file.len() - 4).filter(|&at| file[at..at + 2] == [0x30, 0x82]);
+        let own = certificates
+            .filter_map(|at| {
+                let len = 4 + usize::from(file[at + 2]) * 256 + usize::from(file[at + 3]);
+                Trusted::parse(file.get(at..at + len)?).ok()
+            })
+            .collect::<Vec<_>>();
+        let trusted = verify(&file, &own).unwrap();
+        assert!(trusted.trusted && trusted.signer == verified.signer);
+        for at in (table..file.len()).step_by(7) {
+            let mut changed = file.clone();
+            changed[at] ^= 0x10;
+            if let Ok(other) = verify(&changed, &own) {
+                assert_eq!(other, trusted, "byte {at:#x}");
+            }
+        }
+        // Something behind it, or a table that is not there any more.
+        assert!(verify(&[file.as_slice(), b"x"].concat(), &[]).is_err());
+        assert!(verify(&file[..file.len() - 8], &[]).is_err());
+    }
+    assert!(signed > 0, "the lab has a kernel of Debian's");
+}
+
+/// A PE file of one header and these sections.
+fn unified(sections: &[(&[u8], &[u8])]) -> Vec<u8> {
+    let mut file = vec![0; 0x400];
+    file[..2].copy_from_slice(b"MZ");
+    file[0x3c] = 0x40;
+    file[0x40..0x44].copy_from_slice(b"PE\0\0");
+    file[0x44..0x46].copy_from_slice(&0x8664u16.to_le_bytes());
+    file[0x46] = sections.len() as u8;
+    file[0x54] = 240; // of the optional header
+    file[0x58..0x5a].copy_from_slice(&0x20bu16.to_le_bytes());
+    file[0x58 + 108] = 16; // data directories
+    for (n, (name, content)) in sections.iter().enumerate() {
+        let at = file.len() as u32;
+        let header = 0x58 + 240 + 40 * n;
+        file[header..header + name.len()].copy_from_slice(name);
+        file[header + 8..header + 12].copy_from_slice(&(content.len() as u32).to_le_bytes());
+        file[header + 16..header + 20].copy_from_slice(&(content.len() as u32).to_le_bytes());
+        file[header + 20..header + 24].copy_from_slice(&at.to_le_bytes());
+        file.extend_from_slice(content);
+    }
+    file
+}
+
+#[test]
+fn a_unified_image_is_named_and_can_be_taken_apart() {
+    let kernel = synthetic_image();
+    let sections: [(&[u8], &[u8]); 4] =
+        [(b".uname", b"6.99.1-test"), (b".cmdline", b"quiet ro\n\0"), (b".initrd", b"070701"), (b".linux", &kernel)];
+    let file = unified(&sections);
+    let why = BzImage::parse(&file).unwrap_err().to_string();
+    assert!(why.contains("unified kernel image of 6.99.1-test") && why.contains("objcopy"), "{why}");
+    let parts = Unified::parse(&file).unwrap();
+    assert_eq!(
+        (parts.linux, &*parts.initrd, parts.cmdline.as_str()),
+        (kernel.as_slice(), b"070701".as_slice(), "quiet ro")
+    );
+    assert!(BzImage::parse(parts.linux).is_ok());
+    assert_eq!(Unified::parse(&unified(&sections[..3])), None, "no kernel in it");
+    assert_eq!(Unified::parse(&kernel), None);
+}
+
 #[test]
 fn a_synthetic_image_is_read() {
     let file = synthetic_image();
@@ -43,7 +142,7 @@ fn a_synthetic_image_is_read() {
     assert_eq!(image.release(), "6.99.1-test");
     assert_eq!(image.protected_mode().len(), 0x2000);
     assert_eq!(image.payload().len(), 0x1000);
-    assert_eq!(image.check_signature(SignaturePolicy::Required), Err(ImageError::Unsigned));
+    assert_eq!(verify(&file, &[]), Err(SignatureError::None));
     assert!(matches!(KernelFacts::of(&image), Err(PayloadError::Unknown { len: 0x1000, .. })));
 }
 

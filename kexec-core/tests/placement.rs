@@ -94,7 +94,11 @@ fn a_stock_kernel_is_placed() {
             let line = peek(&placement, region.start() + 0x1000, placement.cmdline.len() + 1);
             assert_eq!(&line[..line.len() - 1], placement.cmdline.as_bytes());
             assert_eq!(line.last(), Some(&0));
-            assert!(placement.cmdline.starts_with("quiet maxcpus=1 pci=off tsc_early_khz=2000000 tsc=reliable"));
+            assert!(
+                placement
+                    .cmdline
+                    .starts_with("quiet maxcpus=1 cpuhp.parallel=off pci=off tsc_early_khz=2000000 tsc=reliable")
+            );
             assert_eq!(peek(&placement, load, 64), image.protected_mode()[..64]);
         }
     }
@@ -248,4 +252,44 @@ proptest! {
         prop_assert!(!placement.kernel.overlaps(placement.initrd) && region.contains(placement.kernel));
         prop_assert!(placement.control_block.end() <= placement.kernel.start());
     }
+}
+
+/// A machine of 2 TiB without a hole.
+fn large(gib: u64) -> RangeSet {
+    RangeSet::from(vec![Range::new(0x1000, 0x9f000), Range::new(MIB, gib * GIB)])
+}
+
+#[test]
+fn whatever_placing_refuses_can_be_asked_before() {
+    let file = support::synthetic_image();
+    let image = BzImage::parse(&file).unwrap();
+    // Only the length of the region counts.
+    let region = Range::new(0, 512 * MIB);
+    let good = PlacementRequest { identity: large(16), ..request(&image, region, &[]) };
+    let line = can_place(&good).unwrap();
+    assert!(line.starts_with("quiet maxcpus=1"), "{line}");
+
+    let refused = |request: PlacementRequest<'_>| can_place(&request).unwrap_err().to_string();
+    // Without pages of 1 GiB the identity map of a large machine does not fit.
+    assert!(can_place(&PlacementRequest { identity: large(29), ..good.clone() }).is_ok());
+    assert!(refused(PlacementRequest { identity: large(64), ..good.clone() }).contains("use 1 GiB pages"));
+    assert!(can_place(&PlacementRequest { identity: large(2048), gigabyte_pages: true, ..good.clone() }).is_ok());
+    // 97 arenas that do not touch.
+    let pieces = |count| (0..count).map(|n| Range::new((16 + 2 * n) * MIB, (17 + 2 * n) * MIB)).collect::<RangeSet>();
+    assert!(can_place(&PlacementRequest { reserved_ram: pieces(96), ..good.clone() }).is_ok());
+    assert!(refused(PlacementRequest { reserved_ram: pieces(97), ..good.clone() }).contains("97 separate ranges"));
+    // A line that the successor could not run with, or that does not fit.
+    assert!(refused(PlacementRequest { cmdline: "\"maxcpus=4\"", ..good.clone() }).contains("`\"maxcpus=4\"`"));
+    let long = "x".repeat(2040);
+    assert!(refused(PlacementRequest { cmdline: &long, ..good.clone() }).contains("this kernel takes 2047"));
+    // 4096 CPUs do, of which most have ids of x2APIC; as many with only such ids are too many for the tables.
+    let many: Vec<u32> = (0..4096).filter(|&id| id != 3 && id != 0xff).collect();
+    assert!(can_place(&PlacementRequest { other_cpus: &many, ..good.clone() }).is_ok());
+    let holes: Vec<u32> = (0..4096).map(|n| 0x100 + 2 * n).collect();
+    assert!(refused(PlacementRequest { other_cpus: &holes, ..good.clone() }).contains("4097 CPUs"));
+    // No room.
+    let crumbs: RangeSet = (1..40).map(|n| Range::new(n * GIB, n * GIB + 256 * MIB)).collect();
+    assert!(refused(PlacementRequest { identity: crumbs, ..good.clone() }).contains("lie together"));
+    assert!(refused(PlacementRequest { region: Range::new(0, 32 * MIB), ..good.clone() }).contains("too small"));
+    assert!(refused(PlacementRequest { region: Range::new(0, 3 * MIB), ..good.clone() }).contains("with at least"));
 }

@@ -24,6 +24,16 @@ fn trap(service: &str) -> Result<Vec<u8>> {
     Ok(initrd.bytes()?)
 }
 
+/// The same: the kernel itself makes a step of bringing that CPU up fail (Documentation/core-api/cpu_hotplug.rst, "fail").
+fn third_cpu_fails() -> Result<Vec<u8>> {
+    let mut initrd = Initrd::new();
+    let script = "#!/bin/sh\nmkdir -p /sys\nmount -t sysfs sysfs /sys\ncd /sys/devices/system/cpu\n\
+        sed -n 's/^ *\\([0-9]*\\): workqueue:prepare$/\\1/p' hotplug/states > cpu2/hotplug/fail\n\
+        cd /\numount /sys\nexec /init\n";
+    initrd.file("/trap", 0o755, script);
+    Ok(initrd.bytes()?)
+}
+
 /// What goes wrong.
 struct Failure {
     what: &'static str,
@@ -39,7 +49,7 @@ struct Failure {
 const FAILURES: [Failure; 6] = [
     Failure {
         what: "a successor that never answers",
-        words: "rdinit=/nonexistent",
+        words: "initcall_blacklist=populate_rootfs",
         initrd: None,
         meanwhile: None,
         said: "booting failed",
@@ -61,11 +71,11 @@ const FAILURES: [Failure; 6] = [
     },
     // That is found when the successor serves already, and has one more: it gives that one back, and the cutover is made backwards.
     Failure {
-        what: "a kernel with room for two CPUs of four",
-        words: "nr_cpus=2",
-        initrd: None,
+        what: "a kernel that cannot take its third CPU online",
+        words: "rdinit=/trap",
+        initrd: Some("/tmp/third-cpu-fails"),
         meanwhile: None,
-        said: "this kernel has no CPU with APIC id",
+        said: "cpu2/online",
     },
     // It can be asked for nothing any more, and is stopped.
     Failure {
@@ -137,6 +147,7 @@ fn ready(stage: &Stage) -> Result<Snapshot> {
     let guest = stage.guest();
     guest.put("/tmp/exits", 0o644, &trap("exit 1")?)?;
     guest.put("/tmp/panics", 0o644, &trap("echo c > /proc/sysrq-trigger")?)?;
+    guest.put("/tmp/third-cpu-fails", 0o644, &third_cpu_fails()?)?;
     let mut initrd = Initrd::new();
     initrd.file(keeper::PANIC_WHEN_SERVING, 0o644, "");
     guest.put("/tmp/serves-and-panics", 0o644, &initrd.bytes()?)?;

@@ -35,6 +35,7 @@ fn bad_input_is_refused_and_leaves_everything_as_it_was() -> Result<()> {
 
     let image = |path| vec!["--kernel", path];
     let with = |more: [&'static str; 2]| [vec!["--kernel", good.as_str()], more.to_vec()].concat();
+    let long: &'static str = "x".repeat(4000).leak();
     let cases: Vec<Case<'_>> = vec![
         ("absent image", image("/tmp/absent"), &["/tmp/absent", "No such file", "vmlinuz"]),
         ("truncated image", image("/tmp/truncated"), &["truncated", "/tmp/truncated", "vmlinuz"]),
@@ -44,7 +45,22 @@ fn bad_input_is_refused_and_leaves_everything_as_it_was() -> Result<()> {
         ("too large an image", image("/tmp/large"), &["300 MiB is too large", "at most 256 MiB"]),
         ("no ACPI wakeup", image("/tmp/without-wakeup"), &["older than 6.10", "CONFIG_ACPI_MADT_WAKEUP", "choose"]),
         ("unspoken KHO", image("/tmp/unspoken-kho"), &["kho-v99", "this baton speaks kho-v4", "update baton first"]),
-        ("absent initrd", with(["--initrd", "/tmp/no-initrd"]), &["/tmp/no-initrd", "No such file", "name an initrd"]),
+        ("absent initrd", with(["--initrd", "/tmp/no-initrd"]), &["/tmp/no-initrd", "No such file", "intact initrd"]),
+        ("text as initrd", with(["--initrd", "/tmp/text"]), &["/tmp/text", "text?", "intact initrd"]),
+        ("initrd that is cut off", with(["--initrd", "/tmp/cut-off"]), &["cut off", "a lacks", "intact initrd"]),
+        ("first program that is not there", with(["--cmdline", "rdinit=/nonexistent"]), &["rdinit=/nonexistent"]),
+        ("FIFO", image("/tmp/fifo"), &["/tmp/fifo", "a FIFO, not a file"]),
+        ("device", image("/dev/zero"), &["/dev/zero", "a device, not a file"]),
+        ("folder", image("/boot"), &["/boot", "a folder, not a file"]),
+        ("CPUs in quotes", with(["--cmdline", "\"maxcpus=4\""]), &["`\"maxcpus=4\"`", "one by one", "--cmdline"]),
+        ("one CPU", with(["--cmdline", "quiet nr-cpus=1"]), &["`nr-cpus=1`", "never take over"]),
+        ("no ACPI", with(["--cmdline", "acpi=off"]), &["`acpi=off`", "through ACPI"]),
+        ("less memory", with(["--cmdline", "mem=512M"]), &["`mem=512M`", "leave it out"]),
+        ("huge pages", with(["--cmdline", "hugepages=100000"]), &["`hugepages=100000`", "200000 MiB", "sysctl"]),
+        ("Baton's own word", with(["--cmdline", "baton.control=0x0"]), &["`baton.control=0x0`", "Baton's own"]),
+        ("odd quote", with(["--cmdline", "a=\"b"]), &["odd number of double quotes"]),
+        ("newline", with(["--cmdline", "a\nb"]), &["control character 0x0a"]),
+        ("long line", with(["--cmdline", long]), &["is too long: this kernel takes 2047"]),
         ("CPU that is not there", with(["--cpu", "9"]), &["CPU 9 does not exist", "0, 1, 2, 3", "--cpu"]),
         ("boot CPU", with(["--cpu", "0"]), &["CPU 0", "moves last", "--cpu"]),
     ];
@@ -57,6 +73,18 @@ fn bad_input_is_refused_and_leaves_everything_as_it_was() -> Result<()> {
         assert_untouched(what, &before, &after);
         eprintln!("refused: {what} ({} KiB available)", after.mem_available_kib);
     }
+
+    // One bad entry in /boot costs one line, and a task that is bound to the CPU is moved.
+    let listed = baton(&stage.guest(), &["kernels"])?;
+    ensure!(
+        listed.success()
+            && listed.text().contains("/boot/vmlinuz.old: No such file")
+            && listed.text().contains(release.as_str()),
+        "{}",
+        listed.text()
+    );
+    let bound = baton(&stage.guest(), &["check", "--kernel", &good, "--cpu", "2"])?;
+    ensure!(bound.success() && bound.text().contains("tasks are bound to it"), "{}", bound.text());
 
     last_cpu(stage, &good)?;
     assert_untouched("last CPU", &before, &snapshot::of(stage)?);
@@ -83,6 +111,14 @@ fn lay_traps(stage: &Stage, release: &str) -> Result<()> {
     guest.put("/tmp/unspoken-kho", 0o644, &images::of_unspoken_kho(&good)?)?;
     guest.put("/tmp/unsigned", 0o644, &images::unsigned(&good)?)?;
     guest.check(&["truncate", "-s", "300M", "/tmp/large"])?;
+    let mut flipped = std::fs::read(lab().tree().vmlinuz(kernel(OLD))).context("the old kernel's image")?;
+    let middle = flipped.len() / 2;
+    flipped[middle] ^= 1;
+    guest.put("/tmp/flipped", 0o644, &flipped)?;
+    let mut tree = Initrd::new();
+    tree.file("/a", 0o644, vec![1; 5000]);
+    guest.put("/tmp/cut-off", 0o644, &tree.bytes()?[..4000])?;
+    guest.check(&["sh", "-c", "mkfifo /tmp/fifo && ln -s gone /boot/vmlinuz.old && mkdir /boot/vmlinuz-dir"])?;
     guest.check(&["sh", "-c", "taskset 0x4 sleep 100000 >/dev/null 2>&1 &"])?;
     Ok(())
 }
@@ -110,7 +146,13 @@ fn other_configurations(stage: &Stage, good: &str) -> Result<()> {
         config
     };
     let absent = Service { name: "absent".into(), exec: vec!["/usr/sbin/baton-kv".into()], ..Service::default() };
-    let cases: [(&str, Config, &str, &[&str]); 5] = [
+    let cases: [(&str, Config, &str, &[&str]); 6] = [
+        (
+            "one changed bit",
+            update(|update| update.require_signature = true),
+            "/tmp/flipped",
+            &["is not what was signed", "require_signature"],
+        ),
         (
             "unsigned image",
             update(|update| update.require_signature = true),

@@ -1,5 +1,6 @@
 //! `baton mkinitrd`: the successor's initrd, to a file.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -27,7 +28,7 @@ pub struct MkinitrdArgs {
 pub fn run(args: &MkinitrdArgs) -> Result<ExitCode, Failure> {
     let make = || -> anyhow::Result<usize> {
         let config = Config::load(&args.config)?;
-        let bytes = mkinitrd::build(&config, &args.config, &args.release)?;
+        let bytes = mkinitrd::build(&config, &args.config, &args.release, BTreeMap::new())?;
         std::fs::write(&args.output, &bytes)?;
         Ok(bytes.len())
     };

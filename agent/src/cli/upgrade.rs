@@ -24,6 +24,9 @@ pub struct UpgradeArgs {
     /// Added to the successor's command line.
     #[arg(long, allow_hyphen_values = true)]
     cmdline: Option<String>,
+    /// Give the successor none of the words with which this kernel was booted.
+    #[arg(long)]
+    no_inherit: bool,
     /// The CPU on which the successor boots (Linux's number); default: the last one that may.
     #[arg(long)]
     cpu: Option<u32>,
@@ -40,6 +43,7 @@ impl From<UpgradeArgs> for Upgrade {
             kernel: absolute(&args.kernel),
             initrd: args.initrd.as_deref().map(absolute),
             cmdline: args.cmdline,
+            no_inherit: args.no_inherit,
             cpu: args.cpu,
             accept: args.accept,
             asker: Some(std::process::id()),

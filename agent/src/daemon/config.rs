@@ -153,8 +153,11 @@ impl From<Reserved> for String {
 pub struct Update {
     /// The successor's own memory until the rest is handed over, MiB; whole memory blocks are taken.
     pub region_mib: u64,
-    /// Refuse images without a signature block (PE certificate table).
+    /// Refuse images that are not what their signature (Authenticode) is for: unsigned ones, and those that were changed since. Whose
+    /// signature it is, is asked only with [`Update::signing_certificates`].
     pub require_signature: bool,
+    /// Certificates (files, PEM or DER) of which one must be the signer's, or have issued it. With one, a signature is required.
+    pub signing_certificates: Vec<PathBuf>,
     /// Added to the command line of every successor.
     pub cmdline: String,
     /// How long the phase `booting` may take, seconds: from writing the image to the hello of the successor's agent.
@@ -175,6 +178,7 @@ impl Default for Update {
         Update {
             region_mib: 512,
             require_signature: false,
+            signing_certificates: Vec::new(),
             cmdline: String::new(),
             boot_timeout_s: 120,
             step_timeout_s: 60,

@@ -28,6 +28,9 @@ pub struct Upgrade {
     pub initrd: Option<PathBuf>,
     /// Added to the successor's command line.
     pub cmdline: Option<String>,
+    /// The successor gets none of the incumbent's words.
+    #[serde(default)]
+    pub no_inherit: bool,
     /// The CPU (Linux's number) on which the successor boots.
     pub cpu: Option<u32>,
     /// What may end, change or be given up with this kernel, beside what the configuration accepts.

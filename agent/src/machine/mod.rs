@@ -2,6 +2,7 @@
 
 pub mod bounded;
 pub mod clock;
+pub mod cpuid;
 pub mod facts;
 pub mod liveupdate;
 pub mod net;
@@ -10,6 +11,7 @@ pub mod nft;
 pub mod pci;
 pub mod processes;
 pub mod reach;
+pub mod regular;
 pub mod rewrite;
 pub mod sys;
 pub mod sysfs;

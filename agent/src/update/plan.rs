@@ -8,19 +8,30 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow};
-use kexec_core::cpus::{CpuFacts, Move, choose_spare, order_of_moves, parse_cpu_list};
+use kexec_core::cmdline::inherit::{Heir, LeftOut, inherit};
+use kexec_core::cmdline::words::Line;
+use kexec_core::cmdline::{self, security};
+use kexec_core::compression::Compression;
+use kexec_core::cpus::{
+    CpuFacts, Move, all_can_move, choose_spare, format_cpu_list, is_first_thread, number_in_successor, order_of_moves,
+    parse_cpu_list,
+};
 use kexec_core::device::{Device, DeviceError, InfoFlags};
-use kexec_core::image::{BzImage, KernelFacts, SignaturePolicy};
-use kexec_core::layout::LOW_MEMORY_END;
+use kexec_core::image::signature::{self, SignatureError, Trusted};
+use kexec_core::image::{BzImage, KernelFacts};
+use kexec_core::initrd::{self, Initrd, Limits};
+use kexec_core::layout::{LOW_MEMORY_END, LowSlot};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates, struct_page_bytes};
-use kexec_core::placement::smallest_region;
+use kexec_core::placement::{PlacementError, PlacementRequest, can_place, smallest_region};
 
 use crate::daemon::config::{Cidr, Nic};
 use crate::daemon::control::{Finding, ServiceState, Upgrade};
 use crate::daemon::kernel::{Kernel, no_place, unusable};
 use crate::daemon::outcome::{Class, Failure};
+use crate::machine::cpuid::{gigabyte_pages, thread_bits};
 use crate::machine::facts::{Facts, available_memory, managed_memory};
 use crate::machine::net::{Mac, mac_name, parse_mac};
+use crate::machine::regular;
 use crate::machine::sysfs::Bdf;
 use crate::machine::world::Live;
 use crate::recovery::journal::{self, JOURNAL};
@@ -36,8 +47,14 @@ use crate::userland::mkinitrd;
 
 /// What a successor must have left to run in, beside image and initrd (which the kernel unpacks into RAM once more).
 const RUNNING_ROOM: u64 = 128 << 20;
+/// No certificate is larger.
+const MAX_CERTIFICATE: u64 = 64 << 10;
 /// No initrd is larger.
 const MAX_INITRD: u64 = 2 << 30;
+/// What an initrd may unpack to: memory is checked against what it does unpack to.
+const INITRD_LIMITS: Limits = Limits { files: 1 << 20, unpacked: 16 << 30 };
+/// No kernel's `.config` is larger.
+const MAX_KERNEL_CONFIG: u64 = 4 << 20;
 
 /// What will be done. Holds no resource yet.
 pub struct Plan {
@@ -45,7 +62,7 @@ pub struct Plan {
     pub image: Vec<u8>,
     /// Its release.
     pub release: String,
-    /// The initrd's bytes: the operator's, if any, and ours behind it.
+    /// The initrd's bytes: the operator's, if any, with ours in it.
     pub initrd: Vec<u8>,
     /// The operator's command line.
     pub cmdline: String,
@@ -126,16 +143,35 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
-        let region_len = findings.check(
-            "memory",
-            memory(&parsed, initrd.len() as u64, &arenas, asked, block_size, kho, &kernel.facts().ram),
-        )?;
+        let region_len =
+            findings.check("memory", memory(&parsed, &initrd, &arenas, asked, block_size, kho, &kernel.facts().ram))?;
         let spare = spare?;
-        let cmdline = cmdline(kernel, wish, kho);
+        let moves = order_of_moves(&cpus, spare.cpu);
+        let cmdline =
+            findings.check("command line", cmdline(kernel, wish, &release, initrd.microcode, &spare, &moves, kho))?;
+        let initrd = initrd.bytes;
+        let ids: Vec<u32> = moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
+        let placing = PlacementRequest {
+            image: &parsed,
+            initrd: &initrd,
+            cmdline: &cmdline,
+            region: Range::new(0, region_len),
+            low_slot: LowSlot::new(0)?,
+            boot_cpu: spare.apic_id,
+            other_cpus: &ids,
+            phantom: None,
+            reserved_ram: arenas,
+            cap: None,
+            identity: kernel.facts().ram,
+            gigabyte_pages: gigabyte_pages(),
+            tsc_khz: device.info().ok()?.tsc_khz,
+            kho: None,
+        };
+        findings.check("placement", placeable(&placing))?;
         Some(Plan {
             kho: kho.map(|spoken| kho::as_told(spoken, &cmdline)),
             cmdline,
-            moves: order_of_moves(&cpus, spare.cpu),
+            moves,
             facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
             nic: nic?,
             record_version: record_version?,
@@ -206,17 +242,36 @@ fn journal(cpus: usize) -> Result<((), String)> {
 fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {
     let bytes = kernels::read_image(path)?;
     let image = BzImage::parse(&bytes).map_err(|error| kernels::not_an_image(path, &error))?;
-    let policy =
-        if kernel.config.update.require_signature { SignaturePolicy::Required } else { SignaturePolicy::Optional };
-    image.check_signature(policy).map_err(|e| {
-        Failure::precondition(
-            format!("{}: {e}", path.display()),
-            "install a signed image, or set update.require_signature = false",
-        )
-    })?;
-    let signed = if image.is_signed() { "signed" } else { "not signed" };
+    let signed = signature(kernel, path, &bytes)?;
     let found = format!("{}, {} MiB to run, {signed}", image.release(), image.init_size() >> 20);
     Ok((bytes, found))
+}
+
+/// Whether the image is what was signed, and by whom; a refusal where one is required.
+fn signature(kernel: &Kernel, path: &Path, image: &[u8]) -> Result<String> {
+    let update = &kernel.config.update;
+    let mut trusted = Vec::new();
+    for file in &update.signing_certificates {
+        let bytes = regular::read(file, MAX_CERTIFICATE).map_err(|e| e.to_string());
+        let certificate = bytes.and_then(|bytes| Trusted::parse(&bytes).map_err(|e| e.to_string()));
+        trusted.push(certificate.map_err(|e| {
+            Failure::precondition(
+                format!("{}: {e}", file.display()),
+                "name certificates (PEM or DER) in update.signing_certificates",
+            )
+        })?);
+    }
+    match signature::verify(image, &trusted) {
+        Ok(verified) if verified.trusted => Ok(format!("signed by {}, who is trusted", verified.signer)),
+        Ok(verified) => Ok(format!("intact since it was signed, by somebody who calls himself {}", verified.signer)),
+        Err(why) if update.require_signature || !trusted.is_empty() => Err(Failure::precondition(
+            format!("{}: {why}", path.display()),
+            "install a signed image, or set update.require_signature = false and update.signing_certificates = []",
+        )
+        .into()),
+        Err(SignatureError::None) => Ok("not signed".to_owned()),
+        Err(why) => Ok(format!("NOT VALIDLY SIGNED: {why}")),
+    }
 }
 
 fn wakeup(image: &BzImage<'_>) -> Result<(KernelFacts, String)> {
@@ -235,33 +290,85 @@ fn wakeup(image: &BzImage<'_>) -> Result<(KernelFacts, String)> {
     Ok((facts, "ACPI mailbox with reset vector".to_owned()))
 }
 
-fn make_initrd(kernel: &Kernel, wish: &Upgrade, release: &str) -> Result<(Vec<u8>, String)> {
-    let mut initrd = match &wish.initrd {
-        None => Vec::new(),
-        Some(path) => read_initrd(path)?,
-    };
-    let given = initrd.len();
-    // Archives follow each other on multiples of four (early-userspace/buffer-format.rst).
-    initrd.resize(given.next_multiple_of(4), 0);
-    initrd.extend(
-        mkinitrd::build(&kernel.config, &kernel.config_path, release)
-            .map_err(|e| Failure::precondition(format!("{e:#}"), "see initrd.* and service.* in the configuration"))?,
-    );
-    let found = format!("{} KiB given, {} KiB with ours", given >> 10, initrd.len() >> 10);
-    Ok((initrd, found))
+/// The successor's initrd.
+struct Made {
+    bytes: Vec<u8>,
+    /// Bytes of all files in it.
+    unpacked: u64,
+    /// The operator's part of it brings microcode.
+    microcode: bool,
 }
 
-fn read_initrd(path: &Path) -> Result<Vec<u8>> {
-    let refuse = |cause: String| {
-        Failure::precondition(format!("{}: {cause}", path.display()), "name an initrd that exists, or none")
-    };
-    let size = fs::metadata(path).map_err(|e| refuse(e.to_string()))?.len();
-    if size > MAX_INITRD {
-        return Err(
-            refuse(format!("{} MiB is too large for an initrd, at most {} MiB", size >> 20, MAX_INITRD >> 20)).into()
-        );
+/// The operator's initrd, walked as the successor will walk it, and ours in it.
+fn make_initrd(kernel: &Kernel, wish: &Upgrade, release: &str) -> Result<(Made, String)> {
+    let given = wish.initrd.as_ref().map(|path| given_initrd(path, &wish.kernel, release)).transpose()?;
+    let links = given.as_ref().map(|(_, walked)| walked.links.clone()).unwrap_or_default();
+    let ours = mkinitrd::build(&kernel.config, &kernel.config_path, release, links)
+        .map_err(|e| Failure::precondition(format!("{e:#}"), "see initrd.* and service.* in the configuration"))?;
+    let own = initrd::walk(&ours, INITRD_LIMITS, |_| true).context("our own initrd cannot be walked")?;
+    let mut first = first_program(&kernel.config.update.cmdline, wish.cmdline.as_deref());
+    first.retain(|program| !own.has(program) && !given.as_ref().is_some_and(|(_, walked)| walked.has(program)));
+    if let Some(program) = first.first() {
+        return Err(Failure::precondition(
+            format!("rdinit={program}: the successor's initrd has no such program"),
+            "leave it out, or put the program into the initrd; it has to start /init itself",
+        )
+        .into());
     }
-    Ok(fs::read(path).map_err(|e| refuse(e.to_string()))?)
+    let Some((bytes, walked)) = given else {
+        let found = format!("{} KiB", ours.len() >> 10);
+        return Ok((Made { unpacked: own.unpacked, bytes: ours, microcode: false }, found));
+    };
+    let mut found =
+        format!("{} KiB given, {} files in {} parts", bytes.len() >> 10, walked.paths.len(), walked.parts.len());
+    let replaced: Vec<_> =
+        own.paths.iter().filter(|path| walked.paths.contains(*path)).map(|path| format!("/{path}")).collect();
+    if !replaced.is_empty() {
+        found.push_str(&format!("; ours replace {}", replaced.join(", ")));
+    }
+    if let Some(config) = &walked.boot_config {
+        if config.has_kernel_words() {
+            return Err(Failure::precondition(
+                "the boot configuration of the initrd has words for the kernel's command line (kernel.*), which are not checked",
+                "take them out of it (`bootconfig -d`), and give them by --cmdline",
+            )
+            .into());
+        }
+        found.push_str("; its boot configuration stays last");
+    }
+    let joined = initrd::join(&bytes, &walked, &ours);
+    let microcode = walked.has_microcode();
+    if microcode {
+        found.push_str("; its microcode is not loaded: what this kernel has loaded stays");
+    }
+    Ok((Made { bytes: joined, unpacked: walked.unpacked + own.unpacked, microcode }, found))
+}
+
+/// What the command lines want to be run first, other than `/init`.
+fn first_program(configured: &str, asked: Option<&str>) -> Vec<String> {
+    cmdline::first_program(&format!("{configured} {}", asked.unwrap_or_default())).into_iter().collect()
+}
+
+fn given_initrd(path: &Path, kernel: &Path, release: &str) -> Result<(Vec<u8>, Initrd)> {
+    let refuse =
+        |cause: String| Failure::precondition(format!("{}: {cause}", path.display()), "name an intact initrd, or none");
+    let bytes = regular::read(path, MAX_INITRD).map_err(|e| refuse(e.to_string()))?;
+    let config = kernel_config(kernel, release);
+    // Debian's kernels unpack all that Linux knows.
+    let supported = |compression: Compression| {
+        let option = format!("\nCONFIG_RD_{}=y\n", compression.name().to_uppercase());
+        config.as_ref().is_none_or(|config| config.contains(&option))
+    };
+    let walked = initrd::walk(&bytes, INITRD_LIMITS, supported).map_err(|e| refuse(e.to_string()))?;
+    Ok((bytes, walked))
+}
+
+/// What the kernel was built with, if that was installed with it.
+fn kernel_config(kernel: &Path, release: &str) -> Option<String> {
+    let beside = kernel.with_file_name(format!("config-{release}"));
+    let places = [beside, format!("/boot/config-{release}").into(), format!("/lib/modules/{release}/config").into()];
+    let bytes = places.iter().find_map(|place| regular::read(place, MAX_KERNEL_CONFIG).ok())?;
+    Some(format!("\n{}", String::from_utf8_lossy(&bytes)))
 }
 
 /// All CPUs with what speaks against giving them away.
@@ -279,6 +386,7 @@ fn cpus(kernel: &Kernel, device: &Device) -> Result<(Vec<CpuFacts>, String)> {
     isolated.extend(listed("/sys/devices/system/cpu/nohz_full"));
     let pinned = pinned_cpus()?;
     let instances = kernels::instances()?;
+    let thread_bits = thread_bits();
     let owner = |apic_id| instances.iter().find(|i| i.id != 0 && i.cpus.contains(&apic_id)).map(|i| i.id);
     let present: Vec<_> = device.cpus()?.into_iter().filter(|cpu| cpu.present).collect();
     // Linux numbers the CPU that it was booted on 0; on a kernel that the firmware booted, that is the firmware's.
@@ -290,16 +398,23 @@ fn cpus(kernel: &Kernel, device: &Device) -> Result<(Vec<CpuFacts>, String)> {
             apic_id: cpu.apic_id,
             online: cpu.online,
             firmware_bsp: Some(cpu.apic_id) == bsp,
+            first_thread: is_first_thread(cpu.apic_id, thread_bits),
             isolated: isolated.contains(&cpu.cpu),
             pinned: pinned.contains(&cpu.cpu),
             instance: owner(cpu.apic_id),
         })
         .collect();
-    let found = format!("{} of {} online", cpus.iter().filter(|cpu| cpu.online).count(), cpus.len());
+    all_can_move(&cpus).map_err(|e| Failure::precondition(e.to_string(), "this machine cannot be updated live"))?;
+    let offline: Vec<u32> =
+        cpus.iter().filter(|cpu| !cpu.online && cpu.instance.is_none()).map(|cpu| cpu.cpu).collect();
+    let mut found = format!("{} of {} online", cpus.iter().filter(|cpu| cpu.online).count(), cpus.len());
+    if !offline.is_empty() {
+        found.push_str(&format!("; {} stay offline in the successor", format_cpu_list(&offline)));
+    }
     Ok((cpus, found))
 }
 
-/// CPUs to which a task of user space is bound alone: offlining one would break what its owner asked for.
+/// CPUs to which a task of user space is bound alone: offlining one moves it elsewhere.
 fn pinned_cpus() -> Result<BTreeSet<u32>> {
     /// kthreadd(2): the parent of all kernel threads, which the kernel moves itself.
     const KTHREADD: &str = "2";
@@ -331,7 +446,9 @@ fn spare(cpus: &[CpuFacts], wish: Option<u32>) -> Result<(CpuFacts, String)> {
     let spare = choose_spare(cpus, wish).map_err(|e| {
         Failure::precondition(e.to_string(), "name another CPU with --cpu, or leave the choice to baton")
     })?;
-    Ok((spare, format!("{spare}")))
+    let bound = if spare.pinned { "; tasks are bound to it: the kernel moves them to others" } else { "" };
+    let thread = if spare.first_thread { "" } else { "; the second thread of its core" };
+    Ok((spare, format!("{spare}{thread}{bound}")))
 }
 
 /// The interface that the successor gets: a configured one that does not hold the service address.
@@ -423,7 +540,7 @@ fn reservations(arenas: &RangeSet) -> Result<((), String)> {
 /// pages needs it.
 fn memory(
     image: &BzImage<'_>,
-    initrd: u64,
+    initrd: &Made,
     arenas: &RangeSet,
     asked: u64,
     block_size: u64,
@@ -432,7 +549,9 @@ fn memory(
 ) -> Result<(u64, String)> {
     let region = asked.next_multiple_of(block_size);
     // The initrd is unpacked into RAM while it is still there.
-    let mut room = RUNNING_ROOM + initrd;
+    let Made { unpacked, .. } = *initrd;
+    let initrd = initrd.bytes.len() as u64;
+    let mut room = RUNNING_ROOM + unpacked;
     if kho.is_some() {
         // Its arenas, and around each of them and at each end of memory at most a block that is not whole.
         let around = (2 * arenas.count() as u64 + 4) * block_size;
@@ -452,7 +571,7 @@ fn memory(
         .into());
     }
     let described = struct_page_bytes(arenas.total());
-    let region = region.max(smallest_region(image, initrd, RUNNING_ROOM + initrd + described, block_size));
+    let region = region.max(smallest_region(image, initrd, RUNNING_ROOM + unpacked + described, block_size));
     let managed = managed_memory()?.total();
     let available = available_memory()?;
     if available < region {
@@ -478,8 +597,85 @@ fn memory(
     Ok((region, found))
 }
 
-fn cmdline(kernel: &Kernel, wish: &Upgrade, kho: Option<Spoken>) -> String {
+/// The successor's command line but for Baton's own words: the incumbent's words that concern the machine, and what was given.
+fn cmdline(
+    kernel: &Kernel,
+    wish: &Upgrade,
+    release: &str,
+    microcode: bool,
+    spare: &CpuFacts,
+    moves: &[(CpuFacts, Move)],
+    kho: Option<Spoken>,
+) -> Result<(String, String)> {
     let asked = wish.cmdline.as_deref().unwrap_or_default();
-    let given = format!("{} {asked}", kernel.config.update.cmdline).trim().to_owned();
-    if kho.is_some() { kho::cmdline(given) } else { given }
+    // To load microcode is not safe while another thread of the core runs another kernel.
+    let no_microcode = if microcode { "dis_ucode_ldr " } else { "" };
+    let given = format!("{no_microcode}{} {asked}", kernel.config.update.cmdline).trim().to_owned();
+    let incumbent = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
+    let mut found = Vec::new();
+    let line = if wish.no_inherit {
+        given
+    } else {
+        let highest_apic_id = moves.iter().map(|(cpu, _)| cpu.apic_id).fold(spare.apic_id, u32::max);
+        let cpu_number = |cpu| number_in_successor(spare, moves, cpu);
+        // What is set aside at boot must leave room to come up in: that is what a region has beside image and initrd, at least.
+        let inherited =
+            inherit(&incumbent, &given, &Heir { highest_apic_id, room: RUNNING_ROOM, cpu_number: &cpu_number });
+        found.extend(
+            inherited.left_out.iter().map(|LeftOut { word, reason }| format!("not inherited: `{word}` ({reason})")),
+        );
+        inherited.line
+    };
+    let second_threads = moves.iter().any(|(cpu, _)| cpu.online && !cpu.first_thread) || !spare.first_thread;
+    if let (true, Some(word)) = (second_threads, cmdline::without_second_threads(&line, &incumbent)) {
+        return Err(Failure::precondition(
+            format!(
+                "`{word}` would keep second threads of cores from coming online in the successor, and they run here"
+            ),
+            "leave it out, or take them offline first (echo off > /sys/devices/system/cpu/smt/control)",
+        )
+        .into());
+    }
+    let enforced =
+        Line::parse(&line).last("module.sig_enforce").is_some_and(|word| !matches!(word.value, Some("0" | "n" | "N")));
+    if enforced && mkinitrd::own_module_is_signed(release) == Some(false) {
+        return Err(Failure::precondition(
+            format!("`module.sig_enforce`: the successor would not load baton.ko for {release}, which is not signed"),
+            "sign it with a key that this kernel trusts (DKMS does, /etc/dkms/framework.conf), or leave the word out by --no-inherit",
+        )
+        .into());
+    }
+    let weaker = security::weaker(&incumbent, &line);
+    if !weaker.is_empty() {
+        let weaker = weaker.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        tracing::warn!("the successor would protect less than this kernel does: {weaker}");
+        found.insert(0, format!("PROTECTS LESS than this kernel: {weaker}"));
+    }
+    let line = if kho.is_some() { kho::cmdline(line) } else { line };
+    found.insert(0, if line.is_empty() { "only Baton's own words".to_owned() } else { format!("`{line}`") });
+    Ok((line, found.join("; ")))
+}
+
+/// All that could be refused when the successor is placed, asked before anything is touched.
+fn placeable(request: &PlacementRequest<'_>) -> Result<((), String)> {
+    let line = can_place(request).map_err(|error| {
+        let advice = match &error {
+            PlacementError::Cmdline(_) => {
+                "change --cmdline or update.cmdline; --no-inherit leaves the incumbent's words out"
+            }
+            PlacementError::PageTables(_) => "a CPU with pages of 1 GiB (flag pdpe1gb) is needed for so much memory",
+            PlacementError::BootParams(_) => "let services keep fewer, larger arenas and files",
+            PlacementError::Acpi(_) => "this machine has more CPUs than Baton can describe",
+            _ => "set update.region_mib to another size",
+        };
+        Failure::precondition(error.to_string(), advice)
+    })?;
+    Ok((
+        (),
+        format!(
+            "image, initrd, tables for {} CPUs, {} bytes of command line",
+            1 + request.other_cpus.len(),
+            line.len()
+        ),
+    ))
 }

@@ -8,6 +8,7 @@
 //! /dev/kmsg, because a successor's terminal has no interrupt (see DESIGN.md, traps).
 
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::UnixDatagram;
@@ -19,6 +20,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use kexec_core::cmdline::control_block_of;
+use kexec_core::cmdline::words::Line;
 use nix::errno::Errno;
 use nix::kmod::{ModuleInitFlags, finit_module};
 use nix::mount::{MsFlags, mount};
@@ -31,16 +33,15 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::daemon::config::Config;
 use crate::machine::net::Netlink;
 use crate::services::access;
+use crate::userland::modules::name_of;
 
-/// Where the module loader looks for the list that `baton mkinitrd` wrote: one path a line, in the order to load.
+/// Where the module loader looks for the list that `baton mkinitrd` wrote: one path a line, and its options, in the order to load.
 pub const MODULE_LIST: &str = "/etc/baton/modules.RELEASE";
 /// Where batond says that it is ready (sd_notify(3)).
 const NOTIFY_SOCKET: &str = "/run/baton/init.notify";
 /// How long batond may take to be ready before everything else is started without it. (It ends sooner where it cannot begin, and
 /// then nothing says READY.)
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
-/// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the .xz itself.
-const COMPRESSED: ModuleInitFlags = ModuleInitFlags::from_bits_retain(4);
 
 /// How long programs may take to end before they are killed, when the machine ends.
 const ENDING_PATIENCE: Duration = Duration::from_secs(10);
@@ -168,15 +169,31 @@ fn load_modules(release: &str) -> Result<()> {
         say(&format!("no {}: no modules are loaded", list.display()));
         return Ok(());
     };
-    for path in text.lines().filter(|line| !line.is_empty()) {
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        let (path, options) = line.split_once(' ').unwrap_or((line, ""));
         let file = File::open(path).with_context(|| format!("cannot open module {path}"))?;
-        let flags = if path.ends_with(".ko") { ModuleInitFlags::empty() } else { COMPRESSED };
-        match finit_module(&file, c"", flags) {
+        let options = format!("{options} {}", options_of(&cmdline, &name_of(path)));
+        match finit_module(&file, &CString::new(options.trim())?, ModuleInitFlags::empty()) {
             Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
             Err(errno) => bail!("cannot load module {path}: {errno}"),
         }
     }
     Ok(())
+}
+
+/// What the kernel's command line says for a module that is not built in (`module.parameter=value`): whoever loads it passes it on.
+fn options_of(cmdline: &str, module: &str) -> String {
+    let line = Line::parse(cmdline);
+    let own = line.words.iter().filter_map(|word| {
+        let (name, parameter) = word.param.split_once('.')?;
+        (name.replace('-', "_") == module).then(|| match word.value {
+            Some(value) if value.contains(char::is_whitespace) => format!("{parameter}=\"{value}\""),
+            Some(value) => format!("{parameter}={value}"),
+            None => parameter.to_owned(),
+        })
+    });
+    own.collect::<Vec<_>>().join(" ")
 }
 
 fn start_agent(children: &mut HashMap<i32, String>) -> Result<()> {

@@ -13,6 +13,7 @@ use kexec_core::registry::State;
 use serde::Serialize;
 
 use crate::daemon::outcome::Failure;
+use crate::machine::regular;
 
 /// Where the module lists its instances.
 pub const INSTANCES: &str = "/proc/multikernel";
@@ -63,12 +64,7 @@ pub struct Image {
 
 /// Reads what is to be an image.
 pub fn read_image(path: &Path) -> Result<Vec<u8>, Failure> {
-    let size = fs::metadata(path).map_err(|error| not_an_image(path, &error))?.len();
-    if size > MAX_IMAGE {
-        let why = format!("{} MiB is too large for an image, at most {} MiB", size >> 20, MAX_IMAGE >> 20);
-        return Err(not_an_image(path, &why));
-    }
-    fs::read(path).map_err(|error| not_an_image(path, &error))
+    regular::read(path, MAX_IMAGE).map_err(|error| not_an_image(path, &error))
 }
 
 /// What is to be done about a file that is no image.
@@ -92,7 +88,7 @@ pub struct Kernels {
 
 /// Reads both.
 pub fn list() -> Result<Kernels> {
-    Ok(Kernels { schema_version: 1, instances: instances()?, images: images(Path::new("/boot"))? })
+    Ok(Kernels { schema_version: 1, instances: instances()?, images: images(Path::new("/boot")) })
 }
 
 /// The kernels that run, this one first; nothing where the module is not loaded.
@@ -132,25 +128,28 @@ pub fn parse_instances(text: &str) -> Option<Vec<Instance>> {
         .collect()
 }
 
-fn images(folder: &Path) -> Result<Vec<Image>> {
-    let mut images = Vec::new();
-    let Ok(entries) = fs::read_dir(folder) else { return Ok(images) };
-    for entry in entries {
-        let entry = entry?;
-        if !entry.file_name().to_string_lossy().starts_with("vmlinuz") {
-            continue;
-        }
-        let path = entry.path();
-        let bytes = fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        let (release, problem) = match BzImage::parse(&bytes) {
-            Ok(image) => (Some(image.release().to_owned()), None),
-            Err(error) => (None, Some(error.to_string())),
-        };
-        let module = release.as_deref().and_then(crate::userland::mkinitrd::own_module).is_some();
-        images.push(Image { path, release, problem, module });
-    }
+/// The images of a folder. Each entry that cannot be read or is none has its line, and keeps nobody from the others.
+fn images(folder: &Path) -> Vec<Image> {
+    let Ok(entries) = fs::read_dir(folder) else { return Vec::new() };
+    let named = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz")));
+    let mut images: Vec<Image> = named.map(image).collect();
     images.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(images)
+    images
+}
+
+fn image(path: PathBuf) -> Image {
+    let bytes = regular::read(&path, MAX_IMAGE).map_err(|error| error.to_string());
+    let release =
+        bytes.and_then(|bytes| Ok(BzImage::parse(&bytes).map_err(|error| error.to_string())?.release().to_owned()));
+    let (release, problem) = match release {
+        Ok(release) => (Some(release), None),
+        Err(problem) => (None, Some(problem)),
+    };
+    let module = release.as_deref().and_then(crate::userland::mkinitrd::own_module).is_some();
+    Image { path, release, problem, module }
 }
 
 impl fmt::Display for Kernels {
@@ -184,6 +183,28 @@ impl fmt::Display for Kernels {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_bad_entry_costs_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::os::unix::fs::symlink("gone", at("vmlinuz.old")).unwrap();
+        fs::create_dir(at("vmlinuz-dir")).unwrap();
+        nix::unistd::mkfifo(&at("vmlinuz-fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        fs::write(at("vmlinuz-text"), "no kernel").unwrap();
+        fs::write(at("config-6.12"), "").unwrap();
+        let images = images(folder.path());
+        let lines: Vec<_> = images.iter().map(|image| image.problem.clone().unwrap()).collect();
+        assert_eq!(lines.len(), 4);
+        assert!(
+            lines[0].contains("folder")
+                && lines[1].contains("FIFO")
+                && lines[2].contains("truncated")
+                && lines[3].contains("No such file"),
+            "{lines:?}"
+        );
+        assert!(super::images(Path::new("/nowhere")).is_empty());
+    }
 
     #[test]
     fn rows_are_read_and_rubbish_is_not() {

@@ -4,17 +4,18 @@
 //! The result is an archive of its own; when the operator gives an initrd, ours is appended to it, and since the kernel
 //! unpacks archives in order, our `/init` is the one that runs.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::iter;
 use std::path::{Path, PathBuf};
-use std::{fs, iter};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::unistd::User;
 
 use crate::daemon::config::{self, Config};
 use crate::services::access;
 use crate::userland::init::MODULE_LIST;
 use crate::userland::initrd::Initrd;
+use crate::userland::modules::{self, Index, Modprobe};
 
 /// The agent's own programs, taken from the folder of the running one.
 const OWN_PROGRAMS: [&str; 3] = ["baton", "batond", "baton-init"];
@@ -34,8 +35,10 @@ pub fn own_program(name: &str) -> Result<PathBuf> {
 }
 
 /// Makes the archive for a kernel of this `release`.
-pub fn build(config: &Config, config_path: &Path, release: &str) -> Result<Vec<u8>> {
-    let mut tree = Initrd::new();
+///
+/// `links` are the symbolic links of the archive to which this one is appended.
+pub fn build(config: &Config, config_path: &Path, release: &str, links: BTreeMap<String, String>) -> Result<Vec<u8>> {
+    let mut tree = Initrd::behind(links);
     for folder in ["/proc", "/sys", "/dev", "/run", "/tmp", "/root", "/var"] {
         tree.folder(folder);
     }
@@ -85,7 +88,7 @@ fn users(tree: &mut Initrd, config: &Config) {
     tree.file("/etc/group", 0o644, groups);
 }
 
-/// Adds the modules and the list in which `baton-init` finds them, dependencies first.
+/// Adds the modules and the list in which `baton-init` finds them, dependencies first: `path options`, one a line.
 fn modules(tree: &mut Initrd, config: &Config, release: &str) -> Result<()> {
     let root = PathBuf::from(format!("/lib/modules/{release}"));
     let own = own_module(release).ok_or_else(|| {
@@ -94,62 +97,39 @@ fn modules(tree: &mut Initrd, config: &Config, release: &str) -> Result<()> {
             root.join(OWN_MODULE).display()
         )
     })?;
-    let index = fs::read_to_string(root.join("modules.dep"))
-        .with_context(|| format!("{} has no modules.dep; run `depmod {release}`", root.display()))?;
-    let mut ordered = Vec::new();
-    let mut seen = BTreeSet::new();
-    for name in &config.initrd.modules {
-        for path in
-            with_dependencies(&index, name).with_context(|| format!("kernel {release} has no module `{name}`"))?
-        {
-            if seen.insert(path.clone()) {
-                ordered.push(root.join(path));
+    let modprobe = Modprobe::read();
+    let index = Index::read(&root, release)?;
+    let files = index.files_for(&config.initrd.modules, &modprobe, release)?;
+    let mut list = String::new();
+    for path in files.iter().map(|file| root.join(file)).chain([own.clone()]) {
+        let content = modules::read(&path)?;
+        if path == own {
+            let built_for = modules::built_for(&content).unwrap_or_default();
+            if built_for != release {
+                bail!(
+                    "{} was built for kernel {built_for:?}, not for {release}; build it anew with `dkms install --force baton/1 -k {release}`",
+                    path.display()
+                );
             }
         }
-    }
-    ordered.push(own);
-    let mut list = String::new();
-    for path in &ordered {
-        tree.copy(path)?;
-        list.push_str(&path.to_string_lossy());
+        let path = path.to_string_lossy();
+        let plain = path.find(".ko").map_or(&*path, |at| &path[..at + 3]);
+        tree.file(plain, 0o644, content);
+        list.push_str(format!("{plain} {}", modprobe.options(&modules::name_of(plain))).trim_end());
         list.push('\n');
     }
     tree.file(&MODULE_LIST.replace("RELEASE", release), 0o644, list);
     Ok(())
 }
 
-/// The paths to load for `name`, in order, from a `modules.dep` (depmod(8): `file: dependency dependency`, nearest first).
-fn with_dependencies(index: &str, name: &str) -> Option<Vec<String>> {
-    let plain = |path: &str| {
-        let file = path.rsplit('/').next().unwrap_or(path);
-        file.split(".ko").next().unwrap_or(file).replace('-', "_")
-    };
-    let wanted = name.replace('-', "_");
-    index.lines().find_map(|line| {
-        let (file, needs) = line.split_once(':')?;
-        (plain(file) == wanted).then(|| {
-            let mut paths: Vec<String> = needs.split_whitespace().rev().map(str::to_owned).collect();
-            paths.push(file.to_owned());
-            paths
-        })
-    })
+/// Whether baton.ko for this kernel carries a signature; nothing where there is none, or it cannot be read.
+pub fn own_module_is_signed(release: &str) -> Option<bool> {
+    Some(modules::is_signed(&modules::read(&own_module(release)?).ok()?))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const INDEX: &str = "kernel/net/core/failover.ko.xz:\n\
-        kernel/drivers/net/net_failover.ko.xz: kernel/net/core/failover.ko.xz\n\
-        kernel/drivers/net/virtio_net.ko.xz: kernel/drivers/net/net_failover.ko.xz kernel/net/core/failover.ko.xz\n\
-        kernel/drivers/char/hw_random/virtio-rng.ko.xz:\n";
-
-    #[test]
-    fn dependencies_come_first() {
-        let paths = with_dependencies(INDEX, "virtio_net").unwrap();
-        let names: Vec<_> = paths.iter().map(|p| p.rsplit('/').next().unwrap()).collect();
-        assert_eq!(names, ["failover.ko.xz", "net_failover.ko.xz", "virtio_net.ko.xz"]);
-    }
 
     #[test]
     fn users_of_services_are_known_in_the_successor_by_the_same_numbers() {
@@ -162,11 +142,5 @@ mod tests {
         let packed = tree.bytes().unwrap();
         let text = String::from_utf8_lossy(&packed);
         assert!(text.contains("nobody:x:65534:65534::/:/usr/sbin/nologin\n") && !text.contains("no-such"));
-    }
-
-    #[test]
-    fn dashes_and_underscores_are_the_same() {
-        assert!(with_dependencies(INDEX, "virtio_rng").is_some());
-        assert!(with_dependencies(INDEX, "virtio").is_none());
     }
 }

@@ -5,3 +5,4 @@ pub mod initrd;
 pub mod kernels;
 pub mod known_images;
 pub mod mkinitrd;
+pub mod modules;

@@ -9,7 +9,7 @@ use demos::story::report::{self, Outcome, Report};
 use demos::story::upgrade::{self, Options};
 
 /// For a successor that cannot work: a kernel without a program to run. It panics, and must stay where it is until it is stopped.
-const BROKEN: &str = "rdinit=/nonexistent panic=0";
+const BROKEN: &str = "initcall_blacklist=populate_rootfs panic=0";
 /// How long it is waited for. One that works needs 2 to 10 s.
 const BROKEN_FOR_S: u64 = 25;
 

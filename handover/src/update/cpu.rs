@@ -16,7 +16,8 @@ pub struct Cpu {
 pub struct Moving {
     /// Which.
     pub cpu: Cpu,
-    /// It is online in this kernel: it has to be taken offline first, and brought back online on the way back.
+    /// It is online in this kernel: it has to be taken offline first, and brought back online on the way back. One that is not
+    /// goes over all the same, so that it waits in no memory that changes hands, and stays offline there.
     pub online: bool,
 }
 

@@ -167,7 +167,10 @@ impl Plan {
             if online {
                 script.push((Probation, Effect::OfflineCpu { cpu }));
             }
-            script.extend([(Probation, Effect::ParkCpu { cpu }), (Probation, Effect::HandCpu { cpu })]);
+            script.push((Probation, Effect::ParkCpu { cpu }));
+            if online {
+                script.push((Probation, Effect::HandCpu { cpu }));
+            }
         }
         match self.probation {
             ProbationPolicy::CommitAtOnce => {}

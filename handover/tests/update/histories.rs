@@ -13,7 +13,7 @@ use handover::update::plan::{Goal, Plan};
 use proptest::prelude::*;
 
 use crate::plans::plan;
-use crate::world::{At, Fate, Kernel, World, is_undo};
+use crate::world::{Fate, Kernel, World, is_undo};
 
 /// Runs an update to its end; `fate` decides how each effect goes, given its number.
 fn run(plan: &Plan, mut fate: impl FnMut(usize, &Effect, &mut World) -> (Fate, Duration)) -> (World, Outcome, Update) {
@@ -57,7 +57,7 @@ fn ended(update: &mut Update, world: &World, outcome: &Outcome, plan: &Plan, lin
         Outcome::Committed { left } => {
             assert!(world.confirmed);
             if left.is_empty() {
-                assert!(world.gone && world.cpus.values().all(|&at| at == At::Successor));
+                assert!(world.gone && world.cpus.iter().all(|(id, &at)| at == world.destination(*id)));
             }
         }
         Outcome::RolledBack { left, .. } | Outcome::TrialPassed { left } => {

@@ -78,7 +78,7 @@ fn phases_of_every_script_follow_each_other() {
             let script = plan(cpus, goal).script();
             assert!(script.is_sorted_by_key(|(phase, _)| phase));
             let goes_over = |effect: &Effect| {
-                matches!(effect, Effect::HandCpu { .. } | Effect::StartCpu { .. } | Effect::YieldLastCpu { .. })
+                matches!(effect, Effect::ParkCpu { .. } | Effect::StartCpu { .. } | Effect::YieldLastCpu { .. })
             };
             let each_cpu_once = script.iter().filter(|(_, effect)| goes_over(effect)).count();
             assert_eq!(each_cpu_once, if goal == Goal::Upgrade { cpus as usize } else { 1 });
@@ -100,6 +100,18 @@ fn a_cpu_that_is_offline_is_not_taken_offline() {
         })
         .collect();
     assert_eq!(offlined, [1, 2, 4, 5, 6]);
+}
+
+#[test]
+fn a_cpu_that_is_offline_goes_over_and_stays_offline() {
+    let script = plan(8, Goal::Upgrade).script();
+    let of = |wanted: fn(Cpu) -> Effect| {
+        (1..7)
+            .filter(|&number| script.iter().any(|(_, effect)| *effect == wanted(Cpu { number, apic_id: 2 * number })))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(of(|cpu| Effect::ParkCpu { cpu }), [1, 2, 3, 4, 5, 6]);
+    assert_eq!(of(|cpu| Effect::HandCpu { cpu }), [1, 2, 4, 5, 6]);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 //!
 //! It asserts what no effect may do at the moment it happens; [`World::check`] says what must hold between steps.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use handover::update::blame::Blame;
 use handover::update::cpu::{Cpu, Moving};
@@ -57,6 +57,8 @@ pub enum Kernel {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct World {
     pub cpus: BTreeMap<u32, At>,
+    /// CPUs that were offline before, by APIC id, and stay so wherever they wait.
+    pub stay_offline: BTreeSet<u32>,
     pub memory_taken: bool,
     pub devices_granted: bool,
     pub instance: bool,
@@ -85,8 +87,10 @@ impl World {
         let moving = plan.cpus.others.iter().chain([&plan.cpus.spare]);
         let mut cpus: BTreeMap<u32, At> = moving.map(|moving| (moving.cpu.apic_id, here(moving))).collect();
         cpus.insert(plan.cpus.last.apic_id, At::Incumbent);
+        let stay_offline = plan.cpus.others.iter().filter(|moving| !moving.online).map(|moving| moving.cpu.apic_id);
         World {
             cpus,
+            stay_offline: stay_offline.collect(),
             memory_taken: false,
             devices_granted: false,
             instance: false,
@@ -102,6 +106,11 @@ impl World {
             epoch_word: plan.epoch,
             later: Vec::new(),
         }
+    }
+
+    /// Where a CPU is when all has gone well.
+    pub fn destination(&self, apic_id: u32) -> At {
+        if self.stay_offline.contains(&apic_id) { At::Parked } else { At::Successor }
     }
 
     pub fn incumbent_answers(&self) -> bool {
@@ -261,7 +270,7 @@ impl World {
                 assert!(self.quiesced, "left with devices that still write");
                 assert_eq!(self.at(cpu), At::Incumbent);
                 let others = self.cpus.iter().filter(|&(&id, _)| id != cpu.apic_id);
-                assert!(others.clone().all(|(_, &at)| at == At::Successor), "left CPUs behind");
+                assert!(others.clone().all(|(id, &at)| at == self.destination(*id)), "left CPUs behind");
                 self.gone = true;
                 self.move_to(cpu, At::Successor);
             }

@@ -1,12 +1,9 @@
 //! The bzImage header (Documentation/arch/x86/boot.rst), checked field by field.
 //!
 //! The bytes may come from anywhere: nothing here indexes, adds or multiplies without a check. The header is *not*
-//! proof that the rest is a kernel; a signature would be, and verifying one is the caller's business (`sbverify`, a
-//! manifest of hashes): [`BzImage::is_signed`] only says whether there is one to verify.
+//! proof that the rest is a kernel; a signature is ([`super::signature`]).
 
-use object::LittleEndian;
-use object::read::pe::PeFile64;
-use serde::{Deserialize, Serialize};
+use super::unified::Unified;
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -95,8 +92,20 @@ pub enum ImageError {
         magic: String,
     },
     /// A vmlinux, not a bzImage.
-    #[error("this is an ELF file (vmlinux?): give the bzImage, usually /boot/vmlinuz-RELEASE")]
+    #[error(
+        "this is an ELF file (vmlinux?), which says nothing of how it is booted: give the bzImage made from it, usually /boot/vmlinuz-RELEASE"
+    )]
     Elf,
+    /// A kernel with initrd and command line in one file.
+    #[error(
+        "this is a unified kernel image{}: take it apart (for instance `objcopy -O binary --only-section=.linux IMAGE vmlinuz`, and so .initrd and .cmdline) \
+         and give --kernel, --initrd and --cmdline",
+        .release.as_ref().map(|release| format!(" of {release}")).unwrap_or_default()
+    )]
+    Unified {
+        /// Its section `.uname`.
+        release: Option<String>,
+    },
     /// Too old.
     #[error(
         "boot protocol {}.{:02} is too old: 2.12 (Linux 3.8) is needed", .found >> 8, .found & 0xff
@@ -141,20 +150,6 @@ pub enum ImageError {
         /// What it says.
         value: u64,
     },
-    /// Unsigned, and that is not allowed.
-    #[error("kernel image carries no signature, and the policy asks for one")]
-    Unsigned,
-}
-
-/// Whether an image without a signature is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SignaturePolicy {
-    /// Take it.
-    #[default]
-    Optional,
-    /// Refuse it.
-    Required,
 }
 
 /// A bzImage that can be placed. Borrowed from the bytes it was parsed from.
@@ -166,7 +161,6 @@ pub struct BzImage<'a> {
     version_text: String,
     protected_mode: &'a [u8],
     payload: &'a [u8],
-    signed: bool,
 }
 
 impl<'a> BzImage<'a> {
@@ -188,6 +182,9 @@ impl<'a> BzImage<'a> {
             };
         };
         if header.boot_flag.get() != 0xaa55 || &header.header != b"HdrS" {
+            if let Some(unified) = Unified::parse(file) {
+                return Err(ImageError::Unified { release: unified.uname });
+            }
             return Err(not_linux(header.boot_flag.get(), &header.header));
         }
         let protocol = header.version.get();
@@ -239,21 +236,7 @@ impl<'a> BzImage<'a> {
             header_len: header_len.min(size_of::<SetupHeader>()),
             protected_mode,
             payload,
-            signed: has_certificate(file),
         })
-    }
-
-    /// Refuses an unsigned image where the policy asks for a signature.
-    pub fn check_signature(&self, policy: SignaturePolicy) -> Result<(), ImageError> {
-        match policy {
-            SignaturePolicy::Required if !self.signed => Err(ImageError::Unsigned),
-            _ => Ok(()),
-        }
-    }
-
-    /// Whether a certificate table is attached (Authenticode). It says nothing of whose it is, or whether it fits.
-    pub fn is_signed(&self) -> bool {
-        self.signed
     }
 
     /// `uname -r` of the kernel: the first word of its version text.
@@ -355,18 +338,4 @@ fn version_text(file: &[u8], header: &SetupHeader, setup_len: usize) -> Result<S
         return Err(damaged());
     }
     Ok(String::from_utf8_lossy(text).into_owned())
-}
-
-/// Whether the image is a PE file whose security directory points to a non-empty table within the file.
-fn has_certificate(file: &[u8]) -> bool {
-    const SECURITY: usize = object::pe::IMAGE_DIRECTORY_ENTRY_SECURITY;
-    /// WIN_CERTIFICATE's own header.
-    const EMPTY: u64 = 8;
-    let Ok(pe) = PeFile64::parse(file) else { return false };
-    pe.data_directories().get(SECURITY).is_some_and(|directory| {
-        // Unlike in all other directories, this "address" is a file offset.
-        let at = u64::from(directory.virtual_address.get(LittleEndian));
-        let size = u64::from(directory.size.get(LittleEndian));
-        size > EMPTY && at > 0 && at + size <= file.len() as u64
-    })
 }

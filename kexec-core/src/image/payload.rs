@@ -11,22 +11,22 @@ use memchr::memmem::Finder;
 use object::LittleEndian;
 use object::elf::{FileHeader64, PT_LOAD};
 use object::read::elf::{FileHeader, ProgramHeader};
-use ruzstd::decoding::StreamingDecoder;
 use serde::{Deserialize, Serialize};
 
 use super::BzImage;
+use crate::compression::Compression;
 
 /// Largest vmlinux that is unpacked. Debian's are 57 to 63 MB; with debug symbols left in they reach several hundred.
 pub const MAX_UNPACKED: u64 = 1 << 30;
-/// Largest window that a frame may ask for: the kernel build uses `zstd -22 --ultra`, 128 MiB.
-const MAX_WINDOW: u64 = 128 << 20;
 const PIECE: usize = 256 << 10;
 
 /// Why an image could not be looked into.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PayloadError {
     /// A compression that we cannot read.
-    #[error("the kernel is compressed with {method}, which cannot be looked into: only zstd can (CONFIG_KERNEL_ZSTD)")]
+    #[error(
+        "the kernel is compressed with {method}, which cannot be looked into: any other compression can (CONFIG_KERNEL_ZSTD, _XZ, _GZIP)"
+    )]
     Compression {
         /// Which, by its magic number.
         method: &'static str,
@@ -86,7 +86,7 @@ impl<'a> Question<'a> {
 
 /// Searches the kernel for all questions at once. An answer is the text with its tail.
 pub fn search(image: &BzImage<'_>, questions: &[Question<'_>]) -> Result<Vec<Option<Vec<u8>>>, PayloadError> {
-    search_stream(unpack(image.payload())?, questions, MAX_UNPACKED)
+    search_stream(unpack(&mut image.payload())?, questions, MAX_UNPACKED)
 }
 
 /// Whether the kernel contains this text.
@@ -94,25 +94,26 @@ pub fn contains(image: &BzImage<'_>, text: &[u8]) -> Result<bool, PayloadError> 
     Ok(search(image, &[Question::contains(text)])?[0].is_some())
 }
 
-fn unpack(payload: &[u8]) -> Result<impl Read + '_, PayloadError> {
-    const ZSTD: &[u8] = b"\x28\xb5\x2f\xfd";
-    const OTHERS: [(&[u8], &str); 6] = [
-        (b"\x1f\x8b", "gzip"),
-        (b"BZh", "bzip2"),
-        (b"\x5d\x00\x00", "lzma"),
-        (b"\xfd7zXZ", "xz"),
-        (b"\x89LZO", "lzo"),
-        (b"\x02\x21\x4c\x18", "lz4"),
-    ];
-    if let Some((_, method)) = OTHERS.iter().find(|(magic, _)| payload.starts_with(magic)) {
-        return Err(PayloadError::Compression { method });
-    }
-    if !payload.starts_with(ZSTD) {
+/// The vmlinux in a payload, as a stream.
+fn unpack<'a>(payload: &'a mut &[u8]) -> Result<Box<dyn Read + 'a>, PayloadError> {
+    let Some(compression) = Compression::of(payload) else {
+        // CONFIG_KERNEL_UNCOMPRESSED
+        if payload.starts_with(b"\x7fELF") {
+            return Ok(Box::new(payload));
+        }
         let start = payload.iter().take(4).map(|b| format!("{b:02x}")).collect();
         return Err(PayloadError::Unknown { len: payload.len(), start });
+    };
+    if compression == Compression::Lz4 {
+        // The kernel build puts the length behind the data (scripts/Makefile.lib, size_append), and in this format only that says where
+        // they end.
+        *payload = payload.len().checked_sub(4).map_or(&[], |end| &payload[..end]);
     }
-    StreamingDecoder::new_with_max_window_size(payload, MAX_WINDOW)
-        .map_err(|error| PayloadError::Damaged { unpacked: 0, reason: error.to_string() })
+    match compression.unpack(payload) {
+        Ok(Some(stream)) => Ok(stream),
+        Ok(None) => Err(PayloadError::Compression { method: compression.name() }),
+        Err(error) => Err(PayloadError::Damaged { unpacked: 0, reason: error.to_string() }),
+    }
 }
 
 /// Keeps the end of each piece, so that a text across the border of two pieces is found.
@@ -322,16 +323,34 @@ mod tests {
     }
 
     #[test]
-    fn other_compressions_are_named() {
-        let name = |payload: &[u8]| unpack(payload).map(|_| ()).unwrap_err().to_string();
-        assert!(name(b"\x1f\x8b\x08").contains("gzip"));
-        assert!(name(b"\xfd7zXZ\0").contains("xz"));
-        assert!(name(b"\x02\x21\x4c\x18").contains("lz4"));
+    fn a_compression_that_cannot_be_unpacked_is_named() {
+        let name = |mut payload: &[u8]| unpack(&mut payload).map(|_| ()).unwrap_err().to_string();
+        assert!(name(b"\x89LZO\0").contains("lzo"));
         assert_eq!(
             name(b"garbage"),
             "the kernel's payload of 7 bytes has no known compression: it starts with 67617262"
         );
-        assert!(matches!(unpack(b"\x28\xb5\x2f\xfd").map(|_| ()), Err(PayloadError::Damaged { .. })));
+        assert!(matches!(unpack(&mut b"\x28\xb5\x2f\xfd".as_slice()).map(|_| ()), Err(PayloadError::Damaged { .. })));
+    }
+
+    /// A kernel of each compression that the kernel's build knows, with the length behind it as that build puts it there.
+    #[test]
+    fn every_compression_is_looked_into() {
+        let samples: [&[u8]; 6] = [
+            include_bytes!("../../tests/data/hello.gz"),
+            include_bytes!("../../tests/data/hello.bz2"),
+            include_bytes!("../../tests/data/hello.lzma"),
+            include_bytes!("../../tests/data/hello.xz"),
+            include_bytes!("../../tests/data/hello.lz4"),
+            include_bytes!("../../tests/data/hello.zst"),
+        ];
+        let questions = [Question::contains(b"kernel\nhello"), Question::contains(b"absent")];
+        let plain = [b"\x7fELF".as_slice(), b"kernel\nhello"].concat();
+        for sample in samples.into_iter().chain([plain.as_slice()]) {
+            let payload = [sample, &28_000u32.to_le_bytes()].concat();
+            let found = search_stream(unpack(&mut payload.as_slice()).unwrap(), &questions, MAX_UNPACKED).unwrap();
+            assert_eq!((found[0].is_some(), found[1].is_some()), (true, false), "{:02x?}", &sample[..2]);
+        }
     }
 
     proptest! {

@@ -18,6 +18,7 @@ use super::{Hands, Placed};
 use crate::daemon::config::Cidr;
 use crate::daemon::outcome::Failure;
 use crate::machine::clock::Moment;
+use crate::machine::cpuid::gigabyte_pages;
 use crate::machine::facts::{firmware_platform, managed_memory, memory_set_aside};
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
@@ -204,9 +205,7 @@ impl Hands<'_> {
             reserved_ram: division.reserved_in_successor(),
             cap: division.cap,
             identity: facts.ram.clone(),
-            gigabyte_pages: raw_cpuid::CpuId::new()
-                .get_extended_processor_and_feature_identifiers()
-                .is_some_and(|features| features.has_1gib_pages()),
+            gigabyte_pages: gigabyte_pages(),
             tsc_khz,
             platform,
             kho: handover.as_ref().map(|handed| handed.setup_data.clone()),
