@@ -9,6 +9,7 @@ pub mod device;
 pub mod firmware;
 pub mod image;
 pub mod initrd;
+pub mod klog;
 pub mod layout;
 pub mod memory_map;
 pub mod page_tables;

@@ -33,6 +33,11 @@ fn texts() {
     run("texts", entries::texts);
 }
 
+#[test]
+fn klog() {
+    run("klog", entries::klog);
+}
+
 /// The corpus leads past the first checks.
 #[test]
 fn the_corpus_holds_a_kernel_that_answers() {

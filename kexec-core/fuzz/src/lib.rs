@@ -7,10 +7,15 @@ use kexec_core::cpus::parse_cpu_list;
 use kexec_core::image::signature::{self, Trusted};
 use kexec_core::image::{BzImage, KernelFacts, unified};
 use kexec_core::initrd::{self, Limits};
+use kexec_core::image::bzimage::SignaturePolicy;
+use kexec_core::image::{BzImage, KernelFacts};
+use kexec_core::klog::{KernelLog, LogTail};
 use kexec_core::memory_map::iomem::{firmware_ram, kernel_image, parse_firmware_memmap, parse_iomem, system_ram};
 
 #[path = "../../tests/support/bzimage.rs"]
 mod bzimage;
+#[path = "../../tests/support/printk.rs"]
+mod printk;
 
 /// A kernel image, payload and all.
 pub fn image(bytes: &[u8]) {
@@ -61,4 +66,44 @@ pub fn initrd(bytes: &[u8]) {
     assert!(!walked.parts.is_empty() && walked.unpacked <= limits.unpacked);
     let joined = initrd::join(bytes, &walked, b"");
     assert!(initrd::walk(&joined, limits, |_| true).is_ok());
+}
+
+/// The log of another kernel: what it says of its structures, or, where that is not it, changes of its memory: twelve bytes each,
+/// where and what.
+pub fn klog(bytes: &[u8]) {
+    let [flags, start, kaslr, rest @ ..] = bytes else { return };
+    let mut kernel = printk::Printk::new(printk::Shape {
+        start: u64::from(*start) << 21,
+        kaslr: u64::from(*kaslr),
+        direct_gib: u64::from(*kaslr),
+        five_levels: flags & 1 != 0,
+        moved: flags & 2 != 0,
+        callers: flags & 4 != 0,
+        count_bits: 5,
+    });
+    for n in 0..40 {
+        kernel.say(&format!("message {n}"), 6, 0);
+    }
+    kernel.begin("begun");
+    if flags & 8 != 0 {
+        kernel.say_vmcoreinfo();
+    }
+    if rest.starts_with(b"OSRELEASE=") {
+        kernel.put_vmcoreinfo(rest);
+    } else {
+        for change in rest.chunks_exact(12) {
+            let (place, value) = change.split_first_chunk().expect("four bytes of twelve");
+            let room = kernel.ram.len() as u64 / 8;
+            let value = value.try_into().expect("eight bytes of twelve");
+            kernel.put(u64::from(u32::from_le_bytes(*place)) % room * 8, u64::from_le_bytes(value));
+        }
+    }
+    if let Ok(log) = KernelLog::find(&kernel, None) {
+        let records = log.read(&kernel, None, usize::MAX);
+        let text: usize = records.iter().map(|record| record.text.len()).sum();
+        // A byte becomes at most four characters.
+        assert!(text <= 4 * kernel.ram.len());
+        assert!(records.iter().all(|record| record.lines().all(|line| !line.contains(['\n', '\u{1b}']))));
+        let _ = LogTail::of(&records, 30).to_string();
+    }
 }
