@@ -4,6 +4,7 @@
 
 mod cancel;
 mod check;
+mod dmesg;
 pub mod handover;
 mod interrupt;
 mod kernels;
@@ -53,6 +54,8 @@ enum Verb {
         /// The service's name, as `baton status` shows it.
         service: String,
     },
+    /// Show the log of the successor, read out of its memory: while it runs, or of the last one that failed.
+    Dmesg(dmesg::Args),
     /// List the kernels of this machine: those that run (instances) and the images that could.
     Kernels,
     /// Become a program that keeps memfds as under systemd (FDSTORE=1, LISTEN_FDS), once it may run on this kernel.
@@ -85,6 +88,9 @@ pub fn run(cli: Cli) -> ExitCode {
             if json {
                 print_json(&Failed { schema_version: 1, outcome: "failed", failure: &failure });
             }
+            for line in &failure.log {
+                eprintln!("  | {line}");
+            }
             complain(&failure.cause, &failure.advice);
             ExitCode::from(failure.class.exit_code())
         }
@@ -114,6 +120,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
         Verb::Check(args) => check::run(cli.json, ask(&Request::Check(args.into()))?),
         Verb::Status => status::run(cli.json, ask(&Request::Status)?),
         Verb::Release { service } => release::run(cli.json, ask(&Request::Release { service })?),
+        Verb::Dmesg(args) => dmesg::run(&args, &cli.socket, cli.json),
         Verb::Kernels => kernels::run(cli.json),
         Verb::Mkinitrd(args) => mkinitrd::run(&args),
         Verb::Handover(verb) => handover::run(verb, &cli.socket, cli.json),

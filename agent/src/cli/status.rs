@@ -43,4 +43,10 @@ fn print(status: &Status) {
     for left in &update.left_undone {
         println!("          left undone: {left}");
     }
+    if let Some(log) = &update.last_words {
+        println!("          the successor's end: {log}");
+        for line in &log.lines {
+            println!("          | {line}");
+        }
+    }
 }

@@ -8,9 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use handover::update::phase::Phase;
+use kexec_core::klog::LogTail;
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::outcome::{Class, Failure};
+use crate::daemon::successor_log::Log;
 use crate::update::stock::accept::Accept;
 use crate::update::timeline::{Span, Zero};
 
@@ -58,6 +60,13 @@ pub enum Request {
         /// Its name.
         service: String,
     },
+    /// The log of the successor that runs, else of the last one that failed.
+    Dmesg {
+        /// Only of this instance.
+        instance: Option<u32>,
+        /// Only what is newer than this record.
+        after: Option<u64>,
+    },
 }
 
 /// What `batond` answers.
@@ -85,6 +94,8 @@ pub enum Reply {
         /// How much it was.
         bytes: u64,
     },
+    /// A kernel's log.
+    Log(Box<Log>),
     /// The update is past the point of no return; the successor finishes it.
     Committed {
         /// The successor's release.
@@ -280,6 +291,9 @@ pub struct UpdateStatus {
     /// Where on the TSC these times begin; nothing before the update is over.
     #[serde(default)]
     pub zero: Option<Zero>,
+    /// How the successor's log ended, if it failed.
+    #[serde(default)]
+    pub last_words: Option<LogTail>,
 }
 
 /// Asks batond, shows progress through `progress`, and gives its last word.

@@ -21,6 +21,8 @@ use crate::daemon::config::Config;
 use crate::daemon::control::{Role, ServiceState, ServiceStatus, Stage, Status, UpdateStatus};
 use crate::daemon::listen::Peer;
 use crate::daemon::outcome::{Class, Failure};
+use crate::daemon::successor_log::{self, Log, SuccessorLog};
+use crate::machine::facts::{Facts, managed_memory};
 use crate::machine::facts::{Facts, movable_memory};
 use crate::machine::net::Netlink;
 use crate::recovery::ledger::{self, Ledger};
@@ -135,6 +137,8 @@ pub struct Kernel {
     pub updating: Mutex<()>,
     /// The operator wants the update that runs to be undone. It is heeded where the update can still turn back.
     pub called_off: AtomicBool,
+    /// What the successor says while it has not taken over.
+    pub successor_log: SuccessorLog,
     device: OnceLock<Device>,
     release: String,
     state: Mutex<State>,
@@ -160,6 +164,7 @@ impl Kernel {
         let state = Mutex::new(State { successor, facts, update });
         let services = Services::of_ledger(ledger.clone(), device.get())?;
         let (updating, called_off) = (Mutex::new(()), AtomicBool::new(false));
+        let successor_log = SuccessorLog::default();
         let files = Store::of_ledger(ledger.clone());
         let access = Access::of(&config);
         if !successor {
@@ -186,6 +191,7 @@ impl Kernel {
             birth,
             updating,
             called_off,
+            successor_log,
             device,
             release,
             state,
@@ -265,6 +271,22 @@ impl Kernel {
             services,
             update: state.update.clone(),
         }
+    }
+
+    /// The log of the successor that runs, or of the last one that failed: what is newer than record `after`.
+    pub fn log(&self, instance: Option<u32>, after: Option<u64>) -> Result<Log> {
+        let asked = |log: &Log| instance.is_none_or(|id| id == log.instance);
+        // A machine without the module has no successor.
+        let live = self.device().ok().map(|device| self.successor_log.read(device, after)).transpose()?.flatten();
+        if let Some(log) = live.filter(asked) {
+            return Ok(log);
+        }
+        let mut log = successor_log::kept(Path::new(successor_log::KEPT))?.filter(asked).with_context(|| {
+            let which = instance.map_or_else(|| "no successor".to_owned(), |id| format!("no instance {id}"));
+            format!("{which} runs, and none that failed has left its log; this kernel's own is shown by dmesg(1)")
+        })?;
+        log.records.retain(|record| after.is_none_or(|after| record.seq > after));
+        Ok(log)
     }
 
     /// Takes a service in that has greeted.

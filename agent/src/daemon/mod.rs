@@ -13,6 +13,7 @@ pub mod control;
 pub mod kernel;
 pub mod listen;
 pub mod outcome;
+pub mod successor_log;
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -225,6 +226,10 @@ fn answer(kernel: &Kernel, line: Line) -> Result<()> {
             Request::Cancel => match kernel.call_off() {
                 Ok(()) => Reply::CalledOff,
                 Err(failure) => Reply::Failed(failure),
+            },
+            Request::Dmesg { instance, after } => match kernel.log(instance, after) {
+                Ok(log) => Reply::Log(Box::new(log)),
+                Err(error) => Reply::Failed(Failure::from_error(&error)),
             },
             Request::Upgrade(wish) => upgrade::run(kernel, &wish, &replies),
         };

@@ -41,12 +41,15 @@ pub struct Failure {
     pub cause: String,
     /// What to do about it; empty when there is nothing to say.
     pub advice: String,
+    /// The last lines of the kernel that failed, if there was one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub log: Vec<String>,
 }
 
 impl Failure {
     /// A failure of `class` with its cause and advice.
     pub fn new(class: Class, cause: impl Into<String>, advice: impl Into<String>) -> Failure {
-        Failure { class, cause: cause.into(), advice: advice.into() }
+        Failure { class, cause: cause.into(), advice: advice.into(), log: Vec::new() }
     }
 
     /// Something this machine or image cannot do; nothing was touched.

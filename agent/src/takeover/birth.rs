@@ -105,6 +105,7 @@ impl Birth {
             left_undone: Vec::new(),
             timeline: Timeline::continue_from(record.journal.clone()).spans(record.clock.tsc_khz),
             zero: None,
+            last_words: None,
         }
     }
 

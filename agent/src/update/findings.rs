@@ -22,7 +22,7 @@ impl Findings {
                 Some(value)
             }
             Err(error) => {
-                let Failure { class, cause, advice } = Failure::from_error(&error);
+                let Failure { class, cause, advice, .. } = Failure::from_error(&error);
                 let class = Some(class).filter(|class| !matches!(class, Class::Failed | Class::Precondition));
                 let (verdict, found) = (Verdict::Refused, String::new());
                 self.list.push(Finding { check, verdict, found, cause, advice, accept, class });

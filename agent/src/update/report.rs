@@ -93,6 +93,7 @@ impl<'a> Report<'a> {
             left_undone: Vec::new(),
             timeline: Vec::new(),
             zero: None,
+            last_words: None,
         });
         Report {
             kernel,

@@ -109,7 +109,10 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
         Outcome::RolledBack { .. } | Outcome::TrialPassed { .. } => kernel.services.open(kernel.facts().epoch),
     }
     report.close(&mut update, &outcome);
-    Ok(failure(outcome, &hands))
+    if !hands.log.lines.is_empty() {
+        kernel.note(|update| update.last_words = Some(hands.log.clone()));
+    }
+    Ok(Failure { log: hands.log.lines.clone(), ..failure(outcome, &hands) })
 }
 
 /// Goes on with an update of a batond that died, whose successor serves. Comes back only if this kernel could not leave.
@@ -202,7 +205,7 @@ fn advice(blame: Blame) -> &'static str {
         Blame::Operator => "",
         Blame::Incumbent => "everything was undone; batond's log says more",
         Blame::Successor => {
-            "everything was undone; see the successor's console (console= on its command line), or try another kernel"
+            "everything was undone; `baton dmesg` shows what the successor's kernel said, from its first message on"
         }
         Blame::Hardware => "everything was undone; a CPU did not do as it was told, see the kernel's log",
     }

@@ -80,15 +80,23 @@ pub fn run() -> Result<()> {
 
 /// Says something where it is seen on every kernel: in the kernel's log.
 pub fn say(text: &str) {
+    say_as(NOTICE, text);
+}
+
+/// Levels of syslog(2).
+const ERROR: u8 = 3;
+const NOTICE: u8 = 5;
+
+fn say_as(level: u8, text: &str) {
     if let Ok(mut log) = OpenOptions::new().write(true).open("/dev/kmsg") {
         // One write is one record; nothing useful can be done when there is no log.
-        let _ = log.write_all(format!("<5>{text}\n").as_bytes());
+        let _ = log.write_all(format!("<{level}>{text}\n").as_bytes());
     }
 }
 
 /// Ends the machine: process 1 cannot go on. The reason is in the kernel's log.
 pub fn give_up(error: &anyhow::Error) -> ! {
-    say(&format!("baton-init: {error:#}"));
+    say_as(ERROR, &format!("baton-init: {error:#}"));
     nix::unistd::sync();
     // A successor's module keeps the machine of its incumbent from ending with it; without the module nothing would.
     let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();

@@ -4,11 +4,11 @@ use kexec_core::cmdline::inherit::{Heir, inherit};
 use kexec_core::cmdline::{control_block_of, first_program, panic_wish, security, without_second_threads};
 use kexec_core::compression::Compression;
 use kexec_core::cpus::parse_cpu_list;
+use kexec_core::image::bzimage::SignaturePolicy;
 use kexec_core::image::signature::{self, Trusted};
+use kexec_core::image::{BzImage, KernelFacts};
 use kexec_core::image::{BzImage, KernelFacts, unified};
 use kexec_core::initrd::{self, Limits};
-use kexec_core::image::bzimage::SignaturePolicy;
-use kexec_core::image::{BzImage, KernelFacts};
 use kexec_core::klog::{KernelLog, LogTail};
 use kexec_core::memory_map::iomem::{firmware_ram, kernel_image, parse_firmware_memmap, parse_iomem, system_ram};
 

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use handover::update::cpu::Cpu;
 use kexec_core::cpus::ParkedCpus;
 use kexec_core::device::{GiveCpu, Mapping, TakeCpu, Yield};
+use kexec_core::klog::LogTail;
 use kexec_core::layout::SIPI_PAGE;
 use kexec_core::registry::State;
 use kexec_core::trampoline::{Epitaph, SipiPage, YieldArgs, sipi_page, step, yield_command};
@@ -20,6 +21,9 @@ use super::Hands;
 use crate::machine::bounded::within;
 use crate::machine::sysfs;
 use crate::takeover::home::{Home, await_parked, pause};
+
+/// So many lines of its log are told with a failure.
+const LAST_LINES: usize = 30;
 
 impl<'k> Hands<'k> {
     /// The undo of [`Hands::offline_cpu`].
@@ -93,18 +97,22 @@ impl<'k> Hands<'k> {
         self.firmware_bsp == Some(apic_id)
     }
 
-    /// How far a successor came that never answered.
+    /// How far the successor came, and what its log says of its end. It is stopped, and still has its memory.
     pub(super) fn read_last_words(&mut self) -> Result<()> {
-        if self.heard {
-            return Ok(());
-        }
         let Some(placed) = &self.placed else { return Ok(()) };
-        self.last_words = match BootMark::of_word(placed.line.memory().load(words::BOOT_MARK_AT)) {
+        let how_far = match BootMark::of_word(placed.line.memory().load(words::BOOT_MARK_AT)) {
+            _ if self.heard => None,
             Some(BootMark::None) => self.last_words.take(),
             Some(BootMark::Agent) => Some("its agent has read the handover record, and come no further".to_owned()),
             Some(BootMark::Network | BootMark::Standby) => Some("its agent was ready and did not say so".to_owned()),
             None => Some("what its agent wrote of itself is destroyed".to_owned()),
         };
+        match self.kernel.successor_log.last_words(self.device, LAST_LINES) {
+            Ok(tail) => self.log = tail,
+            // The update is undone all the same.
+            Err(error) => tracing::warn!("the successor's log cannot be read: {error:#}"),
+        }
+        self.last_words = how_it_ended(how_far, &self.log);
         Ok(())
     }
 
@@ -222,6 +230,15 @@ fn name(cpu: Cpu) -> String {
     format!("CPU {} (APIC id {:#x})", cpu.number, cpu.apic_id)
 }
 
+/// What is said of a successor's end: how far it came without its agent, and what its kernel says. Where its agent spoke, that
+/// has told what was wrong, and the kernel is quoted only when it died.
+fn how_it_ended(how_far: Option<String>, log: &LogTail) -> Option<String> {
+    let Some(how_far) = how_far else {
+        return log.cause.as_ref().filter(|cause| cause.kind.is_fatal()).map(ToString::to_string);
+    };
+    Some(if log.lines.is_empty() { how_far } else { format!("{how_far}; {log}") })
+}
+
 /// What the trampoline tells of a CPU that was started.
 fn how_far_without_agent(sipi: &Mapping) -> String {
     let mut reached = [0; 4];
@@ -230,5 +247,33 @@ fn how_far_without_agent(sipi: &Mapping) -> String {
         step::JUMP => "its CPU entered the kernel, and its agent never came up".to_owned(),
         [0, 0, 0, 0] => "its CPU never began to run".to_owned(),
         other => format!("its CPU came no further than `{}` on its way into the kernel", other.escape_ascii()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kexec_core::klog::{DeathCause, Kind};
+
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_quoted_where_its_agent_said_nothing_or_where_it_died() {
+        let cause = |kind| DeathCause { kind, what: "what".to_owned(), place: None, after: None };
+        let log = |kind: Option<Kind>| LogTail {
+            cause: kind.map(cause),
+            lines: vec!["[    0.000000] last".to_owned()],
+            last: Some("last".to_owned()),
+        };
+        let silent = || Some("its agent never came up".to_owned());
+        let ended = |how_far, log| how_it_ended(how_far, &log);
+        assert_eq!(
+            ended(silent(), log(Some(Kind::Panic))).unwrap(),
+            "its agent never came up; its kernel panicked: what"
+        );
+        assert_eq!(ended(silent(), log(None)).unwrap(), "its agent never came up; its last message: last");
+        assert_eq!(ended(silent(), LogTail::default()), silent());
+        assert_eq!(ended(None, log(Some(Kind::Panic))).unwrap(), "its kernel panicked: what");
+        assert_eq!(ended(None, log(Some(Kind::Error))), None);
+        assert_eq!(ended(None, log(None)), None);
     }
 }

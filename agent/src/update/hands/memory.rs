@@ -17,8 +17,10 @@ use state_schemas::shared::SharedMemory;
 use super::{Hands, Placed};
 use crate::daemon::config::Cidr;
 use crate::daemon::outcome::Failure;
+use crate::daemon::successor_log::Instance;
 use crate::machine::clock::Moment;
 use crate::machine::cpuid::gigabyte_pages;
+use crate::machine::facts::managed_memory;
 use crate::machine::facts::{firmware_platform, managed_memory, memory_set_aside};
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
@@ -88,6 +90,7 @@ impl Hands<'_> {
         self.kernel.files.open();
         let Some(mut site) = self.site.take() else { return Ok(()) };
         // Mappings first: the module gives back nothing that is in use.
+        self.kernel.successor_log.close();
         site.low.clear();
         self.device.destroy_instance(site.instance).context("cannot give the successor's memory back")
     }
@@ -181,6 +184,8 @@ impl Hands<'_> {
         let tsc_khz = Moment::raw()?.khz_since(self.began, info.tsc_khz);
         let image = BzImage::parse(&self.plan.image)?;
         let division = site.division()?;
+        // First, since printk cuts long lines: see `Hands::mark`.
+        let cmdline = format!("{} {}", self.mark(), self.plan.cmdline);
         let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let first = 1 + self.listed.len() as u32;
         let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
@@ -196,7 +201,7 @@ impl Hands<'_> {
         let placement = Placement::new(&PlacementRequest {
             image: &image,
             initrd: &self.plan.initrd,
-            cmdline: &self.plan.cmdline,
+            cmdline: cmdline.trim_end(),
             region: site.region,
             low_slot: site.low_slot,
             boot_cpu: self.plan.spare.apic_id,
@@ -210,6 +215,13 @@ impl Hands<'_> {
             platform,
             kho: handover.as_ref().map(|handed| handed.setup_data.clone()),
         })?;
+        // What was read of this memory until now was another kernel's.
+        self.kernel.successor_log.open(Instance {
+            id: site.instance,
+            release: self.plan.release.clone(),
+            mark: self.mark(),
+            region: site.region,
+        });
         let region = self.device.map(site.region, Access::ReadWrite)?;
         let low = site.low.iter().map(|(page, mapping)| Mapped { range: *page, memory: mapping });
         placement.write(&low.chain([Mapped { range: site.region, memory: &region }]).collect::<Vec<_>>())?;
@@ -230,6 +242,11 @@ impl Hands<'_> {
         self.device.update_instance(site.instance, State::Loaded, None)?;
         self.placed = Some(Placed { boot: placement.boot, park: placement.park, root, line });
         Ok(())
+    }
+
+    /// The word of the successor's command line by which its log is told from that of a kernel that was in this memory before.
+    fn mark(&self) -> String {
+        format!("baton.update={}", self.id)
     }
 
     /// What a kernel with KHO is told of the memory that it must keep, and where the record says that it is.

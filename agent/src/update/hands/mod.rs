@@ -21,7 +21,9 @@ use handover::update::effect::Effect;
 use handover::update::error::{Cause, Sort};
 use handover::update::machine::Event;
 use handover::update::sizes;
+use kexec_core::device::Device;
 use kexec_core::device::{Device, End};
+use kexec_core::klog::LogTail;
 use kexec_core::registry::State;
 use kexec_core::trampoline::SipiArgs;
 use state_schemas::control_block::words;
@@ -54,6 +56,9 @@ const FAREWELL: Duration = Duration::from_millis(200);
 /// Who calls an update off, in its cause: `baton cancel`, or a second ^C at `baton upgrade`.
 pub const CALLED_OFF_BY: &str = "the operator";
 
+/// How often the log of a successor that has not answered is looked at. Most have answered before the first time.
+const LOOK_AT_LOG: Duration = Duration::from_secs(5);
+
 /// What the successor's CPUs need to know, once it is placed.
 struct Placed {
     boot: SipiArgs,
@@ -71,8 +76,10 @@ pub struct Hands<'k> {
     pub timeline: Timeline,
     /// What this machine cannot do, found out when nothing was touched yet.
     pub refusal: Option<Failure>,
-    /// How far a successor came that never answered.
+    /// How far a successor came that failed, and why it died, as far as it is known.
     pub last_words: Option<String>,
+    /// How its log ended.
+    pub log: LogTail,
     id: record::UpdateId,
     /// APIC id of the CPU that the firmware booted: INIT would reset the machine there.
     firmware_bsp: Option<u32>,
@@ -109,6 +116,7 @@ impl<'k> Hands<'k> {
             timeline: Timeline::default(),
             refusal: None,
             last_words: None,
+            log: LogTail::default(),
             id,
             firmware_bsp: plan.moves.iter().find(|(cpu, _)| cpu.firmware_bsp).map(|(cpu, _)| cpu.apic_id),
             began: Moment::raw()?,
@@ -269,10 +277,7 @@ impl<'k> Hands<'k> {
 
     /// Waits for the successor's agent.
     fn await_hello(&mut self) -> Result<()> {
-        let patience = self.left();
-        let called_off = &self.kernel.called_off;
-        let line = &mut self.placed()?.line;
-        match line.receive_unless(patience, called_off).context("the successor's agent has not answered")? {
+        match self.first_word().context("the successor's agent has not answered")? {
             ToIncumbent::Hello { abi, .. } if abi != words::VERSION => {
                 bail!("the successor's agent speaks version {abi} of the control block, this one {}", words::VERSION)
             }
@@ -287,6 +292,29 @@ impl<'k> Hands<'k> {
                 Err(Unanswered::Refused { what: what.into(), cause: cause.into() }.into())
             }
             other => bail!("the successor began with {other:?}"),
+        }
+    }
+
+    /// What the successor's agent says first. A kernel that panics before its agent comes up is not waited for until the deadline.
+    fn first_word(&mut self) -> Result<ToIncumbent> {
+        let (patience, device) = (self.left(), self.device);
+        loop {
+            let left = self.left();
+            let called_off = &self.kernel.called_off;
+            let heard = self.placed()?.line.receive_unless(left.min(LOOK_AT_LOG), called_off);
+            let silent = |error: &anyhow::Error| match error.downcast_ref() {
+                Some(Unanswered::Silent { peer, .. }) => Some(*peer),
+                _ => None,
+            };
+            let Some(peer) = heard.as_ref().err().and_then(silent) else { return heard };
+            match self.kernel.successor_log.tells_of_panic(device) {
+                Ok(false) => {}
+                Ok(true) => return Err(Unanswered::Panicked("successor").into()),
+                Err(error) => tracing::warn!("the successor's log cannot be read: {error:#}"),
+            }
+            if self.left().is_zero() {
+                return Err(Unanswered::Silent { peer, patience }.into());
+            }
         }
     }
 
