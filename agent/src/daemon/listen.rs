@@ -22,7 +22,7 @@ use std::{fs, thread};
 use anyhow::{Context, Result};
 use baton_sdk::protocol::{Inbox, timeout};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 use serde::de::DeserializeOwned;
 
@@ -30,6 +30,8 @@ use serde::de::DeserializeOwned;
 const REST: Duration = Duration::from_millis(100);
 /// How many are let in before those who have spoken are heard.
 const BATCH: usize = 32;
+/// One in so many of all descriptors may be a silent caller's of one socket.
+const PART: usize = 16;
 
 /// Listens at a path, for whom `mode` lets in.
 pub fn listen(path: &Path, mode: u32) -> Result<UnixListener> {
@@ -96,9 +98,21 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What all sockets have.
-    pub const USUAL: Limits =
-        Limits { silent: 64, patience: Duration::from_secs(20), answered: 256, answered_of_user: 8 };
+    /// What all sockets have, where there are descriptors enough ([`Limits::usual`]).
+    const USUAL: Limits = Limits { silent: 64, patience: Duration::from_secs(20), answered: 256, answered_of_user: 8 };
+
+    /// What all sockets have: those who say nothing never have more than a part of this process's descriptors.
+    pub fn usual() -> Limits {
+        let text = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+        let most = descriptors(&text).map_or(Limits::USUAL.silent, |all| all / PART);
+        Limits { silent: Limits::USUAL.silent.min(most).max(1), ..Limits::USUAL }
+    }
+}
+
+/// How many descriptors a process may have (proc_pid_limits(5)); nothing where there is no limit.
+fn descriptors(limits: &str) -> Option<usize> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    line.split_ascii_whitespace().next()?.parse().ok()
 }
 
 /// A connection up to its first word.
@@ -209,6 +223,8 @@ struct Doorkeeper<C, L, A> {
     answered: Arc<Answered>,
     /// Given up so that somebody can be let in when there is no descriptor left, and had again as soon as there is one.
     reserve: Option<File>,
+    /// Nobody could be let in when it was last tried, and that has been said.
+    full: bool,
     lets_in: L,
     answer: Arc<A>,
 }
@@ -225,7 +241,8 @@ pub fn serve<C: Caller>(
     listener.set_nonblocking(true)?;
     let (silent, answered) = (Vec::new(), Arc::default());
     let answer = Arc::new(answer);
-    let mut doorkeeper = Doorkeeper { name, listener, limits, silent, answered, reserve: None, lets_in, answer };
+    let mut doorkeeper =
+        Doorkeeper { name, listener, limits, silent, answered, reserve: None, full: false, lets_in, answer };
     thread::Builder::new().name(name.to_owned()).spawn(move || {
         let mut listens = true;
         loop {
@@ -278,8 +295,15 @@ where
     /// Lets in who is there; says whether there was a descriptor for each.
     fn let_in(&mut self) -> bool {
         for _ in 0..BATCH {
+            // Without a descriptor accept(2) fails also where nobody waits, and nobody would have to go for that.
+            if !self.somebody_waits() {
+                return true;
+            }
             match self.listener.accept() {
-                Ok((socket, _)) => self.greet(socket),
+                Ok((socket, _)) => {
+                    self.full = false;
+                    self.greet(socket);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                     Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
@@ -287,7 +311,9 @@ where
                         if let Some(longest) = longest_of_most(&self.silent) {
                             self.silent.remove(longest);
                         } else if self.reserve.take().is_none() {
-                            tracing::warn!("{}: nobody can be let in for now: {error}", self.name);
+                            if !std::mem::replace(&mut self.full, true) {
+                                tracing::warn!("{}: nobody can be let in for now: {error}", self.name);
+                            }
                             return false;
                         }
                     }
@@ -297,6 +323,12 @@ where
             }
         }
         true
+    }
+
+    fn somebody_waits(&self) -> bool {
+        let mut polled = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        // What cannot be looked up is tried.
+        poll(&mut polled, PollTimeout::ZERO).map_or(true, |found| found > 0)
     }
 
     fn greet(&mut self, socket: UnixStream) {
@@ -432,6 +464,15 @@ mod tests {
         assert_eq!(longest_of_most(&users(&[0, 7, 7, 0, 7])), Some(1));
         assert_eq!(longest_of_most(&users(&[0])), Some(0));
         assert_eq!(longest_of_most(&users(&[])), None);
+    }
+
+    #[test]
+    fn silent_callers_never_have_most_descriptors() {
+        let limits = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                      Max open files            1024                 524288               files     \n";
+        assert_eq!(descriptors(limits), Some(1024));
+        assert_eq!(descriptors("Max open files            unlimited            unlimited            files"), None);
+        assert!((1..=64).contains(&Limits::usual().silent));
     }
 
     #[test]

@@ -88,9 +88,9 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
     }
     mind_services(kernel.clone())?;
     let (asked, admitting, door) = (kernel.clone(), kernel.clone(), kernel.clone());
-    listen::serve("control", control, Limits::USUAL, |peer| peer.is_root(), move |_, line| answer(&asked, line))?;
+    listen::serve("control", control, Limits::usual(), |peer| peer.is_root(), move |_, line| answer(&asked, line))?;
     let may_speak = move |peer| door.access.may_speak(peer);
-    listen::serve("services", services, Limits::USUAL, may_speak, move |peer, Greeting(end)| {
+    listen::serve("services", services, Limits::usual(), may_speak, move |peer, Greeting(end)| {
         match admitting.admit(peer, end)? {
             Admitted { name, was_serving: false } => info!(service = name, "admitted"),
             Admitted { name, was_serving: true } => info!(service = name, "taken on from an earlier batond"),

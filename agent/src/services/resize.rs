@@ -21,7 +21,7 @@ pub fn start(kernel: Arc<Kernel>) -> Result<()> {
     serve(
         "arenas",
         listener,
-        Limits::USUAL,
+        Limits::usual(),
         |peer| peer.is_root(),
         move |_, asker: Asker<Ask>| {
             let _held = one_at_a_time.lock().unwrap_or_else(PoisonError::into_inner);

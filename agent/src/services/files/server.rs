@@ -20,7 +20,7 @@ use baton_sdk::protocol::Inbox;
 pub fn start(kernel: Arc<Kernel>) -> Result<()> {
     // Whoever may ask gets the memory of any service.
     let listener = listen(Path::new(DEFAULT_SOCKET), 0o600)?;
-    serve("files", listener, Limits::USUAL, |peer| peer.is_root(), move |peer, asker| reply(&kernel, peer, asker))
+    serve("files", listener, Limits::usual(), |peer| peer.is_root(), move |peer, asker| reply(&kernel, peer, asker))
 }
 
 fn reply(kernel: &Arc<Kernel>, peer: Peer, mut asker: Asker<Ask>) -> Result<()> {
