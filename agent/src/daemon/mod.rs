@@ -177,6 +177,7 @@ impl Caller for Line {
         loop {
             let mut buffer = [0; 4096];
             match self.socket.read(&mut buffer) {
+                Ok(0) if self.bytes.is_empty() => bail!("it has left without a word"),
                 Ok(0) => return Ok(true), // what there is of it is answered
                 Ok(len) => self.bytes.extend_from_slice(&buffer[..len]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
