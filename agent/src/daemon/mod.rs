@@ -64,7 +64,7 @@ pub fn run(args: Args) -> Result<()> {
     let kernel = Arc::new(Kernel::find(ground)?);
     if let Some(GoingOn { resumed, crossing }) = going_on {
         let kernel = kernel.clone();
-        std::thread::Builder::new().name("update".into()).spawn(move || {
+        thread::Builder::new().name("update".into()).spawn(move || {
             if let Err(error) = upgrade::go_on(&kernel, resumed, &crossing) {
                 tracing::error!("cannot go on with the update of an earlier batond: {error:#}");
             }

@@ -103,16 +103,27 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
     kernel.ledger.change(|pages| pages.crossing = None)?;
     let first = update.step(report.now(), Event::Begin)?;
     let outcome = drive(&mut update, first, &mut hands, &mut report);
+    Ok(ended(kernel, &mut update, outcome, &hands, &mut report))
+}
+
+/// Says who may serve here, now that the update has ended, and what became of it.
+fn ended(
+    kernel: &Kernel,
+    update: &mut Update,
+    outcome: Outcome,
+    hands: &Hands<'_>,
+    report: &mut Report<'_>,
+) -> Failure {
     match &outcome {
         Outcome::Committed { .. } => kernel.services.elsewhere("the successor serves: nobody serves here".to_owned()),
         // Also where nobody had been stopped yet: who came meanwhile waits.
         Outcome::RolledBack { .. } | Outcome::TrialPassed { .. } => kernel.services.open(kernel.facts().epoch),
     }
-    report.close(&mut update, &outcome);
+    report.close(update, &outcome);
     if !hands.log.lines.is_empty() {
         kernel.note(|update| update.last_words = Some(hands.log.clone()));
     }
-    Ok(Failure { log: hands.log.lines.clone(), ..failure(outcome, &hands) })
+    Failure { log: hands.log.lines.clone(), ..failure(outcome, hands) }
 }
 
 /// Goes on with an update of a batond that died, whose successor serves. Comes back only if this kernel could not leave.
@@ -127,8 +138,7 @@ pub fn go_on(kernel: &Kernel, resumed: Resumed, crossing: &Crossing) -> Result<(
     let mut report = Report::go_on(kernel, &plan, update.plan(), &replies)?;
     let mut hands = Hands::resumed(kernel, &plan, update.plan().update, crossing)?;
     let outcome = drive(&mut update, next, &mut hands, &mut report);
-    report.close(&mut update, &outcome);
-    Err(failure(outcome, &hands).into())
+    Err(ended(kernel, &mut update, outcome, &hands, &mut report).into())
 }
 
 /// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
