@@ -214,6 +214,32 @@ impl Drop for Place {
     }
 }
 
+/// What the log is told of callers that get nothing: not more of it than a line a second, however many there are.
+#[derive(Debug)]
+struct Complaints {
+    name: &'static str,
+    /// When one was told, and how many were not since.
+    last: Mutex<(Option<Instant>, u64)>,
+}
+
+impl Complaints {
+    const APART: Duration = Duration::from_secs(1);
+
+    fn tell(&self, peer: Peer, what: impl std::fmt::Display) {
+        let Peer { pid, uid } = peer;
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        match *last {
+            (Some(before), untold) if now.saturating_duration_since(before) < Self::APART => last.1 = untold + 1,
+            (_, untold) => {
+                *last = (Some(now), 0);
+                let more = if untold > 0 { format!(" ({untold} more like it were not told)") } else { String::new() };
+                tracing::warn!("{}: process {pid} of user {uid}: {what}{more}", self.name);
+            }
+        }
+    }
+}
+
 /// A socket, its callers that are still silent, and what is done for those who are not.
 struct Doorkeeper<C, L, A> {
     name: &'static str,
@@ -225,6 +251,7 @@ struct Doorkeeper<C, L, A> {
     reserve: Option<File>,
     /// Nobody could be let in when it was last tried, and that has been said.
     full: bool,
+    complaints: Arc<Complaints>,
     lets_in: L,
     answer: Arc<A>,
 }
@@ -241,8 +268,19 @@ pub fn serve<C: Caller>(
     listener.set_nonblocking(true)?;
     let (silent, answered) = (Vec::new(), Arc::default());
     let answer = Arc::new(answer);
-    let mut doorkeeper =
-        Doorkeeper { name, listener, limits, silent, answered, reserve: None, full: false, lets_in, answer };
+    let complaints = Arc::new(Complaints { name, last: Mutex::default() });
+    let mut doorkeeper = Doorkeeper {
+        name,
+        listener,
+        limits,
+        silent,
+        answered,
+        reserve: None,
+        full: false,
+        complaints,
+        lets_in,
+        answer,
+    };
     thread::Builder::new().name(name.to_owned()).spawn(move || {
         let mut listens = true;
         loop {
@@ -338,8 +376,7 @@ where
             Err(error) => return tracing::warn!("{}: a caller is not let in: {error:#}", self.name),
         };
         if !(self.lets_in)(peer) {
-            let Peer { pid, uid } = peer;
-            return tracing::warn!("{}: process {pid} of user {uid} is not let in: it may not ask here", self.name);
+            return self.complaints.tell(peer, "it may not ask here");
         }
         // Whoever means it has spoken already, and is never the one who has to go.
         self.hear(Silent { peer, since: Instant::now(), caller });
@@ -360,17 +397,17 @@ where
             }
             Ok(true) => {
                 let Some(place) = self.answered.begin(one.peer, &self.limits) else {
-                    return tracing::warn!("{}: process {pid} of user {uid} is not answered: too many are", self.name);
+                    return self.complaints.tell(one.peer, "it is not answered, because too many others are");
                 };
-                let (answer, name) = (self.answer.clone(), self.name);
-                let begun = thread::Builder::new().name(name.to_owned()).spawn(move || {
+                let (answer, complaints) = (self.answer.clone(), self.complaints.clone());
+                let begun = thread::Builder::new().name(self.name.to_owned()).spawn(move || {
                     if let Err(error) = answer(one.peer, one.caller) {
-                        tracing::warn!("{name}: process {pid} of user {uid}: {error:#}");
+                        complaints.tell(one.peer, format_args!("{error:#}"));
                     }
                     drop(place);
                 });
                 if let Err(error) = begun {
-                    tracing::warn!("{name}: process {pid} of user {uid} cannot be answered: {error}");
+                    self.complaints.tell(one.peer, format_args!("it cannot be answered: {error}"));
                 }
             }
             Err(error) => tracing::debug!("{}: process {pid} of user {uid}: {error:#}", self.name),

@@ -159,15 +159,17 @@ fn fork(name: &str) -> Result<()> {
 fn latecomers(prefix: &str, count: u32) -> Result<()> {
     for number in 0..count {
         let name = format!("{prefix}-{number}");
-        match connect(&name, 4) {
-            // A thread each: they live side by side as services do.
-            Ok((agent, arena)) => drop(std::thread::spawn(move || {
-                if let Err(why) = serve(&name, agent, arena) {
-                    say(&format!("{name}: {why:#}"));
-                }
-            })),
-            Err(why) => say(&format!("{name}: refused: {why:#}")),
-        }
+        // A thread each: they live side by side as services do, and one that has to wait for its arena holds up no other.
+        std::thread::spawn(move || {
+            say(&format!("{name}: asks"));
+            let ended = match connect(&name, 4) {
+                Ok((agent, arena)) => serve(&name, agent, arena),
+                Err(why) => return say(&format!("{name}: refused: {why:#}")),
+            };
+            if let Err(why) = ended {
+                say(&format!("{name}: {why:#}"));
+            }
+        });
         std::thread::sleep(Duration::from_millis(50));
     }
     loop {
