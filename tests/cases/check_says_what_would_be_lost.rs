@@ -57,7 +57,7 @@ const LOSSES: [Loss; 18] = [
     ),
     loss(
         "a file system in a file on a disk",
-        "mount -t ext4 /dev/vda /mnt/a && truncate -s 16M /mnt/a/f && mkfs.ext2 -F /mnt/a/f >/dev/null && \
+        "mount -t ext4 /dev/vda /mnt/a && truncate -s 16M /mnt/a/f && mke2fs -F /mnt/a/f >/dev/null && \
          mount -o loop -t ext4 /mnt/a/f /mnt/b",
         "umount /mnt/b; umount /mnt/a",
         "mounts",
@@ -189,13 +189,12 @@ fn each_loss_is_named_by_check_and_upgrade_and_refused_until_it_is_accepted() ->
     let mut wrong = Vec::new();
     for Loss { what, make, undo, accept, words } in &LOSSES {
         let shell = |script: &str| guest.check(&["sh", "-c", script]);
-        shell(make).with_context(|| format!("making {what}"))?;
-        let judged = judge(&guest, &image, what, accept, words);
-        shell(undo).with_context(|| format!("undoing {what}"))?;
         // All are looked at before the test says no: one boot shows everything that is missing.
-        if let Err(why) = judged {
-            wrong.push(format!("{why:#}"));
-        }
+        let judged = shell(make)
+            .with_context(|| format!("making {what}"))
+            .and_then(|_| judge(&guest, &image, what, accept, words));
+        wrong.extend(judged.err().map(|why| format!("{why:#}")));
+        wrong.extend(shell(undo).err().map(|why| format!("undoing {what}: {why:#}")));
     }
     ensure!(wrong.is_empty(), "{} of {} are not as they should be:\n{}", wrong.len(), LOSSES.len(), wrong.join("\n"));
     Checked::ask(&guest, &image, &[])?.assert_possible("when all is gone again")?;

@@ -85,7 +85,7 @@ fn persistent_memory_and_a_range_of_another_user() -> Result<()> {
     let stage = &mut played.stage;
     let guest = stage.guest();
     // It is a disk to its owner, and its file system is mounted. The pattern is written behind that.
-    let mount = "mkfs.ext2 -F /dev/pmem0 >/dev/null && mkdir -p /mnt/p && mount -t ext4 /dev/pmem0 /mnt/p && echo kept > /mnt/p/kept && sync";
+    let mount = "mke2fs -F /dev/pmem0 >/dev/null && mkdir -p /mnt/p && mount -t ext4 /dev/pmem0 /mnt/p && echo kept > /mnt/p/kept && sync";
     guest.check(&["sh", "-c", mount])?;
     let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
     Checked::ask(&guest, &image, &[])?.assert_refuses("a mounted pmem", "mounts", &["/mnt/p", "pmem0"])?;
