@@ -158,8 +158,8 @@ const LOSSES: [Loss; 18] = [
     loss(
         "a listener that nobody answers for afterwards",
         "nc -l -p 4711 >/dev/null 2>&1 </dev/null & echo $! > /tmp/nc; \
-         until grep -q ':1267 ' /proc/net/tcp; do usleep 50000; done",
-        "kill $(cat /tmp/nc); while grep -q ':1267 ' /proc/net/tcp; do usleep 50000; done",
+         until grep -q ':1267 ' /proc/net/tcp /proc/net/tcp6; do usleep 50000; done",
+        "kill $(cat /tmp/nc); while grep -q ':1267 ' /proc/net/tcp /proc/net/tcp6; do usleep 50000; done",
         "listeners",
         &["4711"],
     ),
