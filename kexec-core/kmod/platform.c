@@ -5,7 +5,6 @@
  * 1. END says whose the machine is. As long as it is this kernel's (MACHINE), a restart, kexec or power-off first
  *    stops the CPUs that were given away, so that nothing runs on in memory that the next kernel takes. When it is
  *    another kernel's (ALONE), the same stops this kernel's own CPUs and touches nothing else; a panic never resets.
- *    Nobody is told of SysRq b or a triple fault, and a crash kernel runs before the panic notifiers.
  * 2. System sleep is refused while there is another kernel: it would not wake up again.
  * 3. A CPU that is given away is not present here. Linux sends IPIs to "all but self" by shorthand, which reaches
  *    every CPU of the machine, unless a CPU that it once booted is no longer present (apic_smt_update()).
@@ -37,7 +36,6 @@ int baton_end(struct baton_call *call)
 	return 0;
 }
 
-/* Restart, kexec, power-off and halt, before any device is shut down. */
 static int on_reboot(struct notifier_block *block, unsigned long action, void *command)
 {
 	if (!READ_ONCE(ends_alone)) {
