@@ -22,7 +22,6 @@ use crate::daemon::control::{Role, ServiceState, ServiceStatus, Stage, Status, U
 use crate::daemon::listen::Peer;
 use crate::daemon::outcome::{Class, Failure};
 use crate::daemon::successor_log::{self, Log, SuccessorLog};
-use crate::machine::facts::{Facts, managed_memory};
 use crate::machine::facts::{Facts, movable_memory};
 use crate::machine::net::Netlink;
 use crate::recovery::ledger::{self, Ledger};

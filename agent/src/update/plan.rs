@@ -22,6 +22,7 @@ use kexec_core::image::{BzImage, KernelFacts};
 use kexec_core::initrd::{self, Initrd, Limits};
 use kexec_core::layout::{LOW_MEMORY_END, LowSlot};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates, struct_page_bytes};
+use state_schemas::platform::Platform;
 use kexec_core::placement::{PlacementError, PlacementRequest, can_place, smallest_region};
 
 use crate::daemon::config::{Cidr, Nic};
@@ -165,6 +166,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             identity: kernel.facts().ram,
             gigabyte_pages: gigabyte_pages(),
             tsc_khz: device.info().ok()?.tsc_khz,
+            platform: Platform::default(),
             kho: None,
         };
         findings.check("placement", placeable(&placing))?;

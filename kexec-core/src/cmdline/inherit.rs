@@ -110,7 +110,7 @@ pub fn inherit(incumbent: &str, given: &str, heir: &Heir<'_>) -> Inherited {
     let ours = super::ours(Range::new(0, 0), 1)
         .into_iter()
         .map(|(name, ..)| name)
-        .chain(["kho", "liveupdate"])
+        .chain(["kho", "liveupdate", "baton.update"])
         .collect::<Vec<_>>();
     // Huge pages and the like go together: one word gives another its meaning.
     let (aside, asiders) = refused::sets_aside(&old);

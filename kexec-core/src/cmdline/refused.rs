@@ -158,7 +158,8 @@ const RULES: &[Rule] = &[
 
 /// Why this word cannot be used, and what to do; nothing for one that can.
 pub(super) fn why(word: &Word<'_>, highest_apic_id: u32) -> Option<(&'static str, &'static str)> {
-    if word.param.starts_with("baton.") {
+    // `baton.update=` names the update in front of what is given, and means nothing to a kernel.
+    if word.param.starts_with("baton.") && !word.is("baton.update") {
         return Some(("this word is Baton's own", LEAVE_OUT));
     }
     let rule = RULES.iter().find(|rule| word.is(rule.name) && (rule.refuses)(word.value, highest_apic_id))?;

@@ -20,7 +20,6 @@ use crate::daemon::outcome::Failure;
 use crate::daemon::successor_log::Instance;
 use crate::machine::clock::Moment;
 use crate::machine::cpuid::gigabyte_pages;
-use crate::machine::facts::managed_memory;
 use crate::machine::facts::{firmware_platform, managed_memory, memory_set_aside};
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;

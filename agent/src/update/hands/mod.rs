@@ -21,7 +21,6 @@ use handover::update::effect::Effect;
 use handover::update::error::{Cause, Sort};
 use handover::update::machine::Event;
 use handover::update::sizes;
-use kexec_core::device::Device;
 use kexec_core::device::{Device, End};
 use kexec_core::klog::LogTail;
 use kexec_core::registry::State;
