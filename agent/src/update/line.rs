@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use handover::channel::{Channel, Side};
-use kexec_core::device::{Bell, Device, Mapping, SELF};
+use kexec_core::device::{Bell, Device, DeviceError, Mapping, SELF};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use state_schemas::Payload;
@@ -162,9 +162,15 @@ where
     /// Rings, if the other side has a bell yet. What was sent can be read without it, so a bell that cannot be rung now
     /// is rung again while an answer is awaited.
     fn ring(&self) {
-        if let Some(peer) = Bell::from_word(self.memory.load(E::Peer::BELL_AT))
-            && let Err(error) = self.device.ring(self.peer, peer)
-        {
+        let Some(bell) = Bell::from_word(self.memory.load(E::Peer::BELL_AT)) else { return };
+        let rung = match self.device.ring(self.peer, bell) {
+            // The predecessor's agent began anew, and its bell with it: on the same CPU, as the module sees to.
+            Err(DeviceError::NoSuch { .. }) if self.peer == SELF => {
+                self.device.connect_doorbell(bell).and_then(|()| self.device.ring(SELF, bell))
+            }
+            rung => rung,
+        };
+        if let Err(error) = rung {
             tracing::warn!("cannot ring the {}: {error}", E::Peer::NAME);
         }
     }
