@@ -1,6 +1,7 @@
 //! An incumbent that ends after the cutover, by a panic or a restart, ends alone: the successor goes on serving with what it has, and
 //! says what it lacks. One that ends before the cutover ends with the machine, and its successor is stopped first.
 
+use agent::daemon::control::ServiceState;
 use agent::daemon::control::Status;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
@@ -48,7 +49,7 @@ fn ends_alone(stage: &mut Stage, how: &str, said: &str) -> Result<()> {
     for wanted in ["the incumbent panicked, or was restarted", "CPUs with APIC id 0", "MiB that the incumbent had"] {
         ensure!(all.contains(wanted), "{wanted:?} is not in {all}");
     }
-    ensure!(status.services.iter().all(|service| service.state == "serving"), "{:?}", status.services);
+    ensure!(status.services.iter().all(|service| service.state == ServiceState::Serving), "{:?}", status.services);
     // Longer than `panic=1` would wait, and than other CPUs need to be stopped.
     clients.await_more(200)?;
     stage.guest().check(&["sleep", "3"])?;

@@ -107,7 +107,7 @@ pub fn upgrade(stage: &mut Stage, series: &str, more: &[&str]) -> Result<Status>
         Upgraded::Drained(status) => {
             let left = &status.update.as_ref().context("it was an update")?.left_undone;
             ensure!(left.is_empty(), "left undone on the way to {release}: {left:?}");
-            Ok(status)
+            Ok(*status)
         }
         Upgraded::Refused(ran) => bail!("to {release}: {} {}", ran.text(), String::from_utf8_lossy(&ran.stderr)),
     }

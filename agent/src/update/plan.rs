@@ -22,8 +22,8 @@ use kexec_core::image::{BzImage, KernelFacts};
 use kexec_core::initrd::{self, Initrd, Limits};
 use kexec_core::layout::{LOW_MEMORY_END, LowSlot};
 use kexec_core::memory_map::{Range, RangeSet, Wish, candidates, struct_page_bytes};
-use state_schemas::platform::Platform;
 use kexec_core::placement::{PlacementError, PlacementRequest, can_place, smallest_region};
+use state_schemas::platform::Platform;
 
 use crate::daemon::config::{Cidr, Nic};
 use crate::daemon::control::{Finding, ServiceState, Upgrade};

@@ -108,7 +108,7 @@ pub enum Upgraded {
     /// It failed, or was never begun; the old kernel serves.
     Refused(Ran),
     /// The new kernel has the whole machine.
-    Drained(Status),
+    Drained(Box<Status>),
 }
 
 /// What a successor's agent logs when the machine is its own.
@@ -229,7 +229,7 @@ impl Stage {
             match self.machine.serial(port).wait_for(DRAINED, seen, Patience::of(LOOK)) {
                 Ok(_) => {
                     self.serving = port;
-                    return Ok(Upgraded::Drained(self.status()?));
+                    return Ok(Upgraded::Drained(Box::new(self.status()?)));
                 }
                 Err(NotSeen::Closed) => bail!("the machine ended\n{}", self.machine.logs(60)),
                 Err(NotSeen::TimedOut) if Instant::now() > deadline => {

@@ -151,7 +151,7 @@ fn hop(stage: &mut Stage, to: &Kernel, probe_hz: u32, task: &Task) -> Result<Upd
     let seen = clients.stop(began, stage.machine.folder()).map_err(|why| unfinished(Why::Broke(why), None))?;
     let told = match upgraded {
         Ok(Upgraded::Drained(status)) => {
-            Look::at(&stage.guest()).and_then(|after| account(status, &before, &after, &seen)).map_err(Why::Broke)
+            Look::at(&stage.guest()).and_then(|after| account(*status, &before, &after, &seen)).map_err(Why::Broke)
         }
         Ok(Upgraded::Refused(ran)) => Err(Why::Refused(refusal(&ran))),
         Err(why) => Err(Why::Broke(why)),
