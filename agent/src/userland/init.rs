@@ -39,6 +39,8 @@ use crate::userland::modules::name_of;
 pub const MODULE_LIST: &str = "/etc/baton/modules.RELEASE";
 /// Where batond says that it is ready (sd_notify(3)).
 const NOTIFY_SOCKET: &str = "/run/baton/init.notify";
+/// `MODULE_INIT_COMPRESSED_FILE` of linux/module.h: the kernel unpacks the file itself.
+const COMPRESSED: ModuleInitFlags = ModuleInitFlags::from_bits_retain(4);
 /// How long batond may take to be ready before everything else is started without it. (It ends sooner where it cannot begin, and
 /// then nothing says READY.)
 const AGENT_PATIENCE: Duration = Duration::from_secs(60);
@@ -182,7 +184,9 @@ fn load_modules(release: &str) -> Result<()> {
         let (path, options) = line.split_once(' ').unwrap_or((line, ""));
         let file = File::open(path).with_context(|| format!("cannot open module {path}"))?;
         let options = format!("{options} {}", options_of(&cmdline, &name_of(path)));
-        match finit_module(&file, &CString::new(options.trim())?, ModuleInitFlags::empty()) {
+        // What `baton mkinitrd` packs is unpacked already. Others may have packed this initrd.
+        let flags = if path.ends_with(".ko") { ModuleInitFlags::empty() } else { COMPRESSED };
+        match finit_module(&file, &CString::new(options.trim())?, flags) {
             Ok(()) | Err(nix::errno::Errno::EEXIST) => {}
             Err(errno) => bail!("cannot load module {path}: {errno}"),
         }
