@@ -40,6 +40,8 @@ use crate::recovery::ledger::Crossing;
 use crate::services::Admission;
 use crate::update::findings::Findings;
 use crate::update::kho::{self, Spoken};
+use crate::update::stock::accept::Accept;
+use crate::update::stock::item::Item;
 use crate::update::stock::{self, asked::Asked};
 use crate::update::versions;
 use crate::userland::kernels;
@@ -148,8 +150,9 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             findings.check("memory", memory(&parsed, &initrd, &arenas, asked, block_size, kho, &kernel.facts().ram))?;
         let spare = spare?;
         let moves = order_of_moves(&cpus, spare.cpu);
-        let cmdline =
+        let (cmdline, weaker) =
             findings.check("command line", cmdline(kernel, wish, &release, initrd.microcode, &spare, &moves, kho))?;
+        findings.extend(vec![protection(&weaker).finding(&accepted(kernel, wish))]);
         let initrd = initrd.bytes;
         let ids: Vec<u32> = moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let placing = PlacementRequest {
@@ -194,8 +197,12 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
 fn stock(kernel: &Kernel, wish: &Upgrade) -> Vec<Finding> {
     let facts = kernel.facts();
     let asked = Asked { config: &kernel.config, facts: &facts, own: std::process::id(), asker: wish.asker };
-    let accepted = [kernel.config.update.accept.as_slice(), &wish.accept].concat();
-    stock::take(&Live(&kernel.netlink), &asked, &accepted)
+    stock::take(&Live(&kernel.netlink), &asked, &accepted(kernel, wish))
+}
+
+/// What the operator accepted, for every update and for this one.
+fn accepted(kernel: &Kernel, wish: &Upgrade) -> Vec<Accept> {
+    [kernel.config.update.accept.as_slice(), &wish.accept].concat()
 }
 
 fn module(kernel: &Kernel) -> Result<(&Device, String)> {
@@ -608,7 +615,7 @@ fn cmdline(
     spare: &CpuFacts,
     moves: &[(CpuFacts, Move)],
     kho: Option<Spoken>,
-) -> Result<(String, String)> {
+) -> Result<((String, Vec<String>), String)> {
     let asked = wish.cmdline.as_deref().unwrap_or_default();
     // To load microcode is not safe while another thread of the core runs another kernel.
     let no_microcode = if microcode { "dis_ucode_ldr " } else { "" };
@@ -647,15 +654,24 @@ fn cmdline(
         )
         .into());
     }
-    let weaker = security::weaker(&incumbent, &line);
-    if !weaker.is_empty() {
-        let weaker = weaker.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        tracing::warn!("the successor would protect less than this kernel does: {weaker}");
-        found.insert(0, format!("PROTECTS LESS than this kernel: {weaker}"));
-    }
+    let weaker = security::weaker(&incumbent, &line).iter().map(ToString::to_string).collect();
     let line = if kho.is_some() { kho::cmdline(line) } else { line };
     found.insert(0, if line.is_empty() { "only Baton's own words".to_owned() } else { format!("`{line}`") });
-    Ok((line, found.join("; ")))
+    Ok(((line, weaker), found.join("; ")))
+}
+
+/// What this kernel's command line protects, and the successor's would not.
+fn protection(weaker: &[String]) -> Item {
+    match weaker {
+        [] => Item::fine("protection", "the command line protects as much as this kernel's"),
+        _ => Item::asks(
+            "protection",
+            Accept::Security,
+            weaker.join(", "),
+            "the successor would protect less than this kernel does",
+            "give these words by --cmdline, or inherit them",
+        ),
+    }
 }
 
 /// All that could be refused when the successor is placed, asked before anything is touched.
