@@ -123,10 +123,12 @@ fn fail(stage: &Stage, series: &str, end: &End) -> Result<()> {
     let release = &kernel(series).release;
     let image = format!("/boot/vmlinuz-{release}");
     let before = snapshot::of(stage)?;
-    let line = "printk.devkmsg=on panic=0 rdinit=/end lpj=10000000";
+    // Without a script it finds nothing to begin with: the initrd is not unpacked.
+    let first = if end.script.is_some() { "rdinit=/end" } else { "initcall_blacklist=populate_rootfs" };
+    let line = format!("printk.devkmsg=on panic=0 {first} lpj=10000000");
     let (ended, end_of_it) = mpsc::channel();
     let began = Instant::now();
-    let wish = ["upgrade", "--kernel", &image, "--initrd", "/tmp/end", "--cmdline", line].map(str::to_owned);
+    let wish = ["upgrade", "--kernel", &image, "--initrd", "/tmp/end", "--cmdline", &line].map(str::to_owned);
     let asked = stage.guest();
     std::thread::spawn(move || {
         let words: Vec<&str> = wish.iter().map(String::as_str).collect();

@@ -3,6 +3,7 @@
 //! not go to sleep.
 
 use anyhow::{Context, Result, ensure};
+use baton_tests::refusal::said;
 use baton_tests::{NEW, OLD, Turn, console, kernel, lab, upgrade};
 use demos::lab::{Guest, Patience};
 use demos::story::stage::{Shape, Stage, Upgraded};
@@ -52,12 +53,15 @@ fn upgrade_in_time(stage: &mut Stage, series: &str, meanwhile: &mut dyn FnMut(&G
     let guest = stage.guest();
     let rate = Wall::of(&guest)?.ns_per_tick;
     let mut incumbent = None;
-    let upgraded = stage.upgrade_telling(&["--kernel", &image], &[], &mut |line| {
+    let upgraded = stage.upgrade_telling(&["--kernel", &image, "--accept", "watchdog"], &[], &mut |line| {
         if incumbent.is_none() && line.starts_with("booting") {
             incumbent = Some(meanwhile(&guest).and_then(|()| moment(&guest)));
         }
     })?;
-    let Upgraded::Drained(status) = upgraded else { anyhow::bail!("the update to {series} was refused") };
+    let status = match upgraded {
+        Upgraded::Drained(status) => status,
+        Upgraded::Refused(ran) => anyhow::bail!("to {series}: {}", said(&ran)),
+    };
     let (tsc, unix_ns) = incumbent.context("the update did not boot anything")??;
     let incumbent = Wall { tsc, unix_ns: unix_ns as f64, ns_per_tick: rate };
     let successor = Wall::of(&stage.guest())?;
