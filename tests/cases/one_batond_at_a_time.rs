@@ -51,7 +51,8 @@ fn a_full_disk_under_the_journal_costs_nothing() -> Result<()> {
     let said_by = stage.machine.serial(1).position();
     // The disk itself is one more thing that ends with this kernel.
     let accept = ["--accept", "mounts"];
-    let words = [&["baton", "upgrade", "--kernel", &image(), "--cmdline", &line], accept.as_slice()].concat();
+    let image = image();
+    let words = [&["baton", "upgrade", "--kernel", &image, "--cmdline", &line], accept.as_slice()].concat();
     let ran = guest.command(&words);
     let (done, ended) = std::sync::mpsc::channel();
     std::thread::spawn(move || done.send(ran.timeout(Duration::from_secs(200)).run()));
