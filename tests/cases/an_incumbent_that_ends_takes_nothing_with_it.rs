@@ -46,7 +46,12 @@ fn ends_alone(stage: &mut Stage, how: &str, said: &str) -> Result<()> {
     let update = status.update.context("it was an update")?;
     eprintln!("{how}: {:?}", update.left_undone);
     let all = update.left_undone.join("\n");
-    for wanted in ["the incumbent panicked, or was restarted", "CPUs with APIC id 0", "MiB that the incumbent had"] {
+    for wanted in [
+        "the incumbent panicked, or was restarted",
+        "CPUs with APIC id ",
+        " 0: the incumbent had them",
+        "MiB that the incumbent had",
+    ] {
         ensure!(all.contains(wanted), "{wanted:?} is not in {all}");
     }
     ensure!(status.services.iter().all(|service| service.state == ServiceState::Serving), "{:?}", status.services);
