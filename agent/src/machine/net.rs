@@ -306,10 +306,12 @@ impl Netlink {
     }
 }
 
-/// What is known of a family; a kernel without IPv6 has nothing to say of it.
+/// What is known of a family. A kernel without IPv6 has nothing to say of it, and one without policy routing
+/// (CONFIG_IP_MULTIPLE_TABLES) has no rules.
 fn known_family<T>(found: Result<Vec<T>, rtnetlink::Error>, version: &IpVersion) -> Result<Vec<T>> {
     match (found, version) {
         (Ok(found), _) => Ok(found),
+        (Err(rtnetlink::Error::NetlinkError(why)), _) if why.raw_code() == -libc::EOPNOTSUPP => Ok(Vec::new()),
         (Err(rtnetlink::Error::NetlinkError(_)), IpVersion::V6) => Ok(Vec::new()),
         (Err(error), _) => Err(error).context("cannot list routes and rules"),
     }
