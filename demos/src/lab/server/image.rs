@@ -3,7 +3,7 @@
 //! of; machines only write to copies.
 //!
 //! What changes with this repository (the agent, its module, the configuration) is not in it: the machine's initrd puts that in place
-//! before it starts the system ([`super::boot`]), so an image outlives the day.
+//! before it starts the system (`mod.rs` of this folder), so an image outlives the day.
 
 use std::fs;
 use std::path::{Path, PathBuf};
