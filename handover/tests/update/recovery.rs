@@ -126,7 +126,11 @@ fn one_owner(world: &World, outcome: &Outcome, plan: &Plan) {
             assert!(world.confirmed && (world.successor_answers() || world.successor == Kernel::Dead));
             assert!(!world.incumbent_answers());
             if left.is_empty() {
-                assert!(world.gone && world.cpus.values().all(|at| *at == At::Successor));
+                // What was offline in the incumbent waits at the successor's park page, and stays offline.
+                let waits =
+                    |id: &u32| plan.cpus.others.iter().any(|moving| !moving.online && moving.cpu.apic_id == *id);
+                let taken = |(id, at): (&u32, &At)| *at == if waits(id) { At::Parked } else { At::Successor };
+                assert!(world.gone && world.cpus.iter().all(taken), "{:?}", world.cpus);
             }
         }
         Outcome::RolledBack { left, .. } | Outcome::TrialPassed { left } => {

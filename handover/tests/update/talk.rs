@@ -122,7 +122,8 @@ fn a_canary_that_fails_says_why() {
 /// The k-th of n CPUs does not come online there: the successor gives back those that did, and stands down.
 #[test]
 fn the_successor_gives_everything_back_after_k_of_n_cpus() {
-    for failing in 0..6 {
+    // Of the six others one is offline: it is parked, and not handed over.
+    for failing in 0..5 {
         let mut handed = 0;
         let (outcome, stage) = Pair::new(&plan(8, Goal::Upgrade)).run(|effect| {
             handed += usize::from(matches!(effect, Effect::HandCpu { .. }));
