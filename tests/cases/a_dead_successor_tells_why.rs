@@ -40,7 +40,7 @@ const ENDS: [End; 5] = [
         // Not waited for until the deadline.
         told: &[
             "booting failed",
-            "the successor panicked; its CPU entered the kernel, and its agent never came up; \
+            "the successor panicked, or was restarted; its CPU entered the kernel, and its agent never came up; \
              its kernel panicked: VFS: Unable to mount root fs on unknown-block(0,0), in mount_root_generic+0x",
             "  | [",
             "Kernel panic - not syncing: VFS: Unable to mount root fs on unknown-block(0,0)",
