@@ -8,6 +8,7 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bitflags::bitflags;
 use nix::errno::Errno;
@@ -24,7 +25,24 @@ pub const SELF: u32 = sys::SELF;
 /// The open device. Doorbell and panic notice end with it.
 #[derive(Debug)]
 pub struct Device {
-    file: File,
+    door: Door,
+}
+
+/// Who answers the calls.
+#[derive(Debug)]
+enum Door {
+    Module(File),
+    Played(Arc<dyn Played>),
+}
+
+/// A module that a test plays, so that what is done with the device can be tested without one: it gets the very bytes that the module
+/// would get, and answers as that would.
+pub trait Played: fmt::Debug + Send + Sync {
+    /// Answers one call: its number ([`Call::request`]) and its message ([`crate::sys`]), with the answer in the message afterwards.
+    ///
+    /// # Errors
+    /// What the module would say.
+    fn answer(&self, request: u32, message: &mut [u8]) -> Result<(), Errno>;
 }
 
 /// Who has to do something about an error.
@@ -396,7 +414,23 @@ impl Device {
         if info.abi != sys::ABI_VERSION {
             return Err(DeviceError::OtherVersion { module: info.abi, ours: sys::ABI_VERSION });
         }
-        Ok(Device { file })
+        Ok(Device { door: Door::Module(file) })
+    }
+
+    /// A device that a test plays.
+    pub fn played(module: Arc<dyn Played>) -> Device {
+        Device { door: Door::Played(module) }
+    }
+
+    /// The same device, opened once more: with a doorbell and a panic notice of its own.
+    ///
+    /// # Errors
+    /// As [`Device::open`].
+    pub fn open_again(&self) -> Result<Device, DeviceError> {
+        match &self.door {
+            Door::Module(_) => Device::open(),
+            Door::Played(module) => Ok(Device::played(module.clone())),
+        }
     }
 
     /// Keeps every other program that asks the same away from this machine's module, for as long as this value lives: two agents
@@ -408,7 +442,8 @@ impl Device {
     /// # Errors
     /// As flock(2).
     pub fn hold_alone(&self) -> io::Result<bool> {
-        match self.file.try_lock() {
+        let Door::Module(file) = &self.door else { return Ok(true) };
+        match file.try_lock() {
             Ok(()) => Ok(true),
             Err(TryLockError::WouldBlock) => Ok(false),
             Err(TryLockError::Error(error)) => Err(error),
@@ -519,7 +554,7 @@ impl Device {
         };
         let (start, len) = (range.start(), range.len());
         let mut m = sys::MemFile { flags, fd: memfd.as_raw_fd(), start, len, offset, ..Default::default() };
-        sys::MEM_FILE.on(self.file.as_fd(), &mut m).map_err(|errno| {
+        self.send(sys::MEM_FILE, &mut m).map_err(|errno| {
             let why = match errno {
                 Errno::EINVAL => "it is no memfd, or one with hugetlbfs pages",
                 Errno::ERANGE => "it is shorter than the memory set aside for it: it was cut",
@@ -669,7 +704,14 @@ impl Device {
         message: &mut M,
         subject: impl FnOnce() -> String,
     ) -> Result<(), DeviceError> {
-        call.on(self.file.as_fd(), message).map_err(|errno| self.explain(call.name(), subject(), errno))
+        self.send(call, message).map_err(|errno| self.explain(call.name(), subject(), errno))
+    }
+
+    fn send<M: Message>(&self, call: Call<M>, message: &mut M) -> Result<(), Errno> {
+        match &self.door {
+            Door::Module(file) => call.on(file.as_fd(), message),
+            Door::Played(module) => module.answer(call.request(), message.as_mut_bytes()),
+        }
     }
 
     fn explain(&self, call: &'static str, subject: String, errno: Errno) -> DeviceError {
@@ -678,7 +720,7 @@ impl Device {
             Errno::EPERM | Errno::EACCES => {
                 // One errno for two causes: ask which.
                 let mut info = sys::Info::default();
-                match sys::INFO.on(self.file.as_fd(), &mut info) {
+                match self.send(sys::INFO, &mut info) {
                     Ok(()) if info.flags & sys::INFO_LOCKDOWN != 0 => DeviceError::Lockdown,
                     _ => DeviceError::NoPermission { call },
                 }
@@ -691,12 +733,6 @@ impl Device {
             Errno::EINVAL | Errno::ERANGE | Errno::EFAULT => DeviceError::Refused { call, subject, errno },
             errno => DeviceError::Other { call, subject, errno },
         }
-    }
-}
-
-impl AsFd for Device {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
     }
 }
 

@@ -270,7 +270,7 @@ calls! {
 pub(crate) fn adopt_fd(fd: i32) -> Option<std::os::fd::OwnedFd> {
     use std::os::fd::FromRawFd;
     // SAFETY: BATON_IOC_MEM_FD has just installed this descriptor in our table (fd >= 0 is checked), and nobody else
-    // knows its number.
+    // knows its number. (A played module gives a descriptor away that it has made for this call.)
     (fd >= 0).then(|| unsafe { std::os::fd::OwnedFd::from_raw_fd(fd) })
 }
 

@@ -22,8 +22,9 @@ use crate::daemon::control::{Role, ServiceState, ServiceStatus, Stage, Status, U
 use crate::daemon::listen::Peer;
 use crate::daemon::outcome::{Class, Failure};
 use crate::daemon::successor_log::{self, Log, SuccessorLog};
-use crate::machine::facts::{Facts, movable_memory};
-use crate::machine::net::Netlink;
+use crate::machine::facts::Facts;
+use crate::machine::hardware::{self, Hardware};
+use crate::machine::net::{Net, Netlink};
 use crate::recovery::ledger::{self, Ledger};
 use crate::services::access::Access;
 use crate::services::arenas::{Arena, Piece};
@@ -50,7 +51,9 @@ pub struct Ground {
     /// Where it was read from.
     pub config_path: PathBuf,
     /// Interfaces and addresses.
-    pub netlink: Netlink,
+    pub netlink: Box<dyn Net>,
+    /// CPUs, drivers, memory.
+    pub hardware: Arc<dyn Hardware>,
     /// What a batond that comes after this one must know.
     pub ledger: Arc<Ledger>,
     /// How this kernel came to be: nothing when the firmware booted it.
@@ -65,7 +68,8 @@ impl Ground {
     /// # Errors
     /// Another batond lives; a ledger or a handover record that cannot be read.
     pub fn open(config: Config, config_path: PathBuf) -> Result<Ground> {
-        let netlink = Netlink::open()?;
+        let netlink = Box::new(Netlink::open()?);
+        let hardware: Arc<dyn Hardware> = Arc::new(hardware::Live);
         let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
         let device = OnceLock::new();
         // First of all: whatever is found below may belong to an update that another one makes.
@@ -81,7 +85,7 @@ impl Ground {
             None => None,
             Some(base) => Some(Birth::read(device_or_why(&device)?, base, ledger.pages().drained)?),
         };
-        Ok(Ground { config, config_path, netlink, ledger: Arc::new(ledger), birth, device, release })
+        Ok(Ground { config, config_path, netlink, hardware, ledger: Arc::new(ledger), birth, device, release })
     }
 
     /// The module, if it was loaded when this batond started.
@@ -121,7 +125,9 @@ pub struct Kernel {
     /// Where it was read from.
     pub config_path: PathBuf,
     /// Interfaces and addresses.
-    pub netlink: Netlink,
+    pub netlink: Box<dyn Net>,
+    /// CPUs, drivers, memory.
+    pub hardware: Arc<dyn Hardware>,
     /// The services.
     pub services: Services,
     /// Who may be which of them.
@@ -147,15 +153,15 @@ impl Kernel {
     /// Finds out what this kernel is. What an earlier batond had taken away from it must be back by now.
     pub fn find(ground: Ground) -> Result<Kernel> {
         let settled = ground.is_settled();
-        let Ground { config, config_path, netlink, ledger, birth, device, release } = ground;
+        let Ground { config, config_path, netlink, hardware, ledger, birth, device, release } = ground;
         let written = ledger.pages();
         let (mut facts, update) = match &birth {
             Some(birth) => (birth.facts(), Some(birth.update_status(&release, written.drained))),
             None => {
                 if config.network.configure {
-                    configure_network(&config, &netlink)?;
+                    configure_network(&config, &*netlink)?;
                 }
-                (Facts::explore(&config, &netlink)?, None)
+                (Facts::explore(&config, &*netlink)?, None)
             }
         };
         facts.epoch = facts.epoch.max(written.epoch);
@@ -167,7 +173,7 @@ impl Kernel {
         let files = Store::of_ledger(ledger.clone());
         let access = Access::of(&config);
         if !successor {
-            match serving_successor()? {
+            match serving_successor(&*hardware)? {
                 Some(why) => {
                     tracing::error!("{why}");
                     files.elsewhere();
@@ -183,6 +189,7 @@ impl Kernel {
             config,
             config_path,
             netlink,
+            hardware,
             services,
             access,
             files,
@@ -361,7 +368,7 @@ impl Kernel {
             Err(TryLockError::WouldBlock) => return Err(busy().into()),
         };
         // An update that an earlier batond began, and that nobody has finished or undone, runs on without a lock.
-        match kernels::others()?.first() {
+        match kernels::others(&*self.hardware)?.first() {
             None => Ok(held),
             Some(other) => Err(Failure::new(
                 Class::Busy,
@@ -380,7 +387,7 @@ impl Kernel {
         let device = self.device()?;
         let wish = Wish { size: len, grain, below: None };
         let mut tried = 0;
-        for range in candidates(&movable_memory(&self.facts().ram)?, avoid, &wish)? {
+        for range in candidates(&self.hardware.movable_memory(&self.facts().ram)?, avoid, &wish)? {
             tried += 1;
             match device.take_memory(instance, range, TakeMemory::Alloc) {
                 Ok(()) => return Ok(range),
@@ -432,8 +439,8 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 
 /// Whether an instance beside this kernel serves, though this batond begins in it: an earlier one died after the cutover.
 /// Then the arenas are that kernel's.
-fn serving_successor() -> Result<Option<String>> {
-    let serving = kernels::others()?.into_iter().find(|instance| instance.state == registry::State::Serving);
+fn serving_successor(hardware: &dyn Hardware) -> Result<Option<String>> {
+    let serving = kernels::others(hardware)?.into_iter().find(|instance| instance.state == registry::State::Serving);
     Ok(serving.map(|instance| {
         format!(
             "the successor serves (instance {}, {}): nobody serves here, and nothing is given away",
@@ -456,7 +463,7 @@ pub fn unusable(error: &DeviceError) -> Failure {
 }
 
 /// Gives every configured interface its own address, and the first of them the service address.
-fn configure_network(config: &Config, netlink: &Netlink) -> Result<()> {
+fn configure_network(config: &Config, netlink: &dyn Net) -> Result<()> {
     let mut service = config.network.service_address;
     for nic in &config.network.nic {
         let Some(link) = netlink.find(crate::machine::net::parse_mac(&nic.mac)?)? else { continue };

@@ -12,7 +12,7 @@ use kexec_core::memory_map::iomem::{
 use state_schemas::platform::Platform;
 
 use crate::daemon::config::Config;
-use crate::machine::net::{Mac, Netlink, parse_mac};
+use crate::machine::net::{Mac, Net, parse_mac};
 use crate::machine::sysfs::{self, Bdf};
 
 /// Where the memory-mapped PCI configuration space is.
@@ -49,7 +49,7 @@ pub struct Facts {
 
 impl Facts {
     /// Finds out what can be known without the module, on a kernel that the firmware booted.
-    pub fn explore(config: &Config, netlink: &Netlink) -> Result<Facts> {
+    pub fn explore(config: &Config, netlink: &dyn Net) -> Result<Facts> {
         let mut nics = BTreeMap::new();
         for nic in &config.network.nic {
             let mac = parse_mac(&nic.mac)?;

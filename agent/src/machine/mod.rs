@@ -4,6 +4,7 @@ pub mod bounded;
 pub mod clock;
 pub mod cpuid;
 pub mod facts;
+pub mod hardware;
 pub mod liveupdate;
 pub mod net;
 pub mod network;

@@ -5,9 +5,9 @@
 //!
 //! ```text
 //!                 trial                cutover                         afterwards
-//! incumbent       on its interface     [`HeldAddress::hush`]: answers         [`Netlink::drop_held`]
+//! incumbent       on its interface     [`HeldAddress::hush`]: answers         [`Net::drop_held`]
 //!                                      no ARP request any more
-//! successor       [`Netlink::reserve`]:                [`Announcer`]:  [`Netlink::settle`]:
+//! successor       [`Net::reserve`]:                [`Announcer`]:  [`Net::settle`]:
 //!                 on lo, so that its                   gratuitous ARP  on its interface
 //!                 sockets may answer
 //! ```
@@ -55,6 +55,39 @@ pub fn mac_name(mac: Mac) -> String {
 pub struct Netlink {
     runtime: tokio::runtime::Runtime,
     handle: Handle,
+}
+
+/// The network as an update moves it. [`Netlink`] is this machine's; a test plays another.
+pub trait Net: Send + Sync {
+    /// The interface with this MAC address, if there is one. VLANs, bridges and bonds have the address of what they lie on: the real
+    /// interface is meant.
+    fn find(&self, mac: Mac) -> Result<Option<Link>>;
+    /// Brings a link up.
+    fn link_up(&self, link: &Link) -> Result<()>;
+    /// Gives the link an address; no error when it has it already.
+    fn add(&self, link: &Link, cidr: Cidr) -> Result<()>;
+    /// Looks up who holds an address, before it has to be dropped.
+    fn held(&self, cidr: Cidr) -> Result<HeldAddress>;
+    /// Drops the address; the interface answers as before for the others.
+    fn drop_held(&self, held: &HeldAddress) -> Result<()>;
+    /// Gives interfaces their former rules, those that are there.
+    fn restore(&self, rules: Vec<(Mac, ArpRules)>) -> Result<()>;
+    /// Takes a hushed or dropped address again, and announces it. No error when it is there still.
+    fn take_again(&self, held: &HeldAddress) -> Result<()>;
+    /// Makes an address this kernel's own, and tells nobody: it is on `lo`, and `link`, by which its clients will come, answers ARP
+    /// requests for its own addresses only, and asks with them.
+    fn reserve(&self, link: &Link, address: Ipv4Addr) -> Result<()>;
+    /// Moves a reserved address to the interface by which its clients come.
+    fn settle(&self, link: &Link, cidr: Cidr) -> Result<()>;
+    /// The link that holds `address` now. (A reserved address is held by none.)
+    fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>>;
+    /// The network of this namespace as plain data.
+    fn look(&self) -> Result<Network>;
+    /// Before an interface goes that is on the network of `held`: it may have answered for the addresses of the one that stays, and does
+    /// not any more, and whoever sends to them is told which one does. Gives both interfaces' former rules.
+    fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>>;
+    /// Prepares to say that an interface holds an address.
+    fn announcer(&self, link: &Link, address: Ipv4Addr) -> Result<Announcer>;
 }
 
 /// Index of `lo` in every network namespace (include/net/flow.h, LOOPBACK_IFINDEX).
@@ -126,15 +159,6 @@ impl Netlink {
             .context("cannot list network interfaces")
     }
 
-    /// The interface with this MAC address, if there is one. VLANs, bridges and bonds have the address of what they lie on: the real
-    /// interface is meant.
-    pub fn find(&self, mac: Mac) -> Result<Option<Link>> {
-        let mut found: Vec<Interface> =
-            self.links()?.iter().map(seen_interface).filter(|interface| interface.mac == Some(mac)).collect();
-        found.sort_by_key(|interface| (interface.kind.is_some(), interface.index));
-        Ok(found.into_iter().next().map(|Interface { index, name, .. }| Link { index, name, mac }))
-    }
-
     /// Brings an interface up by name.
     pub fn up(&self, name: &str) -> Result<()> {
         let index = self
@@ -154,70 +178,8 @@ impl Netlink {
             .with_context(|| format!("cannot bring interface {index} up"))
     }
 
-    /// Brings a link up.
-    pub fn link_up(&self, link: &Link) -> Result<()> {
-        self.set_up(link.index)
-    }
-
-    /// Gives the link an address; no error when it has it already.
-    pub fn add(&self, link: &Link, cidr: Cidr) -> Result<()> {
-        self.runtime
-            .block_on(self.handle.address().add(link.index, cidr.address.into(), cidr.prefix).replace().execute())
-            .with_context(|| format!("cannot give {} to {}", cidr.address, link.name))
-    }
-
-    /// Looks up who holds an address, before it has to be dropped.
-    pub fn held(&self, cidr: Cidr) -> Result<HeldAddress> {
-        let message = self.holding(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
-        let link = self.by_index(message.header.index)?;
-        let announcer = Announcer::new(&link, cidr.address)?;
-        let arp = ArpAnswers::of(&link)?;
-        Ok(HeldAddress { link, cidr, message, announcer, arp })
-    }
-
-    /// Drops the address; the interface answers as before for the others.
-    pub fn drop_held(&self, held: &HeldAddress) -> Result<()> {
-        self.delete(&held.message)
-            .with_context(|| format!("cannot take {} off {}", held.cidr.address, held.link.name))?;
-        held.arp.restore()
-    }
-
     fn delete(&self, message: &AddressMessage) -> Result<()> {
         Ok(self.runtime.block_on(self.handle.address().del(message.clone()).execute())?)
-    }
-
-    /// Gives interfaces their former rules, those that are there.
-    pub fn restore(&self, rules: Vec<(Mac, ArpRules)>) -> Result<()> {
-        for (mac, rules) in rules {
-            if let Some(link) = self.find(mac)? {
-                rules.set(&link)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Takes a hushed or dropped address again, and announces it. No error when it is there still.
-    pub fn take_again(&self, held: &HeldAddress) -> Result<()> {
-        self.add(&held.link, held.cidr)?;
-        held.arp.restore()?;
-        held.announcer.announce()
-    }
-
-    /// Makes an address this kernel's own, and tells nobody: it is on `lo`, and `link`, by which its clients will come, answers ARP
-    /// requests for its own addresses only, and asks with them.
-    pub fn reserve(&self, link: &Link, address: Ipv4Addr) -> Result<()> {
-        ArpRules::strict().set(link)?;
-        let lo = Link { index: LOOPBACK, name: "lo".to_owned(), mac: [0; 6] };
-        self.add(&lo, Cidr { address, prefix: 32 })
-    }
-
-    /// Moves a reserved address to the interface by which its clients come.
-    pub fn settle(&self, link: &Link, cidr: Cidr) -> Result<()> {
-        self.add(link, cidr)?;
-        for message in self.addresses(cidr.address)?.iter().filter(|message| message.header.index == LOOPBACK) {
-            self.delete(message).with_context(|| format!("cannot take {} off lo", cidr.address))?;
-        }
-        Ok(())
     }
 
     fn by_index(&self, index: u32) -> Result<Link> {
@@ -238,11 +200,6 @@ impl Netlink {
             .with_context(|| format!("interface {index} is gone"))
     }
 
-    /// The link that holds `address` now. (A reserved address is held by none.)
-    pub fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>> {
-        Ok(self.holding(address)?.map(|message| message.header.index))
-    }
-
     fn holding(&self, address: Ipv4Addr) -> Result<Option<AddressMessage>> {
         Ok(self.addresses(address)?.into_iter().find(|message| message.header.index != LOOPBACK))
     }
@@ -259,9 +216,74 @@ impl Netlink {
             .context("cannot list addresses")?;
         Ok(all.into_iter().filter(|message: &AddressMessage| message.header.family == AddressFamily::Inet).collect())
     }
+}
 
-    /// The network of this namespace as plain data.
-    pub fn look(&self) -> Result<Network> {
+impl Net for Netlink {
+    fn find(&self, mac: Mac) -> Result<Option<Link>> {
+        let mut found: Vec<Interface> =
+            self.links()?.iter().map(seen_interface).filter(|interface| interface.mac == Some(mac)).collect();
+        found.sort_by_key(|interface| (interface.kind.is_some(), interface.index));
+        Ok(found.into_iter().next().map(|Interface { index, name, .. }| Link { index, name, mac }))
+    }
+
+    fn link_up(&self, link: &Link) -> Result<()> {
+        self.set_up(link.index)
+    }
+
+    fn add(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.runtime
+            .block_on(self.handle.address().add(link.index, cidr.address.into(), cidr.prefix).replace().execute())
+            .with_context(|| format!("cannot give {} to {}", cidr.address, link.name))
+    }
+
+    fn held(&self, cidr: Cidr) -> Result<HeldAddress> {
+        let message = self.holding(cidr.address)?.with_context(|| format!("no interface holds {}", cidr.address))?;
+        let link = self.by_index(message.header.index)?;
+        let announcer = Announcer::new(&link, cidr.address)?;
+        let arp = ArpAnswers::of(&link)?;
+        Ok(HeldAddress { link, cidr, message, announcer, arp })
+    }
+
+    fn drop_held(&self, held: &HeldAddress) -> Result<()> {
+        self.delete(&held.message)
+            .with_context(|| format!("cannot take {} off {}", held.cidr.address, held.link.name))?;
+        held.arp.restore()
+    }
+
+    fn restore(&self, rules: Vec<(Mac, ArpRules)>) -> Result<()> {
+        for (mac, rules) in rules {
+            if let Some(link) = self.find(mac)? {
+                rules.set(&link)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_again(&self, held: &HeldAddress) -> Result<()> {
+        self.add(&held.link, held.cidr)?;
+        held.arp.restore()?;
+        held.announcer.announce()
+    }
+
+    fn reserve(&self, link: &Link, address: Ipv4Addr) -> Result<()> {
+        ArpRules::strict().set(link)?;
+        let lo = Link { index: LOOPBACK, name: "lo".to_owned(), mac: [0; 6] };
+        self.add(&lo, Cidr { address, prefix: 32 })
+    }
+
+    fn settle(&self, link: &Link, cidr: Cidr) -> Result<()> {
+        self.add(link, cidr)?;
+        for message in self.addresses(cidr.address)?.iter().filter(|message| message.header.index == LOOPBACK) {
+            self.delete(message).with_context(|| format!("cannot take {} off lo", cidr.address))?;
+        }
+        Ok(())
+    }
+
+    fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>> {
+        Ok(self.holding(address)?.map(|message| message.header.index))
+    }
+
+    fn look(&self) -> Result<Network> {
         self.runtime.block_on(async {
             let interfaces: Vec<LinkMessage> = self.handle.link().get().execute().try_collect().await?;
             let addresses: Vec<AddressMessage> = self.handle.address().get().execute().try_collect().await?;
@@ -289,9 +311,7 @@ impl Netlink {
         })
     }
 
-    /// Before an interface goes that is on the network of `held`: it may have answered for the addresses of the one that stays, and does
-    /// not any more, and whoever sends to them is told which one does. Gives both interfaces' former rules.
-    pub fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
+    fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
         let both = [&held.link, going];
         let before = both.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect::<Result<_>>()?;
         both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
@@ -303,6 +323,10 @@ impl Netlink {
             }
         }
         Ok(before)
+    }
+
+    fn announcer(&self, link: &Link, address: Ipv4Addr) -> Result<Announcer> {
+        Announcer::new(link, address)
     }
 }
 
@@ -496,10 +520,7 @@ pub struct Link {
 }
 
 /// Says to everyone on the link who holds the service's address now (gratuitous ARP, RFC 5227 section 3).
-pub struct Announcer {
-    socket: sys::PacketSocket,
-    frame: [u8; 42],
-}
+pub struct Announcer(Box<dyn Fn() -> Result<()> + Send + Sync>);
 
 impl Announcer {
     /// Prepares socket and frame.
@@ -507,16 +528,20 @@ impl Announcer {
         if link.index == 0 {
             bail!("{} has no interface number", link.name);
         }
-        Ok(Announcer {
-            socket: sys::PacketSocket::open(link.index)
-                .with_context(|| format!("cannot open a packet socket on {}", link.name))?,
-            frame: gratuitous_arp(link.mac, address),
-        })
+        let socket = sys::PacketSocket::open(link.index)
+            .with_context(|| format!("cannot open a packet socket on {}", link.name))?;
+        let frame = gratuitous_arp(link.mac, address);
+        Ok(Announcer::by(move || socket.send(&frame).context("cannot announce the service's address")))
+    }
+
+    /// One that does this.
+    pub fn by(announce: impl Fn() -> Result<()> + Send + Sync + 'static) -> Announcer {
+        Announcer(Box::new(announce))
     }
 
     /// Sends one announcement.
     pub fn announce(&self) -> Result<()> {
-        self.socket.send(&self.frame).context("cannot announce the service's address")
+        (self.0)()
     }
 }
 

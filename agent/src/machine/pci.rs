@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use kexec_core::device::{Device, PciFunction};
 
 use crate::machine::facts::Ecam;
+use crate::machine::hardware::Hardware;
 use crate::machine::sysfs::{self, Bdf};
 
 /// Domain number of a root bus that is there only while a function is being stopped. Its own has [`crate::takeover::successor`].
@@ -17,13 +18,13 @@ pub fn of_bdf(bdf: Bdf) -> PciFunction {
 }
 
 /// Stops one, if this kernel does not see it: a driver takes it, which resets it, and leaves it again; then it masters no bus.
-pub fn stop_unseen(device: &Device, ecam: Option<Ecam>, bdf: Bdf) -> Result<()> {
-    if sysfs::sees_function(bdf)? {
+pub fn stop_unseen(hardware: &dyn Hardware, device: &Device, ecam: Option<Ecam>, bdf: Bdf) -> Result<()> {
+    if hardware.sees_function(bdf)? {
         return Ok(());
     }
     let ecam = ecam.context("this machine has no memory-mapped configuration space")?;
     device.add_pci(DOMAIN, ecam.base, ecam.bus_end, &[of_bdf(bdf)])?;
-    let stopped = sysfs::stop_function(&sysfs::function_folder(DOMAIN, bdf));
+    let stopped = hardware.stop_function(&sysfs::function_folder(DOMAIN, bdf));
     device.remove_pci(DOMAIN)?;
     stopped.with_context(|| format!("PCI function {} cannot be stopped", sysfs::bdf_name(bdf)))
 }

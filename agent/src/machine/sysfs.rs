@@ -82,6 +82,19 @@ impl Unbound {
     }
 }
 
+/// Lets the kernel look for drivers of PCI functions that have none: an interface that was to be granted.
+pub fn probe_drivers() -> Result<()> {
+    let root = Path::new("/sys/bus/pci");
+    for entry in fs::read_dir(root.join("devices")).context("cannot list PCI functions")? {
+        let entry = entry?;
+        if !entry.path().join("driver").exists() {
+            // A function that no driver wants answers with an error, which is no news.
+            let _ = fs::write(root.join("drivers_probe"), entry.file_name().to_string_lossy().as_bytes());
+        }
+    }
+    Ok(())
+}
+
 /// Offset of the command register, and its bus-master bit (PCI Local Bus Specification 3.0, section 6.2.2).
 const PCI_COMMAND: u64 = 0x04;
 const PCI_COMMAND_MASTER: u8 = 1 << 2;

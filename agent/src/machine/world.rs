@@ -6,7 +6,7 @@ use std::io::{self, Read};
 
 use anyhow::Result;
 
-use crate::machine::net::Netlink;
+use crate::machine::net::Net;
 use crate::machine::network::Network;
 use crate::machine::nft::{self, Table};
 
@@ -69,7 +69,7 @@ pub trait World: Sync {
 
 /// This machine.
 #[derive(Clone, Copy)]
-pub struct Live<'a>(pub &'a Netlink);
+pub struct Live<'a>(pub &'a dyn Net);
 
 impl World for Live<'_> {
     fn network(&self) -> Result<Network> {

@@ -5,7 +5,6 @@
 //! What is not taken back: the services' connections. They come by themselves ([`baton_sdk`]) for the arenas that they
 //! have ([`crate::recovery::ledger`]).
 
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -22,9 +21,9 @@ use kexec_core::registry::State;
 
 use crate::daemon::config::Config;
 use crate::daemon::kernel::Ground;
-use crate::machine::net::{Netlink, parse_mac};
+use crate::machine::hardware::Hardware;
+use crate::machine::net::{Net, parse_mac};
 use crate::machine::pci;
-use crate::machine::sysfs;
 use crate::recovery::journal::{self, JOURNAL, Journal};
 use crate::recovery::ledger::Crossing;
 use crate::takeover::birth::Birth;
@@ -48,7 +47,7 @@ pub struct GoingOn {
 pub fn recover(ground: &Ground) -> Option<GoingOn> {
     // Without the module nothing can be missing; a kernel that has not taken over yet has nothing to take back.
     let device = ground.device().filter(|_| ground.is_settled())?;
-    let found = kernels::others().and_then(|others| {
+    let found = kernels::others(&*ground.hardware).and_then(|others| {
         let journal = Journal::of_this_boot(Path::new(JOURNAL)).unwrap_or_else(|error| {
             tracing::warn!("the last update's journal cannot be read: {error:#}");
             Journal::default()
@@ -96,8 +95,8 @@ fn take_back_and_say(ground: &Ground, device: &Device, journal: &Journal, others
         _ => "an update without a journal",
     };
     tracing::warn!(during, "an earlier batond died in an update");
-    let Ground { netlink, config, ledger, .. } = ground;
-    let taken_back = take_back(device, netlink, config, journal, ground.birth.as_ref(), others);
+    let Ground { netlink, hardware, config, ledger, .. } = ground;
+    let taken_back = take_back(device, &**hardware, &**netlink, config, journal, ground.birth.as_ref(), others);
     let taken_back = taken_back.and_then(|()| {
         netlink.restore(ledger.pages().arp_rules)?;
         ledger.change(|pages| {
@@ -131,7 +130,8 @@ fn take_back_and_say(ground: &Ground, device: &Device, journal: &Journal, others
 
 fn take_back(
     device: &Device,
-    netlink: &Netlink,
+    hardware: &dyn Hardware,
+    netlink: &dyn Net,
     config: &Config,
     journal: &Journal,
     birth: Option<&Birth>,
@@ -151,7 +151,7 @@ fn take_back(
         }
     }
     // Before its memory is anybody's: a device that it had may still write there.
-    take_devices_back(device, netlink, config, birth)?;
+    take_devices_back(device, hardware, netlink, config, birth)?;
     for instance in left {
         device.destroy_instance(instance.id)?;
     }
@@ -162,27 +162,33 @@ fn take_back(
             if home.is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
                 bail!("CPU {} does not wait at this kernel's mailbox: onlining it would never end", cpu.cpu);
             }
-            sysfs::online_cpu(cpu.cpu)?;
+            hardware.online_cpu(cpu.cpu)?;
         }
     }
     Ok(())
 }
 
 /// An interface that is not here was granted. Its driver gets it back; one that this kernel never saw is only stopped.
-fn take_devices_back(device: &Device, netlink: &Netlink, config: &Config, birth: Option<&Birth>) -> Result<()> {
+fn take_devices_back(
+    device: &Device,
+    hardware: &dyn Hardware,
+    netlink: &dyn Net,
+    config: &Config,
+    birth: Option<&Birth>,
+) -> Result<()> {
     for nic in &config.network.nic {
         let mac = parse_mac(&nic.mac)?;
         if netlink.find(mac)?.is_some() {
             continue;
         }
-        probe_drivers()?;
+        hardware.probe_drivers()?;
         if let Some(link) = netlink.find(mac)? {
             netlink.link_up(&link)?;
             netlink.add(&link, nic.address)?;
         } else if let Some(facts) = birth.map(Birth::facts)
             && let Some(bdf) = facts.nics.get(&mac)
         {
-            pci::stop_unseen(device, facts.ecam, *bdf)?;
+            pci::stop_unseen(hardware, device, facts.ecam, *bdf)?;
         }
     }
     Ok(())
@@ -198,19 +204,6 @@ fn bring_home(device: &Device, home: Home<'_>, instance: &Instance) -> Result<()
         // That it waited there may not have been struck out yet.
         home.mailbox().forget(*apic_id);
         home.bring(device, instance.id, &sipi, *apic_id, Instant::now() + HOMECOMING)?;
-    }
-    Ok(())
-}
-
-/// Lets the kernel look for drivers of PCI functions that have none: an interface that was to be granted.
-fn probe_drivers() -> Result<()> {
-    let root = Path::new("/sys/bus/pci");
-    for entry in fs::read_dir(root.join("devices")).context("cannot list PCI functions")? {
-        let entry = entry?;
-        if !entry.path().join("driver").exists() {
-            // A function that no driver wants answers with an error, which is no news.
-            let _ = fs::write(root.join("drivers_probe"), entry.file_name().to_string_lossy().as_bytes());
-        }
     }
     Ok(())
 }

@@ -62,7 +62,7 @@ impl Birth {
         match read_record(&control, base) {
             Ok(record) => Ok(Birth { control, base, record }),
             Err(error) => {
-                tell(control, base, &error);
+                tell(device, control, base, &error);
                 Err(error)
             }
         }
@@ -139,9 +139,9 @@ fn read_record(control: &Mapping, base: u64) -> Result<HandoverRecord> {
 }
 
 /// The incumbent need not wait until its patience ends: the channel needs nothing of the record.
-fn tell(control: Arc<Mapping>, base: u64, error: &anyhow::Error) {
+fn tell(device: &Device, control: Arc<Mapping>, base: u64, error: &anyhow::Error) {
     let word = ToIncumbent::Failed { what: "take over".into(), cause: format!("{error:#}").into() };
-    let told = Line::<Successor>::attach(control, base).and_then(|mut line| line.send(&word));
+    let told = Line::<Successor>::attach(device, control, base).and_then(|mut line| line.send(&word));
     if let Err(untold) = told {
         tracing::error!("cannot even say so to the incumbent: {untold:#}");
     }

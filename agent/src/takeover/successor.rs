@@ -30,10 +30,8 @@ use state_schemas::shared::SharedMemory;
 use crate::daemon::control::{ServiceState, Stage};
 use crate::daemon::kernel::Kernel;
 use crate::machine::clock::Moment;
-use crate::machine::liveupdate;
 use crate::machine::net::{Announcer, Link};
 use crate::machine::pci;
-use crate::machine::sysfs;
 use crate::services::arenas::Arena;
 use crate::takeover::birth::{Birth, range};
 use crate::update::line::{Line, Successor, Unanswered};
@@ -107,9 +105,9 @@ impl<'k> Heir<'k> {
         device.set_end(End::Alone)?;
         mark(birth, BootMark::Agent);
         let ClockPair { tsc: then, unix_ns, tsc_khz } = birth.record.clock;
-        Moment { tsc: then, unix_ns }.set_clock(tsc_khz)?;
-        let line = Line::attach(birth.control.clone(), birth.base)?;
-        let sessions = liveupdate::hold()?;
+        kernel.hardware.set_clock(Moment { tsc: then, unix_ns }, tsc_khz)?;
+        let line = Line::attach(device, birth.control.clone(), birth.base)?;
+        let sessions = kernel.hardware.hold_sessions()?;
         expect_arenas(kernel, device, birth)?;
         kernel.services.all_inherited();
         kernel.files.inherit(device, &birth.record)?;
@@ -236,7 +234,7 @@ impl<'k> Heir<'k> {
         let then = Moment { tsc: word(words::CLOCK_TSC_AT), unix_ns: word(words::CLOCK_NS_AT) };
         // 0: an older incumbent, which does not say.
         if then.tsc != 0
-            && let Err(error) = then.set_clock(self.birth.record.clock.tsc_khz)
+            && let Err(error) = self.kernel.hardware.set_clock(then, self.birth.record.clock.tsc_khz)
         {
             tracing::warn!("the wall clock stays as it was at the start: {error:#}");
         }
@@ -267,7 +265,7 @@ impl<'k> Heir<'k> {
             // None of its programs can go on there, and the machine is this kernel's.
             self.start_programs();
             left.append(&mut self.left_undone);
-            if let Err(error) = sysfs::grant_panic_wish() {
+            if let Err(error) = self.kernel.hardware.grant_panic_wish() {
                 left.push(format!("panic=: {error:#}"));
             }
         }
@@ -314,7 +312,7 @@ impl<'k> Heir<'k> {
 
     /// The undo of [`Heir::online`]: Linux sends an offline CPU to the reset vector, which is our park page.
     fn offline(&mut self, apic_id: u32) -> Result<Answer> {
-        sysfs::offline_cpu(self.number_of(apic_id)?)?;
+        self.kernel.hardware.offline_cpu(self.number_of(apic_id)?)?;
         self.kernel.note(|update| update.cpus_moved -= 1);
         Ok(Answer::Done)
     }
@@ -333,7 +331,7 @@ impl<'k> Heir<'k> {
         }
         let cpu = self.number_of(apic_id)?;
         let started = tsc();
-        sysfs::online_cpu(cpu)?;
+        self.kernel.hardware.online_cpu(cpu)?;
         self.timeline.add(&format!("successor: online cpu {cpu}"), started, tsc());
         self.kernel.note(|update| update.cpus_moved += 1);
         Ok(cpu)
@@ -352,7 +350,7 @@ impl<'k> Heir<'k> {
             std::thread::sleep(Duration::from_millis(1));
         }
         let mut left = std::mem::take(&mut self.left_undone);
-        if let Err(error) = sysfs::grant_panic_wish() {
+        if let Err(error) = self.kernel.hardware.grant_panic_wish() {
             left.push(format!("panic=: {error:#}"));
         }
         if let Err(error) = self.online(last) {
@@ -398,7 +396,7 @@ impl<'k> Heir<'k> {
             Err(error) => left.push(format!("memory blocks: {error:#}")),
             Ok(adoption) => {
                 for (policy, set) in [("online_kernel", &adoption.ordinary), ("online_movable", &adoption.movable)] {
-                    if let Err(error) = sysfs::set_auto_online(policy) {
+                    if let Err(error) = self.kernel.hardware.set_auto_online(policy) {
                         left.push(format!("memory policy {policy}: {error:#}"));
                     }
                     for block in adoption.each(set) {
@@ -482,6 +480,6 @@ fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Opt
     if reserved {
         kernel.netlink.reserve(&link, cidr.address)?;
     }
-    let announcer = Announcer::new(&link, cidr.address)?;
+    let announcer = kernel.netlink.announcer(&link, cidr.address)?;
     Ok(Some(Address { link, cidr, announcer, reserved }))
 }

@@ -111,17 +111,17 @@ pub struct Line<E: End> {
 
 impl Line<Incumbent> {
     /// Opens the incumbent's end: empties the rings first. Before the successor starts, which is `instance`.
-    pub fn open(control: Mapping, base: u64, instance: u32) -> Result<Line<Incumbent>> {
+    pub fn open(device: &Device, control: Mapping, base: u64, instance: u32) -> Result<Line<Incumbent>> {
         let memory = Arc::new(control);
         Channel::reset(&memory)?;
-        Line::take_end(memory, base, instance)
+        Line::take_end(device, memory, base, instance)
     }
 }
 
 impl Line<Successor> {
     /// Takes the successor's end. `base` is the control block's address.
-    pub fn attach(memory: Arc<Mapping>, base: u64) -> Result<Line<Successor>> {
-        Line::take_end(memory, base, SELF)
+    pub fn attach(device: &Device, memory: Arc<Mapping>, base: u64) -> Result<Line<Successor>> {
+        Line::take_end(device, memory, base, SELF)
     }
 }
 
@@ -132,8 +132,8 @@ where
 {
     /// Takes this side's end: publishes the bell, and leaves word where to write when this kernel panics. The doorbell
     /// belongs to an open file of the device, so the line has one of its own.
-    fn take_end(memory: Arc<Mapping>, base: u64, peer: u32) -> Result<Line<E>> {
-        let device = Device::open()?;
+    fn take_end(device: &Device, memory: Arc<Mapping>, base: u64, peer: u32) -> Result<Line<E>> {
+        let device = device.open_again()?;
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC)?;
         let own = device.open_doorbell(bell.as_fd())?;
         memory.store(E::BELL_AT, own.to_word());
@@ -219,8 +219,14 @@ where
 impl Line<Incumbent> {
     /// Takes up the line of an incumbent's agent that has died, to `instance`: what the successor answered to that one is of no use
     /// any more. (The successor may ring the bell of the one that died. Its answers are looked for without a bell, too.)
-    pub fn take_up(control: Arc<Mapping>, base: u64, instance: u32, until: Instant) -> Result<Line<Incumbent>> {
-        let mut line: Line<Incumbent> = Line::take_end(control, base, instance)?;
+    pub fn take_up(
+        device: &Device,
+        control: Arc<Mapping>,
+        base: u64,
+        instance: u32,
+        until: Instant,
+    ) -> Result<Line<Incumbent>> {
+        let mut line: Line<Incumbent> = Line::take_end(device, control, base, instance)?;
         let ours = tsc();
         line.send(&ToSuccessor::Ping { nonce: ours })?;
         loop {

@@ -197,7 +197,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
 fn stock(kernel: &Kernel, wish: &Upgrade) -> Vec<Finding> {
     let facts = kernel.facts();
     let asked = Asked { config: &kernel.config, facts: &facts, own: std::process::id(), asker: wish.asker };
-    stock::take(&Live(&kernel.netlink), &asked, &accepted(kernel, wish))
+    stock::take(&Live(&*kernel.netlink), &asked, &accepted(kernel, wish))
 }
 
 /// What the operator accepted, for every update and for this one.
@@ -224,7 +224,7 @@ fn no_update_unfinished(kernel: &Kernel) -> Result<((), String)> {
         )
         .into());
     }
-    if let Some(other) = kernels::others()?.first() {
+    if let Some(other) = kernels::others(&*kernel.hardware)?.first() {
         return Err(Failure::new(
             Class::Busy,
             format!(
@@ -394,7 +394,7 @@ fn cpus(kernel: &Kernel, device: &Device) -> Result<(Vec<CpuFacts>, String)> {
     let mut isolated = listed("/sys/devices/system/cpu/isolated");
     isolated.extend(listed("/sys/devices/system/cpu/nohz_full"));
     let pinned = pinned_cpus()?;
-    let instances = kernels::instances()?;
+    let instances = kernels::instances(&*kernel.hardware)?;
     let thread_bits = thread_bits();
     let owner = |apic_id| instances.iter().find(|i| i.id != 0 && i.cpus.contains(&apic_id)).map(|i| i.id);
     let present: Vec<_> = device.cpus()?.into_iter().filter(|cpu| cpu.present).collect();

@@ -13,10 +13,9 @@ use kexec_core::registry::State;
 use serde::Serialize;
 
 use crate::daemon::outcome::Failure;
+pub use crate::machine::hardware::INSTANCES;
+use crate::machine::hardware::{self, Hardware};
 use crate::machine::regular;
-
-/// Where the module lists its instances.
-pub const INSTANCES: &str = "/proc/multikernel";
 
 /// One row of [`INSTANCES`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,21 +87,18 @@ pub struct Kernels {
 
 /// Reads both.
 pub fn list() -> Result<Kernels> {
-    Ok(Kernels { schema_version: 1, instances: instances()?, images: images(Path::new("/boot")) })
+    Ok(Kernels { schema_version: 1, instances: instances(&hardware::Live)?, images: images(Path::new("/boot")) })
 }
 
 /// The kernels that run, this one first; nothing where the module is not loaded.
-pub fn instances() -> Result<Vec<Instance>> {
-    match fs::read_to_string(INSTANCES) {
-        Ok(text) => parse_instances(&text).with_context(|| format!("{INSTANCES} has a row that cannot be read")),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error).with_context(|| format!("cannot read {INSTANCES}")),
-    }
+pub fn instances(hardware: &dyn Hardware) -> Result<Vec<Instance>> {
+    let Some(text) = hardware.instances()? else { return Ok(Vec::new()) };
+    parse_instances(&text).with_context(|| format!("{INSTANCES} has a row that cannot be read"))
 }
 
 /// The kernels that run beside this one.
-pub fn others() -> Result<Vec<Instance>> {
-    Ok(instances()?.into_iter().filter(|instance| instance.id != 0).collect())
+pub fn others(hardware: &dyn Hardware) -> Result<Vec<Instance>> {
+    Ok(instances(hardware)?.into_iter().filter(|instance| instance.id != 0).collect())
 }
 
 /// Parses [`INSTANCES`]: `id name state cpus bytes ranges image`, "-" for nothing.

@@ -17,6 +17,7 @@ use state_schemas::shared::SharedMemory;
 
 use super::show::{self, INPUT_LIMIT, Piece};
 use crate::daemon::outcome::Failure;
+use crate::machine::hardware;
 use crate::takeover::birth::phys;
 use crate::userland::kernels;
 
@@ -27,7 +28,7 @@ const KHO: &str = "/sys/kernel/debug/kho";
 pub fn pieces() -> Result<Vec<Piece>> {
     let cmdline = fs::read_to_string("/proc/cmdline").context("cannot read /proc/cmdline")?;
     let own = control_block_of(&cmdline).map(|base| ("this kernel's control block", base));
-    let begun = kernels::others()?.first().and_then(|row| Some(row.region()?.start()));
+    let begun = kernels::others(&hardware::Live)?.first().and_then(|row| Some(row.region()?.start()));
     let blocks: Vec<(&str, u64)> =
         own.into_iter().chain(begun.map(|base| ("the successor's control block", base))).collect();
     let mut pieces = kho(Path::new(KHO));

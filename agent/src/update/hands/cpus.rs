@@ -19,7 +19,6 @@ use zerocopy::IntoBytes;
 
 use super::Hands;
 use crate::machine::bounded::within;
-use crate::machine::sysfs;
 use crate::takeover::home::{Home, await_parked, pause};
 
 /// So many lines of its log are told with a failure.
@@ -32,12 +31,14 @@ impl<'k> Hands<'k> {
         if self.home().is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
             bail!("{} does not wait at this kernel's mailbox: onlining it would never end", name(cpu));
         }
-        within(self.until, &format!("bring {} online", name(cpu)), move || sysfs::online_cpu(cpu.number))
+        let hardware = self.kernel.hardware.clone();
+        within(self.until, &format!("bring {} online", name(cpu)), move || hardware.online_cpu(cpu.number))
     }
 
     /// Takes a CPU offline. Its undo is [`Hands::online_cpu`].
     pub(super) fn offline_cpu(&self, cpu: Cpu) -> Result<()> {
-        let offline = move || sysfs::offline_cpu(cpu.number);
+        let hardware = self.kernel.hardware.clone();
+        let offline = move || hardware.offline_cpu(cpu.number);
         within(self.until, &format!("take {} offline", name(cpu)), offline)
             .with_context(|| format!("{} cannot be taken offline", name(cpu)))
     }

@@ -20,7 +20,7 @@ use crate::daemon::outcome::Failure;
 use crate::daemon::successor_log::Instance;
 use crate::machine::clock::Moment;
 use crate::machine::cpuid::gigabyte_pages;
-use crate::machine::facts::{firmware_platform, managed_memory, memory_set_aside};
+use crate::machine::facts::firmware_platform;
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
 use crate::update::kho::{self, HandedOver, Spoken};
@@ -98,14 +98,18 @@ impl Hands<'_> {
         let (len, grain) = (self.plan.region_len, self.plan.block_size);
         let avoid = self.not_for_a_region();
         // What the operator has named only: other memory that this kernel does not manage is somebody else's.
-        let set_aside = memory_set_aside(&self.kernel.config.update.reserved())?.intersect(&self.plan.facts.ram);
+        let set_aside = self
+            .kernel
+            .hardware
+            .memory_set_aside(&self.kernel.config.update.reserved())?
+            .intersect(&self.plan.facts.ram);
         let wish = Wish { size: len, grain, below: None };
         if let Some(range) = candidates(&set_aside, &avoid, &wish)?.next() {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
         }
         // A successor is told of the memory that the firmware listed; what was hot-added since cannot be its region.
-        let avoid = avoid.union(&managed_memory()?.subtract(&self.plan.facts.ram));
+        let avoid = avoid.union(&self.kernel.hardware.managed_memory()?.subtract(&self.plan.facts.ram));
         self.kernel.take_contiguous(instance, len, grain, &avoid)
     }
 
@@ -168,7 +172,11 @@ impl Hands<'_> {
     /// Below 1 MiB Linux reserves everything: RAM of this kernel is borrowed; what it has never seen, a successor that knows of no
     /// low memory but its own, is just taken, if the machine says that it is RAM.
     fn take_low(&self, instance: u32, range: Range) -> Result<()> {
-        let how = if managed_memory()?.contains(range) { TakeMemory::Borrow } else { TakeMemory::Outside };
+        let how = if self.kernel.hardware.managed_memory()?.contains(range) {
+            TakeMemory::Borrow
+        } else {
+            TakeMemory::Outside
+        };
         if !self.plan.facts.ram.contains(range) {
             bail!("{range} is not, or not wholly, RAM that may be used: firmware or `memmap=` keeps it");
         }
@@ -236,7 +244,7 @@ impl Hands<'_> {
         }
         control.write(control_block::HANDOVER.offset, &frame);
         control.store(words::EPOCH_AT, self.epoch());
-        let line = Line::open(control, placement.control_block.start(), site.instance)?;
+        let line = Line::open(self.device, control, placement.control_block.start(), site.instance)?;
         let root = if info.flags.contains(InfoFlags::LA57) { placement.root_5level } else { placement.root_4level };
         self.device.update_instance(site.instance, State::Loaded, None)?;
         self.placed = Some(Placed { boot: placement.boot, park: placement.park, root, line });

@@ -37,7 +37,6 @@ use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::Failure;
 use crate::machine::bounded::within;
 use crate::machine::clock::Moment;
-use crate::machine::facts::io_apics;
 use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
@@ -231,9 +230,10 @@ impl<'k> Hands<'k> {
         let Some(granted) = &self.plan.nic else { return Ok(()) };
         if let Some(link) = self.kernel.netlink.find(granted.mac)? {
             self.part_from(&link, granted.nic.address)?;
-            let (_, folder) = sysfs::pci_function_of(&link.name)?;
+            let hardware = self.kernel.hardware.clone();
+            let (_, folder) = hardware.function_of(&link.name)?;
             // Some drivers wait for their device, and some devices never answer.
-            self.unbound = within(self.until, "take the driver off the interface", move || sysfs::unbind(&folder))?;
+            self.unbound = within(self.until, "take the driver off the interface", move || hardware.unbind(&folder))?;
         }
         Ok(())
     }
@@ -253,14 +253,14 @@ impl<'k> Hands<'k> {
         let netlink = &self.kernel.netlink;
         let back = match (&self.unbound, &self.plan.nic) {
             (Some(unbound), Some(granted)) => {
-                let bound = unbound.clone();
-                within(self.until, "give the interface back to its driver", move || bound.bind())?;
+                let (hardware, bound) = (self.kernel.hardware.clone(), unbound.clone());
+                within(self.until, "give the interface back to its driver", move || hardware.bind(&bound))?;
                 self.unbound = None;
                 Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
             }
             // The successor ran with it: its memory is not given to anybody before.
             (None, Some(granted)) => {
-                pci::stop_unseen(self.device, self.plan.facts.ecam, granted.bdf)?;
+                pci::stop_unseen(&*self.kernel.hardware, self.device, self.plan.facts.ecam, granted.bdf)?;
                 None
             }
             _ => None,
@@ -469,20 +469,20 @@ impl<'k> Hands<'k> {
         std::thread::sleep(FAREWELL);
         self.kernel.services.stop();
         // Whatever does not get to its disk in time is no reason to stay: this kernel has promised to leave.
-        if let Err(error) = within(self.until, "write everything to the disks", || {
-            nix::unistd::sync();
+        let hardware = self.kernel.hardware.clone();
+        let written = within(self.until, "write everything to the disks", move || {
+            hardware.sync();
             Ok(())
-        }) {
+        });
+        if let Err(error) = written {
             tracing::error!("{error:#}");
         }
         let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
-        // Whoever pets a watchdog ends with this kernel.
-        let mut stopped = sysfs::quiesce_watchdogs();
-        stopped.extend(sysfs::quiesce_pci(&granted)?);
+        let stopped = self.kernel.hardware.quiesce(&granted)?;
         tracing::info!("quiesced: {}", stopped.join(" "));
         // Last: this kernel hears no device any more. A pin that stays open would interrupt a CPU that is the successor's by then,
         // and, if it is a level, without end.
-        for address in io_apics() {
+        for address in self.kernel.hardware.io_apics() {
             if let Err(error) = self.device.mask_ioapic(address.into()) {
                 tracing::error!("the I/O APIC at {address:#x} goes on interrupting: {error}");
             }

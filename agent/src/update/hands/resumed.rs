@@ -62,7 +62,7 @@ impl<'k> Hands<'k> {
         let park = SipiArgs { cr3, entry, arg, stack };
         let sipi = Range::new(SIPI_PAGE, SIPI_PAGE + PAGE);
         let low = vec![(sipi, device.map(sipi, Access::ReadWrite).context("cannot map the page at which CPUs start")?)];
-        let line = Line::take_up(control, region.start(), crossing.instance, Instant::now() + PATIENCE)?;
+        let line = Line::take_up(device, control, region.start(), crossing.instance, Instant::now() + PATIENCE)?;
         hands.site = Some(Site { instance: crossing.instance, region, low_slot, division: None, low });
         // Its boot CPU runs: nobody starts it again.
         hands.placed = Some(Placed { boot: park, park, root: crossing.root, line });
@@ -70,7 +70,7 @@ impl<'k> Hands<'k> {
         hands.firmware_bsp = crossing.firmware_bsp;
         hands.unbound = crossing.granted.as_ref().and_then(|granted| granted.unbound.clone());
         hands.arp_rules = kernel.ledger.pages().arp_rules;
-        let rows = kernels::others()?;
+        let rows = kernels::others(&*kernel.hardware)?;
         let row =
             rows.iter().find(|row| row.id == crossing.instance).context("the module does not know it any more")?;
         hands.given = row.cpus.iter().copied().collect::<BTreeSet<u32>>();
