@@ -257,6 +257,11 @@ pub enum ConfigError {
 }
 
 impl Update {
+    /// How long a step may take.
+    pub fn step_timeout(&self) -> std::time::Duration {
+        std::time::Duration::from_secs(self.step_timeout_s)
+    }
+
     /// All memory that was kept for a successor.
     pub fn reserved(&self) -> RangeSet {
         self.reserved.iter().map(|reserved| reserved.range()).collect()

@@ -25,11 +25,12 @@ use crate::daemon::successor_log::{self, Log, SuccessorLog};
 use crate::machine::facts::Facts;
 use crate::machine::hardware::{self, Hardware};
 use crate::machine::net::{Net, Netlink};
+use crate::recovery::journal::JOURNAL;
 use crate::recovery::ledger::{self, Ledger};
 use crate::services::access::Access;
 use crate::services::arenas::{Arena, Piece};
 use crate::services::files::Store;
-use crate::services::{Admitted, Land, Services, holders};
+use crate::services::{Admission, Admitted, Land, Services, holders};
 use crate::takeover::birth::Birth;
 use crate::userland::kernels;
 
@@ -88,11 +89,6 @@ impl Ground {
         Ok(Ground { config, config_path, netlink, hardware, ledger: Arc::new(ledger), birth, device, release })
     }
 
-    /// The module, if it was loaded when this batond started.
-    pub fn device(&self) -> Option<&Device> {
-        self.device.get()
-    }
-
     /// Whether this kernel has the machine: one that has not taken it over yet is left to do so.
     pub fn is_settled(&self) -> bool {
         self.birth.is_none() || self.ledger.pages().drained
@@ -136,6 +132,8 @@ pub struct Kernel {
     pub files: Store,
     /// What a batond that comes after this one must know.
     pub ledger: Arc<Ledger>,
+    /// Where the journal of updates is.
+    pub journal: PathBuf,
     /// How this kernel came to be: nothing when the firmware booted it.
     pub birth: Option<Birth>,
     /// Held by the update that runs.
@@ -150,41 +148,27 @@ pub struct Kernel {
 }
 
 impl Kernel {
-    /// Finds out what this kernel is. What an earlier batond had taken away from it must be back by now.
+    /// Finds out what this kernel is. Nobody is let in yet: see [`Kernel::begin`].
     pub fn find(ground: Ground) -> Result<Kernel> {
+        let facts = match &ground.birth {
+            Some(birth) => birth.facts(),
+            None => Facts::explore(&ground.config, &*ground.netlink)?,
+        };
+        Kernel::of(ground, facts)
+    }
+
+    fn of(ground: Ground, facts: Facts) -> Result<Kernel> {
         let settled = ground.is_settled();
         let Ground { config, config_path, netlink, hardware, ledger, birth, device, release } = ground;
         let written = ledger.pages();
-        let (mut facts, update) = match &birth {
-            Some(birth) => (birth.facts(), Some(birth.update_status(&release, written.drained))),
-            None => {
-                if config.network.configure {
-                    configure_network(&config, &*netlink)?;
-                }
-                (Facts::explore(&config, &*netlink)?, None)
-            }
-        };
-        facts.epoch = facts.epoch.max(written.epoch);
-        let successor = !settled;
-        let state = Mutex::new(State { successor, facts, update });
+        let update = birth.as_ref().map(|birth| birth.update_status(&release, written.drained));
+        let facts = Facts { epoch: facts.epoch.max(written.epoch), ..facts };
+        let state = Mutex::new(State { successor: !settled, facts, update });
         let services = Services::of_ledger(ledger.clone(), device.get())?;
         let (updating, called_off) = (Mutex::new(()), AtomicBool::new(false));
         let successor_log = SuccessorLog::default();
         let files = Store::of_ledger(ledger.clone());
         let access = Access::of(&config);
-        if !successor {
-            match serving_successor(&*hardware)? {
-                Some(why) => {
-                    tracing::error!("{why}");
-                    files.elsewhere();
-                    services.elsewhere(why);
-                }
-                None => {
-                    files.begin();
-                    services.open(lock(&state).facts.epoch);
-                }
-            }
-        }
         Ok(Kernel {
             config,
             config_path,
@@ -194,6 +178,7 @@ impl Kernel {
             access,
             files,
             ledger,
+            journal: JOURNAL.into(),
             birth,
             updating,
             called_off,
@@ -202,6 +187,70 @@ impl Kernel {
             release,
             state,
         })
+    }
+
+    /// One on a machine that a test plays, with ledger and journal in `folder`.
+    #[cfg(test)]
+    pub fn played(
+        folder: &Path,
+        config: Config,
+        device: Device,
+        netlink: Box<dyn Net>,
+        hardware: Arc<dyn Hardware>,
+        birth: Option<Birth>,
+    ) -> Kernel {
+        let ledger = Arc::new(Ledger::open(&folder.join("arenas.json")).unwrap());
+        let held = OnceLock::new();
+        held.get_or_init(|| device);
+        let ground = Ground {
+            config,
+            config_path: folder.join("config.toml"),
+            netlink,
+            hardware,
+            ledger,
+            birth,
+            device: held,
+            release: "6.12.1-played".to_owned(),
+        };
+        let facts = ground.birth.as_ref().map_or_else(Facts::default, Birth::facts);
+        Kernel { journal: folder.join("journal.jsonl"), ..Kernel::of(ground, facts).unwrap() }
+    }
+
+    /// Lets services and programs in, where they may serve here. What an earlier batond had taken away from this kernel must be back by
+    /// now, or its successor serves.
+    pub fn begin(&self) -> Result<()> {
+        if self.is_successor() {
+            return Ok(()); // it takes over first
+        }
+        if let Some(why) = serving_successor(&*self.hardware)? {
+            tracing::error!("{why}");
+            self.files.elsewhere();
+            self.services.elsewhere(why);
+            return Ok(());
+        }
+        if let Admission::Elsewhere { .. } = self.services.admission() {
+            self.files.elsewhere();
+            return Ok(());
+        }
+        if self.birth.is_none() {
+            // The service address, too: nobody else has it.
+            if self.config.network.configure {
+                configure_network(&self.config, &*self.netlink)?;
+            }
+            // An interface that was missing may have come back since.
+            let facts = Facts::explore(&self.config, &*self.netlink)?;
+            let mut state = self.state();
+            let epoch = state.facts.epoch;
+            state.facts = Facts { epoch, ..facts };
+        }
+        self.files.begin();
+        self.services.open(self.facts().epoch);
+        Ok(())
+    }
+
+    /// The module, if it was loaded when this batond started.
+    pub fn loaded_device(&self) -> Option<&Device> {
+        self.device.get()
     }
 
     /// The module. Opened at first use, so that batond runs, and says what is missing, on a machine without it.

@@ -60,14 +60,14 @@ pub fn run(args: Args) -> Result<()> {
     crate::machine::sys::keep_no_large_buffers();
     let config = Config::load(&args.config)?;
     let ground = Ground::open(config, args.config.clone())?;
-    let going_on = recover::recover(&ground);
     let kernel = Arc::new(Kernel::find(ground)?);
-    if let Some(GoingOn { resumed, crossing }) = going_on {
+    let going_on = recover::recover(&kernel);
+    kernel.begin()?;
+    if let Some(GoingOn { resumed, found }) = going_on {
         let kernel = kernel.clone();
-        thread::Builder::new().name("update".into()).spawn(move || {
-            if let Err(error) = upgrade::go_on(&kernel, resumed, &crossing) {
-                tracing::error!("cannot go on with the update of an earlier batond: {error:#}");
-            }
+        thread::Builder::new().name("update".into()).spawn(move || match upgrade::go_on(&kernel, resumed, &found) {
+            Ok(ended) => tracing::error!("the update of an earlier batond has ended: {}", ended.cause),
+            Err(error) => tracing::error!("cannot go on with the update of an earlier batond: {error:#}"),
         })?;
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;

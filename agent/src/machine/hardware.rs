@@ -10,7 +10,7 @@ use kexec_core::memory_map::RangeSet;
 use crate::machine::clock::Moment;
 use crate::machine::facts;
 use crate::machine::liveupdate;
-use crate::machine::sysfs::{self, Bdf, Unbound};
+use crate::machine::sysfs::{self, Bdf, Function, Unbound};
 
 /// Where the module lists its instances.
 pub const INSTANCES: &str = "/proc/multikernel";
@@ -30,8 +30,8 @@ pub trait Hardware: Send + Sync {
     fn bind(&self, unbound: &Unbound) -> Result<()>;
     /// Lets the kernel look for drivers of PCI functions that have none.
     fn probe_drivers(&self) -> Result<()>;
-    /// Whether this kernel sees a function.
-    fn sees_function(&self, bdf: Bdf) -> Result<bool>;
+    /// A function as this kernel sees it; nothing when it does not.
+    fn function(&self, bdf: Bdf) -> Result<Option<Function>>;
     /// Stops a PCI function: driver off, bus mastering off.
     fn stop_function(&self, folder: &Path) -> Result<()>;
 
@@ -89,8 +89,8 @@ impl Hardware for Live {
         sysfs::probe_drivers()
     }
 
-    fn sees_function(&self, bdf: Bdf) -> Result<bool> {
-        sysfs::sees_function(bdf)
+    fn function(&self, bdf: Bdf) -> Result<Option<Function>> {
+        sysfs::function(bdf)
     }
 
     fn stop_function(&self, folder: &Path) -> Result<()> {

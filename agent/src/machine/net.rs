@@ -83,9 +83,12 @@ pub trait Net: Send + Sync {
     fn holder(&self, address: Ipv4Addr) -> Result<Option<u32>>;
     /// The network of this namespace as plain data.
     fn look(&self) -> Result<Network>;
+    /// The rules by which interfaces answer ARP requests now.
+    fn rules(&self, links: &[&Link]) -> Result<Vec<(Mac, ArpRules)>>;
     /// Before an interface goes that is on the network of `held`: it may have answered for the addresses of the one that stays, and does
-    /// not any more, and whoever sends to them is told which one does. Gives both interfaces' former rules.
-    fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>>;
+    /// not any more, and whoever sends to them is told which one does. [`Net::rules`] of both are to be kept beforehand, for
+    /// [`Net::restore`] is the undo.
+    fn part(&self, held: &HeldAddress, going: &Link) -> Result<()>;
     /// Prepares to say that an interface holds an address.
     fn announcer(&self, link: &Link, address: Ipv4Addr) -> Result<Announcer>;
 }
@@ -106,6 +109,29 @@ impl HeldAddress {
     /// No ARP request that comes in by this interface is answered any more. In the blackout: one write.
     pub fn hush(&self) -> Result<()> {
         self.arp.set(ArpAnswers::NONE)
+    }
+
+    /// One whose interface is `arp_ignore` in this file.
+    #[cfg(test)]
+    pub fn played(link: Link, cidr: Cidr, file: File, before: String, announcer: Announcer) -> HeldAddress {
+        HeldAddress { link, cidr, message: AddressMessage::default(), announcer, arp: ArpAnswers { file, before } }
+    }
+
+    /// The interface that holds it.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// How the interface answered ARP requests when it was looked up, and will again.
+    pub fn answered(&self) -> &str {
+        &self.arp.before
+    }
+
+    /// The same address, of an interface that answered like this before a batond that died hushed it.
+    #[must_use]
+    pub fn that_answered(mut self, before: &str) -> HeldAddress {
+        before.clone_into(&mut self.arp.before);
+        self
     }
 }
 
@@ -251,12 +277,9 @@ impl Net for Netlink {
     }
 
     fn restore(&self, rules: Vec<(Mac, ArpRules)>) -> Result<()> {
-        for (mac, rules) in rules {
-            if let Some(link) = self.find(mac)? {
-                rules.set(&link)?;
-            }
-        }
-        Ok(())
+        let back = |(mac, rules): (Mac, ArpRules)| self.find(mac)?.map_or(Ok(()), |link| rules.set(&link));
+        // Each of them, whatever becomes of the others.
+        rules.into_iter().map(back).fold(Ok(()), Result::and)
     }
 
     fn take_again(&self, held: &HeldAddress) -> Result<()> {
@@ -311,9 +334,12 @@ impl Net for Netlink {
         })
     }
 
-    fn part(&self, held: &HeldAddress, going: &Link) -> Result<Vec<(Mac, ArpRules)>> {
+    fn rules(&self, links: &[&Link]) -> Result<Vec<(Mac, ArpRules)>> {
+        links.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect()
+    }
+
+    fn part(&self, held: &HeldAddress, going: &Link) -> Result<()> {
         let both = [&held.link, going];
-        let before = both.iter().map(|link| Ok((link.mac, ArpRules::of(link)?))).collect::<Result<_>>()?;
         both.iter().try_for_each(|link| ArpRules::strict().set(link))?;
         for message in self.all_addresses()?.iter().filter(|message| message.header.index == held.link.index) {
             for attribute in &message.attributes {
@@ -322,7 +348,7 @@ impl Net for Netlink {
                 }
             }
         }
-        Ok(before)
+        Ok(())
     }
 
     fn announcer(&self, link: &Link, address: Ipv4Addr) -> Result<Announcer> {
@@ -496,6 +522,18 @@ impl ArpRules {
             std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
         };
         Ok(ArpRules { ignore: read("arp_ignore")?, announce: read("arp_announce")? })
+    }
+
+    /// Both values, `arp_ignore` first.
+    #[cfg(test)]
+    pub fn texts(&self) -> (String, String) {
+        (self.ignore.clone(), self.announce.clone())
+    }
+
+    /// The undo of [`ArpRules::texts`].
+    #[cfg(test)]
+    pub fn of_texts((ignore, announce): &(String, String)) -> ArpRules {
+        ArpRules { ignore: ignore.clone(), announce: announce.clone() }
     }
 
     /// Gives an interface these rules.

@@ -107,11 +107,21 @@ pub fn function_folder(segment: u32, bdf: Bdf) -> PathBuf {
     Path::new(PCI_DEVICES).join(format!("{segment:04x}{}", &bdf_name(bdf)[4..]))
 }
 
-/// Whether this kernel sees a function, in whichever segment.
-pub fn sees_function(bdf: Bdf) -> Result<bool> {
+/// A PCI function that this kernel sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Function {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// A driver has it.
+    pub has_driver: bool,
+}
+
+/// A function that this kernel sees, in whichever segment; nothing when it does not.
+pub fn function(bdf: Bdf) -> Result<Option<Function>> {
     let folders = fs::read_dir(PCI_DEVICES).context("cannot list PCI functions")?;
-    let mut names = folders.filter_map(|folder| folder.ok()?.file_name().into_string().ok());
-    Ok(names.any(|name| parse_bdf(&name) == Some(bdf)))
+    let named = |folder: &fs::DirEntry| folder.file_name().to_str().and_then(parse_bdf) == Some(bdf);
+    let found = folders.flatten().find(named).map(|entry| entry.path());
+    Ok(found.map(|folder| Function { has_driver: folder.join("driver").exists(), folder }))
 }
 
 /// Stops a PCI function: driver off, bus mastering off.

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use handover::update::effect::Effect;
-use handover::update::machine::{JournalLine, Next, Serves};
+use handover::update::machine::{JournalLine, Next};
 use handover::update::phase::Phase;
-use handover::update::recover::{self, Evidence, Recovery, Resumed, recover};
+use handover::update::recover::{self, Evidence, Recovery, recover};
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::statvfs::{FsFlags, statvfs};
@@ -119,24 +119,12 @@ impl Journal {
         Ok(if journal.lines.first().is_some_and(other) { Journal::default() } else { journal })
     }
 
-    /// The update that was under way, given that its successor has answered that it serves, and what comes next.
+    /// What has to be done about the update that these lines are of.
     ///
     /// # Errors
-    /// The lines do not lead to an update whose successor serves.
-    pub fn resume_serving(&self) -> Result<Resumed> {
-        let evidence = Evidence { answered: true, epoch_word: None };
-        let recovery = recover(&self.lines, &boot_id()?, evidence, Duration::ZERO);
-        match recovery.context("the journal does not lead to where the update is")? {
-            Recovery::GoOn(resumed) | Recovery::Leave(resumed) => Ok(*resumed),
-            // It was on its way back already: there it goes on, from the undo that was under way.
-            Recovery::TakeBack(resumed) if self.lines.iter().any(|line| line.serves == Serves::Successor) => {
-                Ok(*resumed)
-            }
-            Recovery::TakeBack(resumed) => {
-                bail!("the journal ends in phase {}, in which no successor serves", resumed.update.phase())
-            }
-            Recovery::Nothing => bail!("the journal says that the update had ended"),
-        }
+    /// The lines do not lead to where it is.
+    pub fn recover(&self, evidence: Evidence) -> Result<Recovery> {
+        Ok(recover(&self.lines, &boot_id()?, evidence, Duration::ZERO)?)
     }
 
     /// Reads its text.
@@ -162,12 +150,9 @@ impl Journal {
 
 #[cfg(test)]
 mod tests {
-    use handover::update::cpu::{Cpu, Cpus, Moving};
-    use handover::update::deadline::Deadlines;
+    use handover::update::cpu::Cpu;
     use handover::update::error::Outcome;
-    use handover::update::machine::{Event, Update};
-    use handover::update::plan::{Goal, Plan, ProbationPolicy};
-    use state_schemas::handover_record::UpdateId;
+    use handover::update::machine::{Event, Serves};
 
     use super::*;
 
@@ -204,65 +189,5 @@ mod tests {
         assert!(left != begun && Journal::parse(&left).unwrap().unfinished().is_none());
         assert!(Journal::parse("no journal\n").is_err());
         assert!(Journal::read(Path::new("/nonexistent")).unwrap().unfinished().is_none());
-    }
-
-    fn plan() -> Plan {
-        let cpu = |number| Cpu { number, apic_id: number };
-        let second = Duration::from_secs(1);
-        let deadlines = Deadlines {
-            granted: second,
-            booting: second,
-            trial: second,
-            cutover: second,
-            per_cpu: second,
-            commit: second,
-            undo: second,
-        };
-        Plan {
-            update: UpdateId([7; 16]),
-            boot: boot_id().unwrap(),
-            services: vec!["kv".into()],
-            goal: Goal::Upgrade,
-            epoch: 4,
-            cpus: Cpus {
-                spare: Moving { cpu: cpu(3), online: true },
-                others: vec![Moving { cpu: cpu(1), online: true }, Moving { cpu: cpu(2), online: true }],
-                last: cpu(0),
-            },
-            devices: true,
-            probation: ProbationPolicy::CommitAtOnce,
-            deadlines,
-        }
-    }
-
-    /// A driver that dies at each step of an update that goes well: once its successor has answered that it serves, the next one
-    /// goes on with the very effect that was under way, also where nobody could write down that it serves.
-    #[test]
-    fn an_update_whose_successor_serves_is_gone_on_with_at_any_line() {
-        let mut update = Update::new(plan());
-        let (mut lines, mut unwritten) = (Vec::new(), Vec::new());
-        let mut next = update.step(Duration::ZERO, Event::Begin).unwrap();
-        let (mut resumed_at, mut refused_at) = (0, 0);
-        while let Next::Do(effect) = &next {
-            unwritten.extend(update.take_journal());
-            if update.may_write_journal() {
-                lines.append(&mut unwritten);
-            }
-            let journal = Journal { lines: lines.clone() };
-            if update.serves() == Serves::Successor {
-                let resumed = journal.resume_serving().unwrap();
-                assert_eq!(resumed.next, Next::Do(effect.clone()));
-                assert_eq!((resumed.update.serves(), resumed.update.is_rolling_back()), (Serves::Successor, false));
-                resumed_at += 1;
-            } else if update.serves() == Serves::Incumbent {
-                assert!(journal.resume_serving().unwrap_err().to_string().contains("no successor serves"));
-                refused_at += 1;
-            }
-            next = update.step(Duration::ZERO, Event::Done).unwrap();
-        }
-        assert!(resumed_at > 5 && refused_at > 5, "{resumed_at} {refused_at}");
-        lines.extend(update.take_journal());
-        let ended = Journal { lines }.resume_serving().unwrap_err().to_string();
-        assert!(ended.contains("had ended"), "{ended}");
     }
 }

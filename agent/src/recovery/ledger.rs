@@ -92,6 +92,9 @@ pub struct Pages {
     /// Interfaces whose rules an update under way has changed, with the rules as they were.
     #[serde(default)]
     pub arp_rules: Vec<(Mac, ArpRules)>,
+    /// The interface that an update under way takes from its driver: written before it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub granted: Option<Granted>,
     /// What it takes to go on with an update whose successor serves. Written in its trial, before nobody serves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crossing: Option<Crossing>,
@@ -116,6 +119,9 @@ pub struct Crossing {
     pub firmware_bsp: Option<u32>,
     /// The interface that was granted.
     pub granted: Option<Granted>,
+    /// How the interface with the service address answered ARP requests before the cutover hushed it (`arp_ignore`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answered: Option<String>,
 }
 
 /// An interface that was granted, and how its driver gets it back.
@@ -222,6 +228,7 @@ mod tests {
             keepers: ["memo".to_owned()].into(),
             files: vec![(1 << 21, 4096)],
             arp_rules: vec![([2, 0, 0, 0, 0, 9], ArpRules::strict())],
+            granted: None,
             crossing: None,
         };
         let first =

@@ -1,120 +1,164 @@
-//! After a batond that died in the middle of an update: the module still accounts for what it held, and the journal for
-//! what it was doing. What has not passed the cutover is taken back, as an update that fails would; where the successor serves,
-//! the update is gone on with ([`crate::update::upgrade::go_on`]).
+//! After a batond that died in the middle of an update: the module still accounts for what it held, the journal for what it was doing,
+//! and the ledger for what of it has to be known. Which way it goes from there is decided in [`handover::update::recover`]; it is done by
+//! hands that follow those of the dead one ([`crate::update::hands::Found`]), as every other step of an update.
 //!
 //! What is not taken back: the services' connections. They come by themselves ([`baton_sdk`]) for the arenas that they
 //! have ([`crate::recovery::ledger`]).
 
-use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use handover::update::blame::Blame;
+use handover::update::cpu::Cpu;
 use handover::update::effect::Effect;
 use handover::update::error::{Cause, Left, Outcome};
 use handover::update::machine::{Event, JournalLine, Next, Serves};
-use handover::update::recover::Resumed;
-use kexec_core::device::{Access, Device, End, TakeCpu};
-use kexec_core::layout::{PAGE, SIPI_PAGE};
+use handover::update::recover::{Evidence, Recovery, Resumed};
+use kexec_core::device::{Access, Device, End};
 use kexec_core::memory_map::Range;
 use kexec_core::registry::State;
+use state_schemas::control_block::{self, words};
+use state_schemas::latest::handover_record::UpdateId;
+use state_schemas::shared::SharedMemory;
 
-use crate::daemon::config::Config;
-use crate::daemon::kernel::Ground;
-use crate::machine::hardware::Hardware;
-use crate::machine::net::{Net, parse_mac};
-use crate::machine::pci;
-use crate::recovery::journal::{self, JOURNAL, Journal};
-use crate::recovery::ledger::Crossing;
-use crate::takeover::birth::Birth;
-use crate::takeover::home::Home;
+use crate::daemon::kernel::Kernel;
+use crate::machine::net::parse_mac;
+use crate::recovery::journal::{self, Journal};
+use crate::recovery::ledger::{Crossing, Granted};
+use crate::update::hands::{Found, Hands};
+use crate::update::plan::Target;
+use crate::update::upgrade;
 use crate::userland::kernels::{self, Instance};
-
-/// How long a CPU may take to its park page: it runs some dozen instructions.
-const HOMECOMING: Duration = Duration::from_secs(5);
 
 /// An update that an earlier batond began, and that this one goes on with: its successor serves.
 pub struct GoingOn {
     /// The update, where the journal leaves it, and what comes next.
     pub resumed: Resumed,
-    /// The successor in its place.
-    pub crossing: Crossing,
+    /// What there is of it.
+    pub found: Found,
 }
 
 /// Finds out what an earlier batond was doing when it died. What no successor serves yet is taken back here, and log and journal say
-/// so; an update whose successor serves is to be gone on with. Before anything else of the machine is looked at: a CPU or an
-/// interface may be missing.
-pub fn recover(ground: &Ground) -> Option<GoingOn> {
+/// so; an update whose successor serves is to be gone on with. Before anybody serves here: who does is decided by it.
+pub fn recover(kernel: &Kernel) -> Option<GoingOn> {
     // Without the module nothing can be missing; a kernel that has not taken over yet has nothing to take back.
-    let device = ground.device().filter(|_| ground.is_settled())?;
-    let found = kernels::others(&*ground.hardware).and_then(|others| {
-        let journal = Journal::of_this_boot(Path::new(JOURNAL)).unwrap_or_else(|error| {
-            tracing::warn!("the last update's journal cannot be read: {error:#}");
-            Journal::default()
-        });
-        match others.iter().find(|other| other.state == State::Serving) {
-            Some(serving) => go_on(ground, serving, &journal).map(Some),
-            None => {
-                take_back_and_say(ground, device, &journal, &others);
-                Ok(None)
-            }
-        }
-    });
-    found.unwrap_or_else(|error| {
+    let device = kernel.loaded_device().filter(|_| !kernel.is_successor())?;
+    look(kernel, device).unwrap_or_else(|error| {
         tracing::error!("an update that an earlier batond began is neither finished nor undone: {error:#}");
         None
     })
 }
 
-/// The successor serves, so the way on is the only one on which nobody notices anything.
-fn go_on(ground: &Ground, serving: &Instance, journal: &Journal) -> Result<GoingOn> {
-    let who = || {
+fn look(kernel: &Kernel, device: &Device) -> Result<Option<GoingOn>> {
+    let rows = kernels::others(&*kernel.hardware)?;
+    let journal = Journal::of_this_boot(&kernel.journal).unwrap_or_else(|error| {
+        tracing::warn!("the last update's journal cannot be read: {error:#}");
+        Journal::default()
+    });
+    let serving = rows.iter().find(|row| row.state == State::Serving);
+    let row = serving.or(rows.first()).cloned();
+    let pages = kernel.ledger.pages();
+    let crossing = pages.crossing.filter(|crossing| row.as_ref().is_some_and(|row| row.id == crossing.instance));
+    let evidence = Evidence {
+        answered: serving.is_some(),
+        epoch_word: crossing.as_ref().and_then(|crossing| epoch_word(device, crossing)),
+    };
+    let who = |row: &Instance| {
         format!(
             "instance {} ({}) serves; stop it by restarting the machine, or leave both kernels as they are",
-            serving.id, serving.image
+            row.id, row.image
         )
     };
-    let crossing = ground.ledger.pages().crossing.filter(|crossing| crossing.instance == serving.id);
-    let crossing = crossing.context("what it takes to go on was not written down").with_context(who)?;
-    let resumed = journal.resume_serving().with_context(who)?;
-    tracing::warn!(
-        release = crossing.release,
-        "an earlier batond died in an update whose successor serves: going on with it"
-    );
-    Ok(GoingOn { resumed, crossing })
-}
-
-/// Takes back what no successor serves with, and says in log and journal what came of it.
-fn take_back_and_say(ground: &Ground, device: &Device, journal: &Journal, others: &[Instance]) {
-    let last = journal.unfinished();
-    if last.is_none() && others.is_empty() {
-        return;
-    }
-    let during = match last.map(|last| &last.next) {
-        Some(Next::Do(effect)) => effect.name(),
-        _ => "an update without a journal",
-    };
-    tracing::warn!(during, "an earlier batond died in an update");
-    let Ground { netlink, hardware, config, ledger, .. } = ground;
-    let taken_back = take_back(device, &**hardware, &**netlink, config, journal, ground.birth.as_ref(), others);
-    let taken_back = taken_back.and_then(|()| {
-        netlink.restore(ledger.pages().arp_rules)?;
-        ledger.change(|pages| {
-            pages.arp_rules.clear();
-            pages.crossing = None;
-        })
-    });
-    let (what, left) = match taken_back {
-        Ok(()) => (format!("batond died during `{during}`; the next one took everything back"), Vec::new()),
+    let decided = match journal.recover(evidence) {
+        Ok(Recovery::Nothing) if rows.is_empty() => return Ok(None),
+        // There is an instance, and nothing that leads to it.
+        Ok(Recovery::Nothing) => None,
+        Ok(decided) => Some(decided),
+        Err(_) if rows.is_empty() && journal.unfinished().is_none() => return Ok(None),
         Err(error) => {
-            tracing::error!("what an earlier batond left could not be taken back: {error:#}");
-            let cause = Cause::broken(Blame::Incumbent, format!("{error:#}"));
-            let what = format!("batond died during `{during}`; the next one could not take everything back");
-            (what, vec![Left { effect: Effect::DestroyInstance, cause }])
+            tracing::warn!("the last update's journal does not lead to where it is: {error}");
+            None
         }
     };
-    let Some(last) = last else { return };
-    let cause = Cause::broken(Blame::Incumbent, what);
+    if let Some(row) = serving {
+        let known = decided.is_some() && crossing.is_some();
+        known.then_some(()).context("what it takes to go on was not written down").with_context(|| who(row))?;
+    }
+    let Some(decided) = decided else {
+        take_back_by_the_module(kernel, device, &journal, &rows);
+        return Ok(None);
+    };
+    let found = |resumed: &Resumed| Found {
+        granted: pages.granted.clone().or_else(|| crossing.as_ref().and_then(|crossing| crossing.granted.clone())),
+        row: row.clone(),
+        crossing: crossing.clone(),
+        cpus: {
+            let cpus = &resumed.update.plan().cpus;
+            cpus.others.iter().chain([&cpus.spare]).map(|moving| (moving.cpu.number, moving.cpu.apic_id)).collect()
+        },
+        until: Some(Instant::now() + resumed.update.plan().deadlines.cutover),
+    };
+    let during = journal.unfinished().map_or("the update", |last| match &last.next {
+        Next::Do(effect) => effect.name(),
+        Next::End(_) => "the end of the update",
+    });
+    match decided {
+        Recovery::Nothing => Ok(None),
+        Recovery::GoOn(resumed) | Recovery::Leave(resumed) => {
+            tracing::warn!(during, "an earlier batond died in an update whose successor serves: going on with it");
+            Ok(Some(GoingOn { found: found(&resumed), resumed: *resumed }))
+        }
+        Recovery::TakeBack(resumed) => {
+            tracing::warn!(during, "an earlier batond died in an update: taking it back");
+            let (found, serves) = (found(&resumed), resumed.update.serves());
+            match upgrade::go_on(kernel, *resumed, &found) {
+                Ok(ended) => tracing::warn!("the update of an earlier batond has ended: {}", ended.cause),
+                // Nothing was done, and who holds the arenas is not known.
+                Err(error) if serves != Serves::Incumbent => {
+                    kernel.services.elsewhere(format!("the successor may serve, and cannot be looked at: {error:#}"));
+                    return Err(error);
+                }
+                Err(error) => return Err(error),
+            }
+            Ok(None)
+        }
+    }
+}
+
+/// What the successor's control block says of who holds the epoch.
+fn epoch_word(device: &Device, crossing: &Crossing) -> Option<u64> {
+    let block = Range::with_len(crossing.region.0, control_block::SIZE)?;
+    let control = device.map(block, Access::ReadOnly).ok()?;
+    Some(control.load(words::EPOCH_AT))
+}
+
+/// Takes back what the module accounts for, where no journal leads to it, and says in log and journal what came of it.
+fn take_back_by_the_module(kernel: &Kernel, device: &Device, journal: &Journal, rows: &[Instance]) {
+    tracing::warn!(
+        "an earlier batond died in an update, and no journal leads to it: everything that the module knows of is taken back"
+    );
+    let mut left = Vec::new();
+    for row in rows {
+        left.extend(take_back(kernel, device, journal, row).unwrap_or_else(|error| {
+            let cause = Cause::broken(Blame::Incumbent, format!("{error:#}"));
+            vec![Left { effect: Effect::DestroyInstance, cause }]
+        }));
+    }
+    let ended = device.set_end(End::Machine).map_err(anyhow::Error::from);
+    let noted = kernel.ledger.change(|pages| {
+        if left.is_empty() {
+            (pages.crossing, pages.granted) = (None, None);
+        }
+    });
+    for error in [ended, noted].into_iter().filter_map(Result::err) {
+        tracing::error!("{error:#}");
+    }
+    if !left.is_empty() {
+        tracing::error!("what an earlier batond left could not all be taken back: {}", upgrade::list(&left));
+    }
+    let Some(last) = journal.unfinished() else { return };
+    let what = if left.is_empty() { "took everything back" } else { "could not take everything back" };
+    let cause = Cause::broken(Blame::Incumbent, format!("batond died in the update; the next one {what}"));
     let line = JournalLine {
         seq: last.seq + 1,
         serves: Serves::Incumbent,
@@ -123,87 +167,67 @@ fn take_back_and_say(ground: &Ground, device: &Device, journal: &Journal, others
         plan: None,
         ..last.clone()
     };
-    if let Err(error) = journal::append(Path::new(JOURNAL), &line) {
+    if let Err(error) = journal::append(&kernel.journal, &line) {
         tracing::warn!("the journal ends here: {error:#}");
     }
 }
 
-fn take_back(
-    device: &Device,
-    hardware: &dyn Hardware,
-    netlink: &dyn Net,
-    config: &Config,
-    journal: &Journal,
-    birth: Option<&Birth>,
-    left: &[Instance],
-) -> Result<()> {
-    let home = birth.map(Home::of);
-    let bsp = birth.and_then(|birth| birth.facts().bsp);
-    if let Some(apic_id) = left.iter().flat_map(|instance| &instance.cpus).find(|apic_id| bsp == Some(**apic_id)) {
-        bail!("the CPU with APIC id {apic_id:#x} booted the machine: it cannot be stopped, and is with the successor");
-    }
-    for instance in left {
-        for apic_id in &instance.cpus {
-            device.take_cpu(instance.id, *apic_id, TakeCpu::Fence)?;
-        }
-        if let Some(home) = home {
-            bring_home(device, home, instance)?;
-        }
-    }
-    // Before its memory is anybody's: a device that it had may still write there.
-    take_devices_back(device, hardware, netlink, config, birth)?;
-    for instance in left {
-        device.destroy_instance(instance.id)?;
-    }
-    device.set_end(End::Machine)?;
-    let theirs = |apic_id| left.iter().any(|instance| instance.cpus.contains(&apic_id));
-    for cpu in device.cpus()?.iter().filter(|cpu| !cpu.online) {
-        if theirs(cpu.apic_id) || journal.cpus().any(|number| number == cpu.cpu) {
-            if home.is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
-                bail!("CPU {} does not wait at this kernel's mailbox: onlining it would never end", cpu.cpu);
-            }
-            hardware.online_cpu(cpu.cpu)?;
-        }
-    }
-    Ok(())
-}
-
-/// An interface that is not here was granted. Its driver gets it back; one that this kernel never saw is only stopped.
-fn take_devices_back(
-    device: &Device,
-    hardware: &dyn Hardware,
-    netlink: &dyn Net,
-    config: &Config,
-    birth: Option<&Birth>,
-) -> Result<()> {
-    for nic in &config.network.nic {
-        let mac = parse_mac(&nic.mac)?;
-        if netlink.find(mac)?.is_some() {
+/// The undos of everything that an instance can hold, as an update would do them; says what is left.
+fn take_back(kernel: &Kernel, device: &Device, journal: &Journal, row: &Instance) -> Result<Vec<Left>> {
+    let cpus: Vec<Cpu> = device
+        .cpus()?
+        .into_iter()
+        .filter(|cpu| !cpu.online)
+        .filter(|cpu| row.cpus.contains(&cpu.apic_id) || journal.cpus().any(|number| number == cpu.cpu))
+        .map(|cpu| Cpu { number: cpu.cpu, apic_id: cpu.apic_id })
+        .collect();
+    let found = Found {
+        row: Some(row.clone()),
+        granted: granted(kernel)?,
+        cpus: cpus.iter().map(|cpu| (cpu.number, cpu.apic_id)).collect(),
+        ..Found::default()
+    };
+    let target = Target::found(row.image.clone(), found.granted.as_ref(), &kernel.config, kernel.facts());
+    let mut hands = Hands::following(kernel, &target, UpdateId([0; 16]), &found)?;
+    let mut undo = vec![Effect::Fence { cpus: cpus.clone() }, Effect::TakeDevicesBack, Effect::DestroyInstance];
+    undo.extend(cpus.iter().map(|cpu| Effect::OnlineCpu { cpu: *cpu }));
+    undo.push(Effect::GiveBackMemory);
+    let mut left: Vec<Left> = Vec::new();
+    for effect in undo {
+        if let Some(before) = left.iter().find(|left| left.effect.forbids(&effect)) {
+            let cause = Cause::kept(before.cause.blame, &format!("{} failed", before.effect.name()));
+            left.push(Left { effect, cause });
             continue;
         }
-        hardware.probe_drivers()?;
-        if let Some(link) = netlink.find(mac)? {
-            netlink.link_up(&link)?;
-            netlink.add(&link, nic.address)?;
-        } else if let Some(facts) = birth.map(Birth::facts)
-            && let Some(bdf) = facts.nics.get(&mac)
-        {
-            pci::stop_unseen(hardware, device, facts.ecam, *bdf)?;
+        let until = Instant::now() + kernel.config.update.step_timeout();
+        if let Event::Failed(cause) | Event::Unknown(cause) = hands.carry_out(&effect, until) {
+            left.push(Left { effect, cause });
         }
     }
-    Ok(())
+    Ok(left)
 }
 
-/// A former successor's CPUs that got INIT go to its own park page; as long as the instance has the page they start at.
-fn bring_home(device: &Device, home: Home<'_>, instance: &Instance) -> Result<()> {
-    if instance.cpus.is_empty() {
-        return Ok(());
+/// The interface that was granted: as it was written down, or one that is configured and not here. Its driver may only need to be asked.
+fn granted(kernel: &Kernel) -> Result<Option<Granted>> {
+    let pages = kernel.ledger.pages();
+    if let Some(granted) = pages.granted.or_else(|| pages.crossing?.granted) {
+        return Ok(Some(granted));
     }
-    let sipi = device.map(Range::new(SIPI_PAGE, SIPI_PAGE + PAGE), Access::ReadWrite)?;
-    for apic_id in &instance.cpus {
-        // That it waited there may not have been struck out yet.
-        home.mailbox().forget(*apic_id);
-        home.bring(device, instance.id, &sipi, *apic_id, Instant::now() + HOMECOMING)?;
+    for nic in &kernel.config.network.nic {
+        let mac = parse_mac(&nic.mac)?;
+        if kernel.netlink.find(mac)?.is_some() {
+            continue;
+        }
+        kernel.hardware.probe_drivers()?;
+        if let Some(link) = kernel.netlink.find(mac)? {
+            kernel.netlink.link_up(&link)?;
+            kernel.netlink.add(&link, nic.address)?;
+            continue;
+        }
+        // One that a machine never had is configured too.
+        if let Some(bdf) = kernel.facts().nics.get(&mac) {
+            return Ok(Some(Granted { mac, bdf: *bdf, unbound: None }));
+        }
     }
-    Ok(())
+    Ok(None)
 }

@@ -23,7 +23,7 @@ use crate::machine::sys::tsc;
 
 /// A bell is rung again after this long without an answer: an interrupt that comes while the other side takes its
 /// vector over is lost, a message is not.
-const RING_AGAIN: Duration = Duration::from_millis(250);
+const RING_AGAIN: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 250 }); // a played bell rings nobody
 
 /// What a panicking kernel writes; anything but zero.
 const PANICKED: u64 = 1;
@@ -217,22 +217,23 @@ where
 }
 
 impl Line<Incumbent> {
-    /// Takes up the line of an incumbent's agent that has died, to `instance`: what the successor answered to that one is of no use
-    /// any more. (The successor may ring the bell of the one that died. Its answers are looked for without a bell, too.)
-    pub fn take_up(
-        device: &Device,
-        control: Arc<Mapping>,
-        base: u64,
-        instance: u32,
-        until: Instant,
-    ) -> Result<Line<Incumbent>> {
-        let mut line: Line<Incumbent> = Line::take_end(device, control, base, instance)?;
+    /// Takes up the line of an incumbent's agent that has died, to `instance`. [`Line::greet`] comes next.
+    pub fn take_up(device: &Device, control: Arc<Mapping>, base: u64, instance: u32) -> Result<Line<Incumbent>> {
+        Line::take_end(device, control, base, instance)
+    }
+
+    /// Waits until the successor answers this agent: what it answered to one that died is of no use any more. (The successor may ring
+    /// the bell of the one that died. Its answers are looked for without a bell, too.)
+    ///
+    /// # Errors
+    /// It does not answer until then.
+    pub fn greet(&mut self, until: Instant) -> Result<()> {
         let ours = tsc();
-        line.send(&ToSuccessor::Ping { nonce: ours })?;
+        self.send(&ToSuccessor::Ping { nonce: ours })?;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            match line.receive(left).context("the successor does not answer a new batond")? {
-                ToIncumbent::Pong { nonce } if nonce == ours => return Ok(line),
+            match self.receive(left).context("the successor does not answer a new batond")? {
+                ToIncumbent::Pong { nonce } if nonce == ours => return Ok(()),
                 late => tracing::info!("an answer for the batond that died: {late:?}"),
             }
         }

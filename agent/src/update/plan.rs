@@ -25,7 +25,7 @@ use kexec_core::memory_map::{Range, RangeSet, Wish, candidates, struct_page_byte
 use kexec_core::placement::{PlacementError, PlacementRequest, can_place, smallest_region};
 use state_schemas::platform::Platform;
 
-use crate::daemon::config::{Cidr, Nic};
+use crate::daemon::config::{Cidr, Config, Nic};
 use crate::daemon::control::{Finding, ServiceState, Upgrade};
 use crate::daemon::kernel::{Kernel, no_place, unusable};
 use crate::daemon::outcome::{Class, Failure};
@@ -36,7 +36,7 @@ use crate::machine::regular;
 use crate::machine::sysfs::Bdf;
 use crate::machine::world::Live;
 use crate::recovery::journal::{self, JOURNAL};
-use crate::recovery::ledger::Crossing;
+use crate::recovery::ledger::Granted;
 use crate::services::Admission;
 use crate::update::findings::Findings;
 use crate::update::kho::{self, Spoken};
@@ -59,12 +59,36 @@ const INITRD_LIMITS: Limits = Limits { files: 1 << 20, unpacked: 16 << 30 };
 /// No kernel's `.config` is larger.
 const MAX_KERNEL_CONFIG: u64 = 4 << 20;
 
+/// Whom an update hands over to, and with what: all that has to be known of it once it is in its place.
+pub struct Target {
+    /// The successor's release.
+    pub release: String,
+    /// The interface that it gets.
+    pub nic: Option<GrantedNic>,
+    /// The machine.
+    pub facts: Facts,
+}
+
+impl Target {
+    /// That of an update that an earlier batond began: what it granted is in the ledger, which interface that is in the configuration.
+    pub fn found(release: String, granted: Option<&Granted>, config: &Config, facts: Facts) -> Target {
+        let configured = |mac: Mac| config.network.nic.iter().find(|nic| parse_mac(&nic.mac).is_ok_and(|m| m == mac));
+        let unknown = |mac| Nic { mac: mac_name(mac), address: Cidr { address: Ipv4Addr::UNSPECIFIED, prefix: 0 } };
+        let nic = granted.map(|granted| GrantedNic {
+            nic: configured(granted.mac).cloned().unwrap_or_else(|| unknown(granted.mac)),
+            mac: granted.mac,
+            bdf: granted.bdf,
+        });
+        Target { release, nic, facts }
+    }
+}
+
 /// What will be done. Holds no resource yet.
 pub struct Plan {
+    /// For whom.
+    pub target: Target,
     /// The kernel image's bytes.
     pub image: Vec<u8>,
-    /// Its release.
-    pub release: String,
     /// The initrd's bytes: the operator's, if any, with ours in it.
     pub initrd: Vec<u8>,
     /// The operator's command line.
@@ -79,37 +103,8 @@ pub struct Plan {
     pub region_len: u64,
     /// The grain of hot-add.
     pub block_size: u64,
-    /// The interface that the successor gets.
-    pub nic: Option<GrantedNic>,
     /// In which version the handover record is written: the newest that the successor's agent reads.
     pub record_version: u32,
-    /// The machine.
-    pub facts: Facts,
-}
-
-impl Plan {
-    /// What is left of a plan whose successor serves: what was to be placed is in its place, and which CPUs follow is in the journal.
-    pub fn of_crossing(crossing: &Crossing, facts: Facts, epoch: u64) -> Plan {
-        let nic = crossing.granted.as_ref().map(|granted| GrantedNic {
-            nic: Nic { mac: mac_name(granted.mac), address: Cidr { address: Ipv4Addr::UNSPECIFIED, prefix: 0 } },
-            mac: granted.mac,
-            bdf: granted.bdf,
-        });
-        Plan {
-            image: Vec::new(),
-            release: crossing.release.clone(),
-            initrd: Vec::new(),
-            cmdline: String::new(),
-            kho: None,
-            spare: CpuFacts::default(),
-            moves: Vec::new(),
-            region_len: crossing.region.1,
-            block_size: 0,
-            nic,
-            record_version: 0,
-            facts: Facts { epoch, ..facts },
-        }
-    }
 }
 
 /// An interface for the successor.
@@ -177,11 +172,13 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             kho: kho.map(|spoken| kho::as_told(spoken, &cmdline)),
             cmdline,
             moves,
-            facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
-            nic: nic?,
+            target: Target {
+                release,
+                nic: nic?,
+                facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
+            },
             record_version: record_version?,
             image,
-            release,
             initrd,
             spare,
             region_len,

@@ -4,7 +4,6 @@
 //! waits, and is told afterwards.
 
 use std::fs::File;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -13,14 +12,12 @@ use handover::update::error::Outcome;
 use handover::update::machine::{Event, JournalLine, Update};
 use handover::update::phase::Phase;
 use handover::update::plan::Plan as Steps;
-use state_schemas::latest::handover_record::UpdateId;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::daemon::control::{Reply, Stage, UpdateStatus};
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::Failure;
-use crate::recovery::journal::{self, JOURNAL};
-use crate::update::plan::Plan;
+use crate::recovery::journal;
 use crate::update::timeline::{Timeline, tsc};
 
 /// Tells of one update.
@@ -46,17 +43,18 @@ impl<'a> Report<'a> {
     /// The journal cannot be written: then no update begins, because a batond that dies in it could not be cleaned up after.
     pub fn open(
         kernel: &'a Kernel,
-        plan: &'a Plan,
-        id: UpdateId,
+        steps: &Steps,
+        release: &'a str,
         replies: &'a UnboundedSender<Reply>,
     ) -> Result<Report<'a>> {
-        let journal = journal::create(Path::new(JOURNAL), journal::room(plan.moves.len() + 1)).map_err(|error| {
-            Failure::precondition(
-                format!("the update's journal cannot be begun: {error:#}"),
-                "make room on its disk; without a journal nobody could clean up after a batond that dies",
-            )
-        })?;
-        Ok(Report::with_journal(journal, kernel, plan, id, replies))
+        let journal =
+            journal::create(&kernel.journal, journal::room(steps.cpus.others.len() + 2)).map_err(|error| {
+                Failure::precondition(
+                    format!("the update's journal cannot be begun: {error:#}"),
+                    "make room on its disk; without a journal nobody could clean up after a batond that dies",
+                )
+            })?;
+        Ok(Report::with_journal(journal, kernel, steps, release, replies))
     }
 
     /// Of an update that an earlier batond began. Its lines follow those that are there.
@@ -65,30 +63,32 @@ impl<'a> Report<'a> {
     /// The journal cannot be written.
     pub fn go_on(
         kernel: &'a Kernel,
-        plan: &'a Plan,
-        steps: &Steps,
+        update: &Update,
+        release: &'a str,
         replies: &'a UnboundedSender<Reply>,
     ) -> Result<Report<'a>> {
-        let journal = File::options().append(true).open(JOURNAL).with_context(|| format!("cannot open {JOURNAL}"))?;
-        let report = Report::with_journal(journal, kernel, plan, steps.update, replies);
-        let cpus = steps.cpus.others.len() + 2;
-        kernel.note(|update| update.cpus_total = u32::try_from(cpus).unwrap_or(u32::MAX));
+        let path = &kernel.journal;
+        let journal =
+            File::options().append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
+        let report = Report::with_journal(journal, kernel, update.plan(), release, replies);
+        kernel.note(|status| status.cpus_moved = update.cpus_handed());
         Ok(report)
     }
 
-    fn with_journal(
+    /// With a journal that is open already.
+    pub(super) fn with_journal(
         journal: File,
         kernel: &'a Kernel,
-        plan: &'a Plan,
-        id: UpdateId,
+        steps: &Steps,
+        release: &'a str,
         replies: &'a UnboundedSender<Reply>,
     ) -> Report<'a> {
         kernel.state().update = Some(UpdateStatus {
-            id: id.to_string(),
+            id: steps.update.to_string(),
             phase: Stage::In(Phase::Planned),
             incumbent_release: kernel.release().to_owned(),
-            successor_release: plan.release.clone(),
-            cpus_total: u32::try_from(plan.moves.len() + 1).unwrap_or(u32::MAX),
+            successor_release: release.to_owned(),
+            cpus_total: u32::try_from(steps.cpus.others.len() + 2).unwrap_or(u32::MAX),
             cpus_moved: 0,
             left_undone: Vec::new(),
             timeline: Vec::new(),
@@ -97,7 +97,7 @@ impl<'a> Report<'a> {
         });
         Report {
             kernel,
-            release: &plan.release,
+            release,
             replies,
             began: Instant::now(),
             phase: Phase::Planned,

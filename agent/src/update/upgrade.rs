@@ -19,7 +19,8 @@ use anyhow::{Context, Result};
 use handover::update::blame::Blame;
 use handover::update::cpu::{Cpu, Cpus, Moving};
 use handover::update::deadline::Deadlines;
-use handover::update::error::{Cause, Left, Outcome};
+use handover::update::effect::Effect;
+use handover::update::error::{Cause, Left, Outcome, Sort};
 use handover::update::machine::{Event, Next, Update};
 use handover::update::phase::Phase;
 use handover::update::plan::{Goal, ProbationPolicy};
@@ -31,14 +32,14 @@ use tokio::sync::mpsc::UnboundedSender;
 use crate::daemon::control::{Reply, Upgrade};
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::{Class, Failure};
+use crate::machine::facts::Facts;
 use crate::recovery::journal::boot_id;
-use crate::recovery::ledger::Crossing;
-use crate::update::hands::{self, Hands};
-use crate::update::plan::{self, Plan};
+use crate::update::hands::{self, Found, Hands};
+use crate::update::plan::{self, Plan, Target};
 use crate::update::report::Report;
 
 /// Each effect is carried out, and its outcome decides on the next, until there is none.
-fn drive(update: &mut Update, first: Next, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
+pub(super) fn drive(update: &mut Update, first: Next, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
     let mut next = first;
     loop {
         let event;
@@ -97,17 +98,17 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
 fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Failure> {
     let id = new_id()?;
     let mut update = Update::new(steps(id, plan, kernel)?);
-    let mut report = Report::open(kernel, plan, id, replies)?;
+    let mut report = Report::open(kernel, update.plan(), &plan.target.release, replies)?;
     let mut hands = Hands::new(kernel, plan, id)?;
     // What an earlier update has left there is not this one's.
-    kernel.ledger.change(|pages| pages.crossing = None)?;
+    kernel.ledger.change(|pages| (pages.crossing, pages.granted) = (None, None))?;
     let first = update.step(report.now(), Event::Begin)?;
     let outcome = drive(&mut update, first, &mut hands, &mut report);
     Ok(ended(kernel, &mut update, outcome, &hands, &mut report))
 }
 
 /// Says who may serve here, now that the update has ended, and what became of it.
-fn ended(
+pub(super) fn ended(
     kernel: &Kernel,
     update: &mut Update,
     outcome: Outcome,
@@ -116,6 +117,10 @@ fn ended(
 ) -> Failure {
     match &outcome {
         Outcome::Committed { .. } => kernel.services.elsewhere("the successor serves: nobody serves here".to_owned()),
+        Outcome::RolledBack { left, .. } if must_stay_silent(left) => {
+            let why = "the successor may still serve: it could not be stopped, so nobody serves here";
+            kernel.services.elsewhere(why.to_owned());
+        }
         // Also where nobody had been stopped yet: who came meanwhile waits.
         Outcome::RolledBack { .. } | Outcome::TrialPassed { .. } => kernel.services.open(kernel.facts().epoch),
     }
@@ -126,19 +131,33 @@ fn ended(
     Failure { log: hands.log.lines.clone(), ..failure(outcome, hands) }
 }
 
-/// Goes on with an update of a batond that died, whose successor serves. Comes back only if this kernel could not leave.
+/// Whether the services were frozen and must not go on: it was not tried, because of what had failed.
+fn must_stay_silent(left: &[Left]) -> bool {
+    left.iter().any(|left| matches!(left.effect, Effect::Unfreeze { .. }) && left.cause.sort == Sort::Kept)
+}
+
+/// Drives an update on that a batond began which has died, from what was found of it: to its end, or back.
+///
+/// Gives what it ended with. (One that succeeds takes this kernel's last CPU with it.)
 ///
 /// # Errors
-/// The successor does not answer, so nobody knows how far it is; or this kernel could not leave.
-pub fn go_on(kernel: &Kernel, resumed: Resumed, crossing: &Crossing) -> Result<()> {
+/// Nothing was done: the journal cannot be opened, or the module does not say what is there.
+pub fn go_on(kernel: &Kernel, resumed: Resumed, found: &Found) -> Result<Failure> {
     let _held = kernel.updating.lock().unwrap_or_else(PoisonError::into_inner);
     let Resumed { mut update, next } = resumed;
-    let plan = Plan::of_crossing(crossing, kernel.facts(), update.plan().epoch);
+    let release = found.row.as_ref().map_or_else(|| "the successor".to_owned(), |row| row.image.clone());
+    let facts = Facts { epoch: update.plan().epoch, ..kernel.facts() };
+    let target = Target::found(release, found.granted.as_ref(), &kernel.config, facts);
     let (replies, _) = tokio::sync::mpsc::unbounded_channel();
-    let mut report = Report::go_on(kernel, &plan, update.plan(), &replies)?;
-    let mut hands = Hands::resumed(kernel, &plan, update.plan().update, crossing)?;
+    let mut report = Report::go_on(kernel, &update, &target.release, &replies)?;
+    let mut hands = Hands::following(kernel, &target, update.plan().update, found)?;
     let outcome = drive(&mut update, next, &mut hands, &mut report);
-    Err(ended(kernel, &mut update, outcome, &hands, &mut report).into())
+    let goes_well = matches!(&outcome, Outcome::RolledBack { left, .. } if left.is_empty());
+    let failure = ended(kernel, &mut update, outcome, &hands, &mut report);
+    if goes_well {
+        kernel.ledger.change(|pages| (pages.crossing, pages.granted) = (None, None))?;
+    }
+    Ok(failure)
 }
 
 /// The plan as the state machine wants it. The configuration's time-outs are its deadlines, and there are no others.
@@ -153,13 +172,13 @@ fn steps(id: UpdateId, plan: &Plan, kernel: &Kernel) -> Result<handover::update:
         boot: boot_id()?,
         services: kernel.services.crossings().into_iter().map(|crossing| crossing.name).collect(),
         goal: Goal::Upgrade,
-        epoch: plan.facts.epoch,
+        epoch: plan.target.facts.epoch,
         cpus: Cpus {
             spare: moving(&plan.spare),
             others: plan.moves.iter().filter(|(_, how)| *how != Move::Yield).map(|(cpu, _)| moving(cpu)).collect(),
             last: cpu(last),
         },
-        devices: plan.nic.is_some(),
+        devices: plan.target.nic.is_some(),
         probation: ProbationPolicy::CommitAtOnce,
         deadlines: Deadlines {
             granted: step,

@@ -320,6 +320,15 @@ impl Update {
         if self.told_to_answer { self.plan.epochs().back } else { self.plan.epochs().before }
     }
 
+    /// How many CPUs have been handed over to the successor one by one, and are there.
+    pub fn cpus_handed(&self) -> u32 {
+        let handed = self.script[..self.done].iter().filter(|(_, effect)| match effect {
+            Effect::HandCpu { cpu } => self.with_successor.contains(cpu),
+            _ => false,
+        });
+        u32::try_from(handed.count()).unwrap_or(u32::MAX)
+    }
+
     /// The plan.
     pub fn plan(&self) -> &Plan {
         &self.plan

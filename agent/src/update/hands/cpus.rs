@@ -27,6 +27,9 @@ const LAST_LINES: usize = 30;
 impl<'k> Hands<'k> {
     /// The undo of [`Hands::offline_cpu`].
     pub(super) fn online_cpu(&mut self, cpu: Cpu) -> Result<()> {
+        if self.device.cpu_info(cpu.number)?.is_some_and(|info| info.online) {
+            return Ok(());
+        }
         self.bring_home(cpu.apic_id)?;
         if self.home().is_some_and(|home| !home.mailbox().is_parked(cpu.apic_id)) {
             bail!("{} does not wait at this kernel's mailbox: onlining it would never end", name(cpu));
@@ -44,7 +47,7 @@ impl<'k> Hands<'k> {
     }
 
     /// Where CPUs wait that this kernel takes offline; nothing in one that the firmware booted.
-    fn home(&self) -> Option<Home<'k>> {
+    pub(super) fn home(&self) -> Option<Home<'k>> {
         self.kernel.birth.as_ref().map(Home::of)
     }
 
@@ -52,7 +55,7 @@ impl<'k> Hands<'k> {
     pub(super) fn bring_home(&mut self, apic_id: u32) -> Result<()> {
         if self.stopped.contains(&apic_id) {
             if let (Some(home), Some(site)) = (self.home(), &self.site) {
-                home.bring(self.device, site.instance, &site.low[0].1, apic_id, self.until)?;
+                home.bring(self.device, site.instance, site.sipi()?, apic_id, self.until)?;
             }
             self.stopped.remove(&apic_id);
         }
@@ -64,7 +67,7 @@ impl<'k> Hands<'k> {
         let boot = self.placed()?.boot;
         let site = self.site()?;
         let instance = site.instance;
-        site.low[0].1.write(0, &sipi_page(&boot));
+        site.sipi()?.write(0, &sipi_page(&boot));
         self.device.give_cpu(instance, cpu.apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
         self.given.insert(cpu.apic_id);
         self.forget_parked(cpu.apic_id);
@@ -76,7 +79,7 @@ impl<'k> Hands<'k> {
     pub(super) fn fence(&mut self, cpus: &[Cpu]) -> Result<()> {
         let Some(site) = &self.site else { return Ok(()) };
         if !self.heard {
-            self.last_words = Some(how_far_without_agent(&site.low[0].1));
+            self.last_words = site.sipi().ok().map(how_far_without_agent);
         }
         let mut first_error = Ok(());
         // All of them, whatever one says, and nothing in between: what runs on may still answer clients.
@@ -142,7 +145,7 @@ impl<'k> Hands<'k> {
                 bail!("{} booted the machine and waits at no mailbox: it cannot be moved", name(cpu))
             }
             _ => {
-                site.low[0].1.write(0, &sipi_page(&park));
+                site.sipi()?.write(0, &sipi_page(&park));
                 self.device.give_cpu(site.instance, cpu.apic_id, GiveCpu::Start { page: SIPI_PAGE })?;
                 self.given.insert(cpu.apic_id);
             }

@@ -33,7 +33,8 @@ const CAP_STEP: u64 = 256 << 10;
 pub(super) struct Site {
     pub(super) instance: u32,
     pub(super) region: Range,
-    pub(super) low_slot: LowSlot,
+    /// Only who places it has to know.
+    pub(super) low_slot: Option<LowSlot>,
     /// Which memory reaches it by which road. Only who places it has to know.
     pub(super) division: Option<Division>,
     /// Pages below 1 MiB that are written: the SIPI page, and the slot's first. (The whole slot is taken.)
@@ -43,6 +44,15 @@ pub(super) struct Site {
 impl Site {
     fn division(&self) -> Result<&Division> {
         self.division.as_ref().context("the successor's memory is divided already")
+    }
+
+    pub(super) fn low_slot(&self) -> Result<LowSlot> {
+        self.low_slot.context("which slot below 1 MiB it has is not known")
+    }
+
+    /// The page at which CPUs start.
+    pub(super) fn sipi(&self) -> Result<&Mapping> {
+        Ok(&self.low.first().context("it does not have the page at which CPUs start")?.1)
     }
 }
 
@@ -55,7 +65,7 @@ fn not_now(error: anyhow::Error) -> anyhow::Error {
 impl Hands<'_> {
     /// Takes the successor's memory: a range reserved at boot if there is one, else out of the allocator.
     pub(super) fn take_memory(&mut self) -> Result<()> {
-        let instance = self.device.create_instance("successor", &self.plan.release, State::Created)?;
+        let instance = self.device.create_instance("successor", &self.target.release, State::Created)?;
         // From here on no arena comes or goes: what is divided now is what the successor is told of.
         let listed = self.kernel.services.list(self.kernel).map_err(not_now).map(|listed| self.listed = listed);
         let settled = listed.and_then(|()| self.kernel.files.close(self.device, &self.kernel.services.ranges()));
@@ -68,7 +78,7 @@ impl Hands<'_> {
             for page in [sipi, low_slot.root_page()] {
                 low.push((page, self.device.map(page, Access::ReadWrite)?));
             }
-            Ok(Site { instance, region, low_slot, division, low })
+            Ok(Site { instance, region, low_slot: Some(low_slot), division, low })
         });
         match taken {
             Ok(site) => {
@@ -78,8 +88,9 @@ impl Hands<'_> {
             }
             Err(error) => {
                 self.kernel.files.open();
-                self.device.destroy_instance(instance)?;
-                Err(error)
+                let Err(kept) = self.device.destroy_instance(instance) else { return Err(error) };
+                self.undestroyed = Some(instance);
+                Err(error.context(format!("and what had been taken cannot be given back: {kept}")))
             }
         }
     }
@@ -87,29 +98,35 @@ impl Hands<'_> {
     /// The undo of [`Hands::take_memory`].
     pub(super) fn give_back_memory(&mut self) -> Result<()> {
         self.kernel.files.open();
-        let Some(mut site) = self.site.take() else { return Ok(()) };
         // Mappings first: the module gives back nothing that is in use.
         self.kernel.successor_log.close();
-        site.low.clear();
-        self.device.destroy_instance(site.instance).context("cannot give the successor's memory back")
+        if let Some(site) = &mut self.site {
+            site.low.clear();
+        }
+        let instances = self.site.iter().map(|site| site.instance).chain(self.undestroyed);
+        for instance in instances {
+            self.device.destroy_instance(instance).context("cannot give the successor's memory back")?;
+        }
+        (self.site, self.undestroyed) = (None, None);
+        Ok(())
     }
 
     fn take_region(&self, instance: u32) -> Result<Range> {
-        let (len, grain) = (self.plan.region_len, self.plan.block_size);
+        let (len, grain) = (self.plan()?.region_len, self.plan()?.block_size);
         let avoid = self.not_for_a_region();
         // What the operator has named only: other memory that this kernel does not manage is somebody else's.
         let set_aside = self
             .kernel
             .hardware
             .memory_set_aside(&self.kernel.config.update.reserved())?
-            .intersect(&self.plan.facts.ram);
+            .intersect(&self.target.facts.ram);
         let wish = Wish { size: len, grain, below: None };
         if let Some(range) = candidates(&set_aside, &avoid, &wish)?.next() {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
         }
         // A successor is told of the memory that the firmware listed; what was hot-added since cannot be its region.
-        let avoid = avoid.union(&self.kernel.hardware.managed_memory()?.subtract(&self.plan.facts.ram));
+        let avoid = avoid.union(&self.kernel.hardware.managed_memory()?.subtract(&self.target.facts.ram));
         self.kernel.take_contiguous(instance, len, grain, &avoid)
     }
 
@@ -117,8 +134,8 @@ impl Hands<'_> {
     fn divide(&self, instance: u32, region: Range) -> Result<Division> {
         let arenas: RangeSet = self.arenas().collect();
         let hypervisor = runs_under_hypervisor();
-        let ram = &self.plan.facts.ram;
-        let division = Division::for_successor(ram, region, &arenas, self.plan.block_size, hypervisor)?;
+        let ram = &self.target.facts.ram;
+        let division = Division::for_successor(ram, region, &arenas, self.plan()?.block_size, hypervisor)?;
         let Some(room) = division.room_for_cap() else { return Ok(division) };
         for place in room.iter().rev() {
             let mut end = place.end();
@@ -157,7 +174,7 @@ impl Hands<'_> {
     fn take_slot(&self, instance: u32) -> Result<LowSlot> {
         let own = self.kernel.birth.as_ref().map(|birth| birth.record.grant.low_slot.start);
         let mut refused = Vec::new();
-        for slot in LowSlot::free_in(&self.plan.facts.ram, own) {
+        for slot in LowSlot::free_in(&self.target.facts.ram, own) {
             match self.take_low(instance, slot.range()) {
                 Ok(()) => return Ok(slot),
                 Err(error) => refused.push(format!("{error:#}")),
@@ -177,7 +194,7 @@ impl Hands<'_> {
         } else {
             TakeMemory::Outside
         };
-        if !self.plan.facts.ram.contains(range) {
+        if !self.target.facts.ram.contains(range) {
             bail!("{range} is not, or not wholly, RAM that may be used: firmware or `memmap=` keeps it");
         }
         Ok(self.device.take_memory(instance, range, how)?)
@@ -186,14 +203,15 @@ impl Hands<'_> {
     /// Writes kernel, initrd, firmware and handover record into the region.
     pub(super) fn place(&mut self) -> Result<()> {
         let site = self.site()?;
-        let facts = &self.plan.facts;
+        let plan = self.plan()?;
+        let facts = &self.target.facts;
         let info = self.device.info()?;
         let tsc_khz = Moment::raw()?.khz_since(self.began, info.tsc_khz);
-        let image = BzImage::parse(&self.plan.image)?;
+        let image = BzImage::parse(&plan.image)?;
         let division = site.division()?;
         // First, since printk cuts long lines: see `Hands::mark`.
-        let cmdline = format!("{} {}", self.mark(), self.plan.cmdline);
-        let others: Vec<u32> = self.plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
+        let cmdline = format!("{} {}", self.mark(), plan.cmdline);
+        let others: Vec<u32> = plan.moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let first = 1 + self.listed.len() as u32;
         let kept = Numbered { files: self.kernel.files.crossings()?, first, luo: self.takes_sessions() };
         let mut record = self.record(site, tsc_khz, &kept)?;
@@ -202,16 +220,16 @@ impl Hands<'_> {
             None => firmware_platform(self.device)?,
         };
         // An older agent over there has no words for it: its kernel can power off, the next one cannot.
-        record.carry(Some(&platform).filter(|_| self.plan.record_version >= 2))?;
-        let spoken = self.plan.kho;
+        record.carry(Some(&platform).filter(|_| plan.record_version >= 2))?;
+        let spoken = plan.kho;
         let handover = spoken.map(|spoken| self.hand_over(spoken, site, &image, &mut record, &kept)).transpose()?;
         let placement = Placement::new(&PlacementRequest {
             image: &image,
-            initrd: &self.plan.initrd,
+            initrd: &plan.initrd,
             cmdline: cmdline.trim_end(),
             region: site.region,
-            low_slot: site.low_slot,
-            boot_cpu: self.plan.spare.apic_id,
+            low_slot: site.low_slot()?,
+            boot_cpu: plan.spare.apic_id,
             other_cpus: &others,
             phantom: None,
             reserved_ram: division.reserved_in_successor(),
@@ -225,7 +243,7 @@ impl Hands<'_> {
         // What was read of this memory until now was another kernel's.
         self.kernel.successor_log.open(Instance {
             id: site.instance,
-            release: self.plan.release.clone(),
+            release: self.target.release.clone(),
             mark: self.mark(),
             region: site.region,
         });
@@ -238,7 +256,7 @@ impl Hands<'_> {
         // Nothing is given back that is still mapped.
         drop(region);
         let control = self.device.map(placement.control_block, Access::ReadWrite)?;
-        let frame = record.to_frame(self.plan.record_version)?;
+        let frame = record.to_frame(plan.record_version)?;
         if frame.len() as u64 > control_block::HANDOVER.size {
             bail!("the handover record has {} bytes, {} fit", frame.len(), control_block::HANDOVER.size);
         }
@@ -252,7 +270,7 @@ impl Hands<'_> {
     }
 
     /// The word of the successor's command line by which its log is told from that of a kernel that was in this memory before.
-    fn mark(&self) -> String {
+    pub(super) fn mark(&self) -> String {
         format!("baton.update={}", self.id)
     }
 
@@ -266,34 +284,36 @@ impl Hands<'_> {
         kept: &Numbered,
     ) -> Result<HandedOver> {
         let known = site.region.len() + site.division()?.reserved_in_successor().total();
-        let places = kho::Places::new(image, self.plan.initrd.len() as u64, site.region, known)?;
+        let places = kho::Places::new(image, self.plan()?.initrd.len() as u64, site.region, known)?;
         let handed = kho::write(spoken, places, record, kept)?;
         // An older agent over there finds it by the kernel alone.
-        record.kho = (self.plan.record_version >= 2).then(|| handed.places.clone());
+        record.kho = (self.plan()?.record_version >= 2).then(|| handed.places.clone());
         tracing::info!(abi = handed.places.abi, scratch = %places.scratch, "kexec handover for the successor");
         Ok(handed)
     }
 
     /// Whether the successor's kernel gives sessions back by itself.
     pub(super) fn takes_sessions(&self) -> bool {
-        self.plan.kho.is_some_and(|spoken| spoken.luo.is_some())
+        self.plan.is_some_and(|plan| plan.kho.is_some_and(|spoken| spoken.luo.is_some()))
     }
 
     /// The undo of [`Hands::place`]: nothing of it is in use any more, and whoever was stopped is back.
     pub(super) fn unplace(&mut self) -> Result<()> {
         self.placed = None;
         let stopped = self.stopped.clone();
-        stopped.into_iter().try_for_each(|apic_id| self.bring_home(apic_id))
+        // All of them, whatever becomes of one.
+        stopped.into_iter().map(|apic_id| self.bring_home(apic_id)).fold(Ok(()), Result::and)
     }
 
     /// What the successor's agent must know.
     fn record(&self, site: &Site, tsc_khz: u32, kept: &Numbered) -> Result<record::HandoverRecord> {
         let division = site.division()?;
         let now = Moment::now()?;
-        let facts = &self.plan.facts;
+        let facts = &self.target.facts;
         let crossings = &self.listed;
         let all = |set: &RangeSet| set.iter().map(phys).collect::<Vec<_>>();
-        let boot_cpus = self.plan.moves.iter().map(|(cpu, _)| cpu).chain([&self.plan.spare]);
+        let plan = self.plan()?;
+        let boot_cpus = plan.moves.iter().map(|(cpu, _)| cpu).chain([&plan.spare]);
         let numbered = || crossings.iter().zip(1u32..);
         Ok(record::HandoverRecord {
             update: self.id,
@@ -313,9 +333,9 @@ impl Hands<'_> {
             },
             grant: record::Grant {
                 instance: site.instance,
-                boot_cpu: self.plan.spare.apic_id,
+                boot_cpu: plan.spare.apic_id,
                 region: phys(site.region),
-                low_slot: phys(site.low_slot.range()),
+                low_slot: phys(site.low_slot()?.range()),
                 fragments: all(&division.reserved_in_successor()),
                 blocks: division.blocks.iter().map(phys).collect(),
             },
@@ -350,13 +370,13 @@ impl Hands<'_> {
     fn network_record(&self) -> record::Network {
         let net =
             |cidr: Cidr| record::IpNet { address: std::net::IpAddr::V4(cidr.address).into(), prefix: cidr.prefix };
-        let granted = self.plan.nic.as_ref();
+        let granted = self.target.nic.as_ref();
         record::Network {
             service: granted.and(self.kernel.config.network.service_address).map(net),
             gateway: None,
             management: granted.map(|granted| net(granted.nic.address)),
             functions: self
-                .plan
+                .target
                 .facts
                 .nics
                 .iter()

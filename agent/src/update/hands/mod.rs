@@ -11,6 +11,8 @@ mod cpus;
 mod memory;
 mod resumed;
 
+pub use self::resumed::Found;
+
 use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -40,10 +42,11 @@ use crate::machine::clock::Moment;
 use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
 use crate::machine::pci;
 use crate::machine::sysfs;
+use crate::recovery::ledger::Granted;
 use crate::services::Crossing;
 use crate::services::files::sessions::Place;
 use crate::update::line::{Incumbent, Line, Unanswered};
-use crate::update::plan::Plan;
+use crate::update::plan::{Plan, Target};
 use crate::update::timeline::Timeline;
 
 /// How long this kernel's network stays up after its last word, so that whoever waits for the word hears it. The service
@@ -69,7 +72,9 @@ struct Placed {
 pub struct Hands<'k> {
     kernel: &'k Kernel,
     device: &'k Device,
-    plan: &'k Plan,
+    target: &'k Target,
+    /// What is to be placed; nothing where an earlier batond has placed it.
+    plan: Option<&'k Plan>,
     /// When each step was made.
     pub timeline: Timeline,
     /// What this machine cannot do, found out when nothing was touched yet.
@@ -86,6 +91,8 @@ pub struct Hands<'k> {
     /// When the effect under way must be over.
     until: Instant,
     site: Option<Site>,
+    /// An instance that could not be destroyed when its memory could not be had.
+    undestroyed: Option<u32>,
     placed: Option<Placed>,
     unbound: Option<sysfs::Unbound>,
     /// Interfaces whose ARP rules were changed, by MAC address, with the rules as they were.
@@ -94,6 +101,8 @@ pub struct Hands<'k> {
     address: Option<HeldAddress>,
     /// The successor's agent has answered.
     heard: bool,
+    /// They follow those of a batond that has died.
+    follows: bool,
     /// CPUs, by APIC id, that the module counts as the successor's.
     given: BTreeSet<u32>,
     /// CPUs that got INIT and wait for nobody; a kernel that was a successor wants them at its mailbox again.
@@ -107,24 +116,32 @@ pub struct Hands<'k> {
 impl<'k> Hands<'k> {
     /// Holding nothing yet.
     pub fn new(kernel: &'k Kernel, plan: &'k Plan, id: record::UpdateId) -> Result<Hands<'k>> {
+        let firmware_bsp = plan.moves.iter().find(|(cpu, _)| cpu.firmware_bsp).map(|(cpu, _)| cpu.apic_id);
+        Ok(Hands { plan: Some(plan), firmware_bsp, ..Hands::empty(kernel, &plan.target, id)? })
+    }
+
+    fn empty(kernel: &'k Kernel, target: &'k Target, id: record::UpdateId) -> Result<Hands<'k>> {
         Ok(Hands {
             kernel,
             device: kernel.device()?,
-            plan,
+            target,
+            plan: None,
             timeline: Timeline::default(),
             refusal: None,
             last_words: None,
             log: LogTail::default(),
             id,
-            firmware_bsp: plan.moves.iter().find(|(cpu, _)| cpu.firmware_bsp).map(|(cpu, _)| cpu.apic_id),
+            firmware_bsp: None,
             began: Moment::raw()?,
             until: Instant::now(),
             site: None,
+            undestroyed: None,
             placed: None,
             unbound: None,
             arp_rules: Vec::new(),
             address: None,
             heard: false,
+            follows: false,
             given: BTreeSet::new(),
             stopped: BTreeSet::new(),
             listed: Vec::new(),
@@ -193,7 +210,7 @@ impl<'k> Hands<'k> {
         match (effect, answer) {
             (Effect::TakeMemory, _) => {
                 self.refusal = error.downcast_ref().cloned();
-                Event::Failed(cause)
+                if self.undestroyed.is_some() { Event::Unknown(cause) } else { Event::Failed(cause) }
             }
             // A successor that says so has not taken the CPU, or has not committed.
             (Effect::HandCpu { .. } | Effect::Commit, Some(Unanswered::Refused { .. })) => Event::Failed(cause),
@@ -211,6 +228,10 @@ impl<'k> Hands<'k> {
         self.until.saturating_duration_since(Instant::now())
     }
 
+    fn plan(&self) -> Result<&'k Plan> {
+        self.plan.context("what was to be placed is in its place already")
+    }
+
     fn site(&self) -> Result<&Site> {
         self.site.as_ref().context("the successor has no memory yet")
     }
@@ -220,56 +241,83 @@ impl<'k> Hands<'k> {
     }
 
     fn epoch(&self) -> u64 {
-        self.plan.facts.epoch
+        self.target.facts.epoch
     }
 
     // ---- granted ----------------------------------------------------------------------------------------------
 
     /// Takes the interface that the successor gets off this kernel's driver.
     fn grant_devices(&mut self) -> Result<()> {
-        let Some(granted) = &self.plan.nic else { return Ok(()) };
+        let Some(granted) = &self.target.nic else { return Ok(()) };
+        // Before anything is changed: a batond that comes after one that dies here must know what is missing.
+        self.note_granted(None)?;
         if let Some(link) = self.kernel.netlink.find(granted.mac)? {
             self.part_from(&link, granted.nic.address)?;
             let hardware = self.kernel.hardware.clone();
             let (_, folder) = hardware.function_of(&link.name)?;
             // Some drivers wait for their device, and some devices never answer.
             self.unbound = within(self.until, "take the driver off the interface", move || hardware.unbind(&folder))?;
+            self.note_granted(self.unbound.clone())?;
         }
         Ok(())
+    }
+
+    fn note_granted(&self, unbound: Option<sysfs::Unbound>) -> Result<()> {
+        let granted = self.target.nic.as_ref().map(|nic| Granted { mac: nic.mac, bdf: nic.bdf, unbound });
+        self.kernel.ledger.change(|pages| pages.granted = granted)
     }
 
     /// Clients that send to the interface that goes are sent to the one that stays.
     fn part_from(&mut self, going: &Link, own: Cidr) -> Result<()> {
         let Kernel { netlink, config, .. } = self.kernel;
         if let Some(cidr) = config.network.service_address.filter(|cidr| cidr.network() == own.network()) {
-            self.arp_rules = netlink.part(&netlink.held(cidr)?, going)?;
+            let held = netlink.held(cidr)?;
+            self.arp_rules = netlink.rules(&[held.link(), going])?;
             self.kernel.ledger.change(|pages| pages.arp_rules.clone_from(&self.arp_rules))?;
+            netlink.part(&held, going)?;
         }
         Ok(())
     }
 
-    /// The undo of [`Hands::grant_devices`].
+    /// The undo of [`Hands::grant_devices`]. The rules come back whatever becomes of the interface.
     fn take_devices_back(&mut self) -> Result<()> {
-        let netlink = &self.kernel.netlink;
-        let back = match (&self.unbound, &self.plan.nic) {
-            (Some(unbound), Some(granted)) => {
-                let (hardware, bound) = (self.kernel.hardware.clone(), unbound.clone());
-                within(self.until, "give the interface back to its driver", move || hardware.bind(&bound))?;
-                self.unbound = None;
-                Some((netlink.find(granted.mac)?.context("the interface did not come back")?, granted.nic.address))
+        let back = self.take_interface_back();
+        let rules = self.arp_rules.clone();
+        let restored = self.kernel.netlink.restore(rules).and_then(|()| {
+            self.arp_rules.clear();
+            self.kernel.ledger.change(|pages| pages.arp_rules.clear())
+        });
+        back?;
+        restored?;
+        self.kernel.ledger.change(|pages| pages.granted = None)
+    }
+
+    /// The interface is this kernel's again, or, if it never was, stopped: the successor ran with it, and its memory is not given to
+    /// anybody before.
+    fn take_interface_back(&mut self) -> Result<()> {
+        let Some(granted) = &self.target.nic else { return Ok(()) };
+        let Kernel { netlink, hardware, .. } = self.kernel;
+        let mut link = netlink.find(granted.mac)?;
+        if link.is_none() {
+            let (asked, unbound) = (hardware.clone(), self.unbound.clone());
+            let let_drivers_look = self.follows;
+            within(self.until, "give the interface back to its driver", move || match unbound {
+                Some(unbound) => asked.bind(&unbound),
+                // Whether the batond before this one had taken its driver off is not known.
+                None if let_drivers_look => asked.probe_drivers(),
+                None => Ok(()),
+            })?;
+            link = netlink.find(granted.mac)?;
+        }
+        let Some(link) = link else {
+            if self.unbound.is_some() {
+                bail!("the interface did not come back");
             }
-            // The successor ran with it: its memory is not given to anybody before.
-            (None, Some(granted)) => {
-                pci::stop_unseen(&*self.kernel.hardware, self.device, self.plan.facts.ecam, granted.bdf)?;
-                None
-            }
-            _ => None,
+            return pci::stop_without_driver(&**hardware, self.device, self.target.facts.ecam, granted.bdf);
         };
-        netlink.restore(std::mem::take(&mut self.arp_rules))?;
-        self.kernel.ledger.change(|pages| pages.arp_rules.clear())?;
-        let Some((link, address)) = back else { return Ok(()) };
+        self.unbound = None;
         netlink.link_up(&link)?;
-        netlink.add(&link, address)
+        netlink.add(&link, granted.nic.address)
     }
 
     // ---- booting ----------------------------------------------------------------------------------------------
@@ -348,7 +396,7 @@ impl<'k> Hands<'k> {
         self.ask(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
         let network = &self.kernel.config.network;
         if let (Some(service), Some(granted), false) =
-            (network.service_address, &self.plan.nic, network.skip_reach_check)
+            (network.service_address, &self.target.nic, network.skip_reach_check)
             && granted.nic.address.network() == service.network()
         {
             crate::machine::reach::check(granted.nic.address.address, self.until)?;
@@ -477,7 +525,7 @@ impl<'k> Hands<'k> {
         if let Err(error) = written {
             tracing::error!("{error:#}");
         }
-        let granted: Vec<_> = self.plan.nic.iter().map(|granted| granted.bdf).collect();
+        let granted: Vec<_> = self.target.nic.iter().map(|granted| granted.bdf).collect();
         let stopped = self.kernel.hardware.quiesce(&granted)?;
         tracing::info!("quiesced: {}", stopped.join(" "));
         // Last: this kernel hears no device any more. A pin that stays open would interrupt a CPU that is the successor's by then,
