@@ -10,6 +10,8 @@ pub mod net;
 pub mod network;
 pub mod nft;
 pub mod pci;
+#[cfg(test)]
+pub mod played;
 pub mod processes;
 pub mod reach;
 pub mod regular;

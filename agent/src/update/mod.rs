@@ -11,3 +11,6 @@ pub mod stock;
 pub mod timeline;
 pub mod upgrade;
 pub mod versions;
+
+#[cfg(test)]
+mod tests;
