@@ -11,6 +11,7 @@ mod kernels;
 pub mod launch;
 mod mkinitrd;
 mod output;
+mod probation;
 mod release;
 mod status;
 mod upgrade;
@@ -45,6 +46,10 @@ enum Verb {
     Upgrade(upgrade::UpgradeArgs),
     /// Call off the update that runs: it is undone, if it can still be.
     Cancel,
+    /// The new kernel, which is on probation, stays: there is no way back from here.
+    Commit,
+    /// The new kernel, which is on probation, hands everything back: the old one goes on.
+    Rollback,
     /// Say whether an upgrade would be started, and why not; touches nothing.
     Check(upgrade::UpgradeArgs),
     /// Say how things stand: role, services, the last or running update.
@@ -117,6 +122,8 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             upgrade::run(cli.json, ask(&Request::Upgrade(args.into()))?)
         }
         Verb::Cancel => cancel::run(cli.json, &ask(&Request::Cancel)?),
+        Verb::Commit => probation::run(cli.json, &ask(&Request::Commit)?),
+        Verb::Rollback => probation::run(cli.json, &ask(&Request::RollBack)?),
         Verb::Check(args) => check::run(cli.json, ask(&Request::Check(args.into()))?),
         Verb::Status => status::run(cli.json, ask(&Request::Status)?),
         Verb::Release { service } => release::run(cli.json, ask(&Request::Release { service })?),

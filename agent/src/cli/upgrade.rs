@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::Args;
 use serde::Serialize;
@@ -30,6 +31,12 @@ pub struct UpgradeArgs {
     /// The CPU on which the successor boots (Linux's number); default: the last one that may.
     #[arg(long)]
     cpu: Option<u32>,
+    /// Watch the new kernel serve for so long (30s, 5m) before it stays; until then everything can be taken back. 0: not at all.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    probation: Option<Duration>,
+    /// When the probation is over, turn back unless `baton commit` was said.
+    #[arg(long)]
+    require_commit: bool,
     /// What may end or change with this kernel, by name, as `baton check` names it.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     accept: Vec<Accept>,
@@ -46,6 +53,8 @@ impl From<UpgradeArgs> for Upgrade {
             no_inherit: args.no_inherit,
             cpu: args.cpu,
             accept: args.accept,
+            probation: args.probation,
+            require_commit: args.require_commit,
             asker: Some(std::process::id()),
         }
     }

@@ -166,6 +166,10 @@ pub struct Update {
     pub step_timeout_s: u64,
     /// How long the cutover may take before it is undone, milliseconds.
     pub cutover_timeout_ms: u64,
+    /// How long a successor that serves is watched before it stays for good, seconds. 0: not at all.
+    pub probation_s: u64,
+    /// When that time is over, the update turns back unless an operator has said `baton commit`.
+    pub require_commit: bool,
     /// Memory that was kept from this kernel on its command line (`memmap=SIZE$ADDRESS`) for a successor. What is not named here is
     /// somebody else's.
     pub reserved: Vec<Reserved>,
@@ -183,6 +187,8 @@ impl Default for Update {
             boot_timeout_s: 120,
             step_timeout_s: 60,
             cutover_timeout_ms: 5_000,
+            probation_s: 0,
+            require_commit: false,
             reserved: Vec::new(),
             accept: Vec::new(),
         }
@@ -303,6 +309,11 @@ impl Config {
         }
         if self.limits.unlisted_mib > MAX_ARENA >> 20 {
             return Some(format!("limits.unlisted_mib is {}, more than any arena", self.limits.unlisted_mib));
+        }
+        if self.update.require_commit && self.update.probation_s == 0 {
+            return Some(
+                "update.require_commit needs a time in which it can be said: set update.probation_s".to_owned(),
+            );
         }
         if self.network.service_address.is_some() && self.network.nic.len() < 2 {
             return Some(format!(

@@ -6,6 +6,7 @@ use std::fmt;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use handover::update::phase::Phase;
 use kexec_core::klog::LogTail;
@@ -38,6 +39,12 @@ pub struct Upgrade {
     /// What may end, change or be given up with this kernel, beside what the configuration accepts.
     #[serde(default)]
     pub accept: Vec<Accept>,
+    /// Watch the successor serve for so long before it stays, instead of what the configuration says. 0: not at all.
+    #[serde(default)]
+    pub probation: Option<Duration>,
+    /// When that time is over, the update turns back unless an operator has committed it.
+    #[serde(default)]
+    pub require_commit: bool,
     /// The process that asks: what it belongs to ends, and whoever asks knows that.
     #[serde(default)]
     pub asker: Option<u32>,
@@ -55,6 +62,10 @@ pub enum Request {
     Check(Upgrade),
     /// Undo the update that runs, if it can still be undone.
     Cancel,
+    /// The successor on probation stays.
+    Commit,
+    /// The successor on probation hands everything back.
+    RollBack,
     /// The arena of a service that has left for good goes back to the kernel.
     Release {
         /// Its name.
@@ -89,6 +100,8 @@ pub enum Reply {
     },
     /// The update is told to turn back. Whoever asked for it hears how it ends.
     CalledOff,
+    /// The successor is told that it stays. Whoever asked for the update hears how it ends.
+    Committing,
     /// An arena's memory is the kernel's again.
     Released {
         /// How much it was.

@@ -21,6 +21,7 @@ use crate::daemon::config::Config;
 use crate::daemon::control::{Role, ServiceState, ServiceStatus, Stage, Status, UpdateStatus};
 use crate::daemon::listen::Peer;
 use crate::daemon::outcome::{Class, Failure};
+use crate::daemon::probation::Probation;
 use crate::daemon::successor_log::{self, Log, SuccessorLog};
 use crate::machine::facts::Facts;
 use crate::machine::hardware::{self, Hardware};
@@ -140,6 +141,8 @@ pub struct Kernel {
     pub updating: Mutex<()>,
     /// The operator wants the update that runs to be undone. It is heeded where the update can still turn back.
     pub called_off: AtomicBool,
+    /// Whether a successor is being watched, and what an operator says of it.
+    pub probation: Probation,
     /// What the successor says while it has not taken over.
     pub successor_log: SuccessorLog,
     device: OnceLock<Device>,
@@ -182,6 +185,7 @@ impl Kernel {
             birth,
             updating,
             called_off,
+            probation: Probation::default(),
             successor_log,
             device,
             release,
@@ -405,6 +409,41 @@ impl Kernel {
             }
             _ => Err(Failure::precondition("no update runs in this kernel", "see `baton status`")),
         }
+    }
+
+    /// The successor that is watched stays, without waiting for the end of its time.
+    ///
+    /// # Errors
+    /// None is watched here.
+    pub fn commit(&self) -> Result<(), Failure> {
+        if self.probation.commit() { Ok(()) } else { Err(self.not_on_probation("commit")) }
+    }
+
+    /// The successor that is watched hands everything back.
+    ///
+    /// # Errors
+    /// None is watched here.
+    pub fn roll_back(&self) -> Result<(), Failure> {
+        if !self.probation.is_watching() {
+            return Err(self.not_on_probation("roll back"));
+        }
+        self.call_off()
+    }
+
+    fn not_on_probation(&self, what: &str) -> Failure {
+        if self.is_successor() {
+            return Failure::precondition(
+                format!("this kernel cannot {what} what it is itself on probation for"),
+                "say it to the kernel that watches: its batond, on the machine's last CPU, waits for it",
+            );
+        }
+        let advice = match self.updating.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                "`baton status` shows how far the update is; `baton cancel` calls it off as long as it can still be undone"
+            }
+            _ => "begin an update with `baton upgrade --probation TIME`",
+        };
+        Failure::precondition(format!("nothing to {what}: no successor is on probation"), advice)
     }
 
     /// Keeps updates from beginning: what lies where must not change while one runs.

@@ -13,6 +13,7 @@ pub mod control;
 pub mod kernel;
 pub mod listen;
 pub mod outcome;
+pub mod probation;
 pub mod successor_log;
 
 use std::io::{self, Read, Write};
@@ -225,6 +226,14 @@ fn answer(kernel: &Kernel, line: Line) -> Result<()> {
                 Err(error) => Reply::Failed(Failure::from_error(&error)),
             },
             Request::Cancel => match kernel.call_off() {
+                Ok(()) => Reply::CalledOff,
+                Err(failure) => Reply::Failed(failure),
+            },
+            Request::Commit => match kernel.commit() {
+                Ok(()) => Reply::Committing,
+                Err(failure) => Reply::Failed(failure),
+            },
+            Request::RollBack => match kernel.roll_back() {
                 Ok(()) => Reply::CalledOff,
                 Err(failure) => Reply::Failed(failure),
             },

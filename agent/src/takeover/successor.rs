@@ -193,12 +193,16 @@ impl<'k> Heir<'k> {
         }
     }
 
-    fn check_health(&self) -> Result<Answer> {
+    fn check_health(&mut self) -> Result<Answer> {
+        if let Some(error) = self.unsettled.take() {
+            return Err(error);
+        }
+        let awaited = if self.serves { ServiceState::Serving } else { ServiceState::Standby };
         let status = self.kernel.services.status();
         // One without an arena is not a predecessor's: it waits at the door.
         let inherited = status.iter().filter(|service| service.arena_bytes > 0);
-        if let Some(service) = inherited.into_iter().find(|service| service.state != ServiceState::Standby) {
-            bail!("service {} is {}", service.name, service.state);
+        if let Some(service) = inherited.into_iter().find(|service| service.state != awaited) {
+            bail!("service {} is {}, not {awaited}", service.name, service.state);
         }
         Ok(Answer::Done)
     }

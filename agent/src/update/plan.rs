@@ -6,8 +6,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
+use handover::update::probation::{ProbationPolicy, WATCH_LIMITS, WhenWatched};
 use kexec_core::cmdline::inherit::{Heir, LeftOut, inherit};
 use kexec_core::cmdline::words::Line;
 use kexec_core::cmdline::{self, security};
@@ -103,6 +105,8 @@ pub struct Plan {
     pub region_len: u64,
     /// The grain of hot-add.
     pub block_size: u64,
+    /// Whether the successor is watched before it stays.
+    pub probation: ProbationPolicy,
     /// In which version the handover record is written: the newest that the successor's agent reads.
     pub record_version: u32,
 }
@@ -138,6 +142,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let arenas = kernel.services.ranges().union(&kernel.files.ranges());
         findings.check("arenas", reservations(&arenas));
         let record_version = findings.check("agent", agent(kernel, kho));
+        let probation = findings.check("probation", probation(kernel, wish));
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
         let asked = kernel.config.update.region_mib << 20;
@@ -150,6 +155,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         findings.extend(vec![protection(&weaker).finding(&accepted(kernel, wish))]);
         let initrd = initrd.bytes;
         let ids: Vec<u32> = moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
+        let probation = held_back(probation?, &moves);
         let placing = PlacementRequest {
             image: &parsed,
             initrd: &initrd,
@@ -177,6 +183,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
                 nic: nic?,
                 facts: Facts { apic_ids: cpus.iter().map(|cpu| cpu.apic_id).collect(), ..kernel.facts() },
             },
+            probation,
             record_version: record_version?,
             image,
             initrd,
@@ -243,6 +250,60 @@ fn journal(cpus: usize) -> Result<((), String)> {
         )
     })?;
     Ok(((), found))
+}
+
+/// The CPU that firmware booted, the last of those that follow, cannot be stopped under a successor that has died.
+fn held_back(probation: ProbationPolicy, moves: &[(CpuFacts, Move)]) -> ProbationPolicy {
+    match probation {
+        ProbationPolicy::Watch { period, then, .. } => {
+            let held_back = moves.iter().filter(|(_, how)| *how == Move::MailboxOnly).count();
+            ProbationPolicy::Watch { period, then, held_back }
+        }
+        ProbationPolicy::CommitAtOnce => probation,
+    }
+}
+
+/// What the operator wants of the time between the successor's first answer and the commit.
+fn probation(kernel: &Kernel, wish: &Upgrade) -> Result<(ProbationPolicy, String)> {
+    let update = &kernel.config.update;
+    let period = wish.probation.unwrap_or(Duration::from_secs(update.probation_s));
+    let required = wish.require_commit || (update.require_commit && wish.probation.is_none());
+    let refuse = |cause: String, advice: &str| Err(Failure::precondition(cause, advice).into());
+    if period.is_zero() {
+        return match required {
+            true => refuse(
+                "a commit is required, and there is no time in which it could be said".into(),
+                "give a time with --probation",
+            ),
+            false => {
+                Ok((ProbationPolicy::CommitAtOnce, "none: the update commits as soon as the CPUs have moved".into()))
+            }
+        };
+    }
+    let (least, most) = WATCH_LIMITS;
+    if period < least || period > most {
+        return refuse(
+            format!("a probation of {} s", period.as_secs_f64()),
+            &format!("a time from {} s to {} s, or 0 for none", least.as_secs(), most.as_secs()),
+        );
+    }
+    let programs = kernel.files.status();
+    if let Some(program) = programs.first() {
+        return refuse(
+            format!(
+                "a probation of {} s: program {} keeps files, and such programs go on only after the commit: it would be silent all the time",
+                period.as_secs_f64(),
+                program.name
+            ),
+            "make the update without a probation (--probation 0)",
+        );
+    }
+    let (then, end) = match required {
+        true => (WhenWatched::RollBack, "turns back unless `baton commit` is said"),
+        false => (WhenWatched::Commit, "commits unless `baton rollback` is said"),
+    };
+    // Which CPUs are held back is seen when they are known.
+    Ok((ProbationPolicy::Watch { period, then, held_back: 0 }, format!("{} s, then it {end}", period.as_secs_f64())))
 }
 
 fn read_image(kernel: &Kernel, path: &Path) -> Result<(Vec<u8>, String)> {

@@ -12,6 +12,7 @@ use handover::update::error::Outcome;
 use handover::update::machine::{Event, JournalLine, Update};
 use handover::update::phase::Phase;
 use handover::update::plan::Plan as Steps;
+use handover::update::probation::WhenWatched;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::daemon::control::{Reply, Stage, UpdateStatus};
@@ -135,7 +136,7 @@ impl<'a> Report<'a> {
         if leaves && !update.is_rolling_back() {
             self.tell_committed(timeline);
         }
-        self.waiting.push((self.phase, named(effect)));
+        self.waiting.push((self.phase, told(effect)));
         self.effect_began = tsc();
         if update.may_write_journal() {
             self.tell(update)?;
@@ -195,6 +196,18 @@ impl<'a> Report<'a> {
         self.unwritten.clear();
         Ok(())
     }
+}
+
+/// An effect for whoever follows the update: by its name, or by what can be done about it.
+fn told(effect: &Effect) -> String {
+    let Effect::Watch { period, then } = effect else { return named(effect) };
+    let end = match then {
+        WhenWatched::Commit => "commits then; `baton commit` does so now, `baton rollback` takes everything back",
+        WhenWatched::RollBack => {
+            "turns back then, unless somebody says `baton commit`; `baton rollback` turns back now"
+        }
+    };
+    format!("watch for {} s: the update {end}", period.as_secs_f64())
 }
 
 /// An effect's name with its CPU.

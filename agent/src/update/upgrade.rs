@@ -23,7 +23,8 @@ use handover::update::effect::Effect;
 use handover::update::error::{Cause, Left, Outcome, Sort};
 use handover::update::machine::{Event, Next, Update};
 use handover::update::phase::Phase;
-use handover::update::plan::{Goal, ProbationPolicy};
+use handover::update::plan::Goal;
+use handover::update::probation::ProbationPolicy;
 use handover::update::recover::Resumed;
 use kexec_core::cpus::{CpuFacts, Move};
 use state_schemas::latest::handover_record::UpdateId;
@@ -179,13 +180,17 @@ fn steps(id: UpdateId, plan: &Plan, kernel: &Kernel) -> Result<handover::update:
             last: cpu(last),
         },
         devices: plan.target.nic.is_some(),
-        probation: ProbationPolicy::CommitAtOnce,
+        probation: plan.probation,
         deadlines: Deadlines {
             granted: step,
             booting: Duration::from_secs(config.boot_timeout_s),
             trial: step,
             cutover: Duration::from_millis(config.cutover_timeout_ms),
             per_cpu: step,
+            watch: match plan.probation {
+                ProbationPolicy::Watch { period, .. } => period + step,
+                ProbationPolicy::CommitAtOnce => Duration::ZERO,
+            },
             commit: step,
             undo: step,
         },

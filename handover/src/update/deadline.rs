@@ -25,6 +25,8 @@ pub enum Share {
     Cpu(u32),
     /// Dropping the service address, which waits for nobody else.
     Address,
+    /// Watching the successor serve.
+    Watch,
 }
 
 impl Share {
@@ -35,6 +37,7 @@ impl Share {
                 Share::Cpu(cpu.apic_id)
             }
             (Phase::Probation, Effect::DropAddress) => Share::Address,
+            (Phase::Probation, Effect::Watch { .. }) => Share::Watch,
             (phase, _) => Share::Phase(phase),
         }
     }
@@ -54,6 +57,9 @@ pub struct Deadlines {
     pub cutover: Duration,
     /// [`Phase::Probation`]: each CPU that moves, and the service address.
     pub per_cpu: Duration,
+    /// [`Effect::Watch`]: its period, and time for the last answer. Not there in journals of before there was a watch.
+    #[serde(default, skip_serializing_if = "Duration::is_zero")]
+    pub watch: Duration,
     /// [`Phase::Commit`].
     pub commit: Duration,
     /// Each undo, on the way back, while somebody serves. What takes longer is left and reported.
@@ -70,6 +76,7 @@ impl Deadlines {
             Share::Phase(Phase::Trial) => self.trial,
             Share::Phase(Phase::Cutover) => self.cutover,
             Share::Phase(Phase::Probation) | Share::Cpu(_) | Share::Address => self.per_cpu,
+            Share::Watch => self.watch,
             Share::Phase(Phase::Commit) => self.commit,
         }
     }

@@ -10,10 +10,13 @@
 //! 5. So do the effects from `Activate` on: a driver that died is followed by one that carries the effect under way out again
 //!    ([`super::recover`]). What is so already is `Done`.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use super::blame::Blame;
 use super::cpu::Cpu;
+use super::probation::WhenWatched;
 
 /// Something to be carried out. The upper half goes forward, the lower half back.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +67,14 @@ pub enum Effect {
     HandCpu {
         /// Which.
         cpu: Cpu,
+    },
+    /// Watch the successor serve: ask it again and again how it is, and listen for its end. Done when the time is over and that
+    /// means a commit, or when an operator commits.
+    Watch {
+        /// For how long.
+        period: Duration,
+        /// What is done when it is over.
+        then: WhenWatched,
     },
     /// Tell the successor that it stays. Its answer is the point of no return.
     Commit,
@@ -170,6 +181,7 @@ impl Effect {
             | Effect::CheckHealth
             | Effect::Activate { .. }
             | Effect::HandCpu { .. }
+            | Effect::Watch { .. }
             | Effect::Commit
             | Effect::StandDown { .. }
             | Effect::TakeCpuBack { .. } => Blame::Successor,
@@ -211,6 +223,7 @@ impl Effect {
             Effect::DropAddress => "drop address",
             Effect::ParkCpu { .. } => "park cpu",
             Effect::HandCpu { .. } => "hand cpu over",
+            Effect::Watch { .. } => "watch",
             Effect::Commit => "commit",
             Effect::QuiesceDevices => "quiesce devices",
             Effect::YieldLastCpu { .. } => "yield last cpu",

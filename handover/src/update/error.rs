@@ -51,6 +51,12 @@ impl Cause {
         Cause { blame: Blame::Operator, sort: Sort::CalledOff, what: format!("called off by {by}") }
     }
 
+    /// Its time on probation is over, and nobody has committed it.
+    pub fn not_committed(period: std::time::Duration) -> Cause {
+        let what = format!("nobody committed it within {} s, as was required", period.as_secs_f64());
+        Cause { blame: Blame::Operator, sort: Sort::Deadline, what }
+    }
+
     /// It was not tried, because something before it failed. Who is to blame for that has to act first.
     pub fn kept(blame: Blame, why: &str) -> Cause {
         Cause { blame, sort: Sort::Kept, what: format!("kept, because it may still be in use ({why})") }

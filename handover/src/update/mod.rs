@@ -5,6 +5,7 @@
 //! | [`phase`] | the phases and their order |
 //! | [`cpu`], [`blame`] | who moves; who is to blame |
 //! | [`effect`], [`undo`] | what is done to the world, and what undoes it |
+//! | [`probation`] | what is between the successor's first answer and the commit |
 //! | [`plan`] | the script: every effect of an update, top to bottom |
 //! | [`deadline`] | how long each effect may take |
 //! | [`sizes`] | what is said to the other kernel fits the channel, whatever the machine's size |
@@ -21,6 +22,7 @@ pub mod error;
 pub mod machine;
 pub mod phase;
 pub mod plan;
+pub mod probation;
 pub mod recover;
 pub mod sizes;
 pub mod successor;

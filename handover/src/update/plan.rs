@@ -5,6 +5,7 @@
 //! image or a service must be like its and the agent's; here it is made into steps.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use state_schemas::handover_record::UpdateId;
@@ -14,6 +15,7 @@ use super::cpu::{Cpu, Cpus, Moving};
 use super::deadline::Deadlines;
 use super::effect::{Effect, Epochs};
 use super::phase::Phase;
+use super::probation::{ProbationPolicy, WATCH_LIMITS};
 use super::sizes::{self, CPU_LIMIT};
 
 /// How far the update shall go.
@@ -24,18 +26,6 @@ pub enum Goal {
     Upgrade,
     /// To the end of the trial, and back.
     Canary,
-}
-
-/// What happens between activation and commit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-#[non_exhaustive]
-pub enum ProbationPolicy {
-    /// The CPUs move; then the update commits, without watching the successor for any time. Until then whatever fails
-    /// is a reverse cutover.
-    CommitAtOnce,
-    // The next policy watches for a while with the incumbent's last CPU parked as dead-man switch: one more step of
-    // the script, between the last `HandCpu` and `Commit`.
 }
 
 /// What will be done.
@@ -98,6 +88,15 @@ pub enum Refusal {
         /// The epoch now.
         epoch: u64,
     },
+    /// No time, or too much, to watch the successor.
+    #[error(
+        "a probation of {} s: it can last from {} s to {} s",
+        .period.as_secs_f64(), WATCH_LIMITS.0.as_secs(), WATCH_LIMITS.1.as_secs()
+    )]
+    Probation {
+        /// The time that was asked for.
+        period: Duration,
+    },
 }
 
 impl Plan {
@@ -109,6 +108,11 @@ impl Plan {
         let epoch = self.epoch;
         if epoch > u64::MAX - 4 {
             return Err(Refusal::Epoch { epoch });
+        }
+        if let ProbationPolicy::Watch { period, .. } = self.probation
+            && !(WATCH_LIMITS.0..=WATCH_LIMITS.1).contains(&period)
+        {
+            return Err(Refusal::Probation { period });
         }
         let count = self.cpus.others.len() + 2;
         if count > CPU_LIMIT {
@@ -163,18 +167,22 @@ impl Plan {
             (Cutover, Effect::Activate { epoch }),
             (Probation, Effect::DropAddress),
         ]);
-        for &Moving { cpu, online } in &self.cpus.others {
-            if online {
-                script.push((Probation, Effect::OfflineCpu { cpu }));
-            }
-            script.push((Probation, Effect::ParkCpu { cpu }));
-            if online {
-                script.push((Probation, Effect::HandCpu { cpu }));
-            }
-        }
-        match self.probation {
-            ProbationPolicy::CommitAtOnce => {}
-        }
+        let (watch, held_back) = match self.probation {
+            ProbationPolicy::CommitAtOnce => (None, 0),
+            ProbationPolicy::Watch { period, then, held_back } => (Some(Effect::Watch { period, then }), held_back),
+        };
+        let moves = |cpus: &[Moving]| -> Vec<(Phase, Effect)> {
+            let each = |&Moving { cpu, online }| {
+                let (offline, hand) = (Effect::OfflineCpu { cpu }, Effect::HandCpu { cpu });
+                [online.then_some(offline), Some(Effect::ParkCpu { cpu }), online.then_some(hand)]
+            };
+            cpus.iter().flat_map(each).flatten().map(|effect| (Probation, effect)).collect()
+        };
+        let others = &self.cpus.others;
+        let (before, after) = others.split_at(others.len().saturating_sub(held_back));
+        script.extend(moves(before));
+        script.extend(watch.map(|watch| (Probation, watch)));
+        script.extend(moves(after));
         let cpu = self.cpus.last;
         script.extend([
             (Commit, Effect::Commit),

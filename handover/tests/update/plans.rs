@@ -7,7 +7,8 @@ use handover::channel::MESSAGE_LIMIT;
 use handover::update::deadline::Deadlines;
 use handover::update::effect::Effect;
 use handover::update::phase::{self, Phase};
-use handover::update::plan::{Goal, Plan, ProbationPolicy, Refusal};
+use handover::update::plan::{Goal, Plan, Refusal};
+use handover::update::probation::{ProbationPolicy, WATCH_LIMITS, WhenWatched};
 use state_schemas::handover_record::UpdateId;
 
 pub const DEADLINES: Deadlines = Deadlines {
@@ -16,14 +17,23 @@ pub const DEADLINES: Deadlines = Deadlines {
     trial: Duration::from_secs(60),
     cutover: Duration::from_secs(5),
     per_cpu: Duration::from_secs(20),
+    watch: Duration::ZERO,
     commit: Duration::from_secs(20),
     undo: Duration::from_secs(20),
 };
 
-/// A machine of `cpus` CPUs. From five on, one of those that follow is offline; so is the spare one from seven on.
+fn watched(cpus: u32) -> ProbationPolicy {
+    let (period, then) = (Duration::from_secs(30), WhenWatched::Commit);
+    ProbationPolicy::Watch { period, then, held_back: usize::from(cpus.is_multiple_of(4)) }
+}
+
+/// A machine of `cpus` CPUs. From five on, one of those that follow is offline; so is the spare one from seven on. Where their number is
+/// even and there are more than two, the successor is watched before the commit; where it is a multiple of four, the last of those that follow
+/// is held back until then.
 pub fn plan(cpus: u32, goal: Goal) -> Plan {
     let cpu = |number| Cpu { number, apic_id: 2 * number };
     let moving = |number| Moving { cpu: cpu(number), online: number != 3 || cpus < 5 };
+    let is_watched = cpus > 2 && cpus.is_multiple_of(2);
     Plan {
         update: UpdateId([0xab; 16]),
         boot: "b".into(),
@@ -36,8 +46,8 @@ pub fn plan(cpus: u32, goal: Goal) -> Plan {
             last: cpu(0),
         },
         devices: true,
-        probation: ProbationPolicy::CommitAtOnce,
-        deadlines: DEADLINES,
+        probation: if is_watched { watched(cpus) } else { ProbationPolicy::CommitAtOnce },
+        deadlines: Deadlines { watch: Duration::from_secs(if is_watched { 35 } else { 0 }), ..DEADLINES },
     }
 }
 
@@ -142,4 +152,48 @@ fn a_plan_can_be_written_down() {
     let plan = plan(5, Goal::Upgrade);
     let text = serde_json::to_string(&plan).unwrap();
     assert_eq!(serde_json::from_str::<Plan>(&text).unwrap(), plan);
+}
+
+/// The watch is one step of the script, between the last CPU that moves and the commit.
+#[test]
+fn a_probation_is_one_step_more() {
+    let at_once = Plan { probation: ProbationPolicy::CommitAtOnce, ..plan(6, Goal::Upgrade) }.script();
+    let watched = plan(6, Goal::Upgrade).script();
+    let more: Vec<_> = watched.iter().filter(|step| !at_once.contains(step)).collect();
+    assert!(matches!(more[..], [(Phase::Probation, Effect::Watch { .. })]));
+    let at = watched.iter().position(|step| step == more[0]).unwrap();
+    assert!(matches!(watched[at - 1].1, Effect::HandCpu { .. }) && watched[at + 1].1 == Effect::Commit);
+
+    // A CPU that could not be stopped under a dead kernel follows when the watch is over.
+    let (period, then) = (Duration::from_secs(30), WhenWatched::Commit);
+    let held_back = ProbationPolicy::Watch { period, then, held_back: 1 };
+    let script = Plan { probation: held_back, ..plan(4, Goal::Upgrade) }.script();
+    let names: Vec<_> = script.iter().skip_while(|(_, e)| *e != Effect::DropAddress).map(|(_, e)| e.name()).collect();
+    let moves = ["offline cpu", "park cpu", "hand cpu over"];
+    let expected: [&[&str]; 5] =
+        [&["drop address"], &moves, &["watch"], &moves, &["commit", "quiesce devices", "yield last cpu"]];
+    assert_eq!(names, expected.concat());
+}
+
+#[test]
+fn a_probation_has_limits() {
+    let of = |period| {
+        let probation = ProbationPolicy::Watch { period, then: WhenWatched::RollBack, held_back: 0 };
+        Plan { probation, ..plan(4, Goal::Upgrade) }.check()
+    };
+    assert!(of(WATCH_LIMITS.0).is_ok() && of(WATCH_LIMITS.1).is_ok());
+    for period in [Duration::ZERO, Duration::from_millis(999), Duration::from_secs(365 * 24 * 3600)] {
+        let refusal = of(period).unwrap_err();
+        assert_eq!(refusal, Refusal::Probation { period });
+        assert!(refusal.to_string().contains("from 1 s to 86400 s"), "{refusal}");
+    }
+}
+
+/// As it stands in journals.
+#[test]
+fn golden_watch() {
+    let json = r#"{"effect":"watch","period":{"secs":30,"nanos":0},"then":"roll_back"}"#;
+    let effect = Effect::Watch { period: Duration::from_secs(30), then: WhenWatched::RollBack };
+    assert_eq!(serde_json::to_string(&effect).unwrap(), json);
+    assert_eq!(serde_json::from_str::<Effect>(json).unwrap(), effect);
 }

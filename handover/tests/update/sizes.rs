@@ -116,6 +116,7 @@ fn the_steps_of_many_cpus_become_one_a_kind() {
             format!("offline cpu ({} times)", others - 1),
             format!("park cpu ({others} times)"),
             format!("hand cpu over ({} times)", others - 1),
+            "watch".into(),
             "commit".into(),
             "quiesce devices".into(),
             "yield last cpu 0".into(),

@@ -263,6 +263,7 @@ impl World {
                 assert_eq!(self.at(cpu), At::Parked);
                 self.move_to(cpu, At::Successor);
             }
+            Effect::Watch { .. } => assert!(self.successor_active.is_some(), "watched a kernel that does not serve"),
             Effect::Commit => self.confirmed = true,
             Effect::QuiesceDevices => self.quiesced = true,
             Effect::YieldLastCpu { cpu } => {
@@ -415,6 +416,7 @@ pub fn asks_successor(effect: &Effect) -> bool {
             | Effect::CheckHealth
             | Effect::Activate { .. }
             | Effect::HandCpu { .. }
+            | Effect::Watch { .. }
             | Effect::Commit
             | Effect::StandDown { .. }
             | Effect::TakeCpuBack { .. }

@@ -10,6 +10,7 @@
 mod cpus;
 mod memory;
 mod resumed;
+mod watch;
 
 pub use self::resumed::Found;
 
@@ -176,6 +177,7 @@ impl<'k> Hands<'k> {
             Effect::DropAddress => self.drop_address(),
             Effect::ParkCpu { cpu } => self.park_cpu(*cpu),
             Effect::HandCpu { cpu } => self.hand_cpu(*cpu),
+            Effect::Watch { period, then } => self.watch(*period, *then),
             Effect::Commit => self.commit(),
             Effect::QuiesceDevices => self.quiesce_devices(),
             Effect::YieldLastCpu { cpu } => self.yield_last_cpu(*cpu),
@@ -200,7 +202,11 @@ impl<'k> Hands<'k> {
     fn what_happened(&mut self, effect: &Effect, error: &anyhow::Error) -> Event {
         let what = format!("{error:#}");
         let answer = error.downcast_ref::<Unanswered>();
+        if let Some(watch::NotCommitted(period)) = error.downcast_ref() {
+            return Event::Failed(Cause::not_committed(*period));
+        }
         let cause = match answer {
+            Some(Unanswered::Silent { .. }) if matches!(effect, Effect::Watch { .. }) => Cause::successor_died(what),
             Some(Unanswered::Panicked(_)) => Cause::successor_died(what),
             Some(Unanswered::CalledOff) => Cause::called_off(CALLED_OFF_BY),
             Some(Unanswered::Silent { .. }) => Cause { blame: Blame::Successor, sort: Sort::Deadline, what },
