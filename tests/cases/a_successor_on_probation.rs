@@ -2,58 +2,46 @@
 //! dies or stops answering, with every CPU that had moved; the next update works. And an operator can let it stay at once.
 
 use agent::daemon::outcome::Class;
-use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::snapshot::{self, Snapshot, assert_untouched};
 use baton_tests::{NEW, OLD, kernel, open, upgrade};
+use demos::story::rollback::{operator, trap};
 use demos::story::stage::{Shape, Stage};
-
-/// Runs in the successor only, beside everything else there: waits until a second CPU is its own, and then for the watch to have begun.
-fn trap(then: &str) -> Result<Vec<u8>> {
-    let mut initrd = Initrd::new();
-    let script = format!(
-        "#!/bin/sh\n(\n\
-         until [ \"$(grep -c ^processor /proc/cpuinfo 2> /dev/null)\" -ge 2 ] 2> /dev/null; do sleep 0.2; done\n\
-         sleep 1\n{then}\n) &\nexec /init\n"
-    );
-    initrd.file("/trap", 0o755, script);
-    Ok(initrd.bytes()?)
-}
 
 /// Why a watch ends badly.
 struct TakenBack {
     what: &'static str,
     /// Words of `baton upgrade`.
     words: &'static [&'static str],
-    /// A program of the incumbent says this again and again, until batond heeds it.
-    operator: Option<&'static str>,
+    /// An operator of the incumbent says this.
+    by: Option<&'static str>,
     said: &'static str,
 }
 
 const ROLLED_BACK: TakenBack = TakenBack {
     what: "an operator who takes it back",
     words: &["--probation", "10m"],
-    operator: Some("rollback"),
+    by: Some("rollback"),
     said: "probation failed, because of the operator: called off by the operator",
 };
 const NOT_COMMITTED: TakenBack = TakenBack {
     what: "a time that is over without a commit",
     words: &["--probation", "2s", "--require-commit"],
-    operator: None,
+    by: None,
     said: "nobody committed it within 2 s",
 };
 const PANICS: TakenBack = TakenBack {
     what: "a kernel that panics when it is watched",
     words: &["--probation", "10m", "--initrd", "/tmp/panics"],
-    operator: None,
+    by: None,
     said: "the successor panicked",
 };
 const HANGS: TakenBack = TakenBack {
     what: "a kernel whose agent does not answer any more",
     words: &["--probation", "10m", "--initrd", "/tmp/hangs"],
-    operator: None,
+    by: None,
     said: "the successor was silent for 2.000 s",
 };
 
@@ -64,7 +52,7 @@ fn a_successor_is_taken_back_until_it_is_committed() -> Result<()> {
     let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;
     let clients = Clients::start(stage, 40)?;
-    let before = ready(stage)?;
+    let before = ready(stage, 3)?;
 
     for verb in ["commit", "rollback"] {
         let ran = baton(&stage.guest(), &[verb])?;
@@ -86,13 +74,12 @@ fn a_successor_is_taken_back_until_it_is_committed() -> Result<()> {
         last = is_taken_back(stage, NEW, back, &last, &clients)?;
     }
     // It stays because somebody says so, long before its time is over.
-    let committed = "(until baton commit; do sleep 0.3; done) < /dev/null > /dev/null 2>&1 &";
-    stage.guest().check(&["sh", "-c", committed])?;
+    stage.guest().check(&["sh", "-c", &operator("commit")])?;
     upgrade(stage, NEW, &["--probation", "10m", "--require-commit"])?;
     clients.await_more(20)?;
 
     // This one was a successor itself: the CPU that the firmware booted is kept back until the watch is over.
-    let mut last = ready(stage)?;
+    let mut last = ready(stage, 2)?;
     for back in [&PANICS, &ROLLED_BACK] {
         last = is_taken_back(stage, OLD, back, &last, &clients)?;
     }
@@ -105,11 +92,12 @@ fn a_successor_is_taken_back_until_it_is_committed() -> Result<()> {
     Ok(())
 }
 
-/// What an update leaves to the agent (memory, caches) is there from the first check on.
-fn ready(stage: &Stage) -> Result<Snapshot> {
+/// What an update leaves to the agent (memory, caches) is there from the first check on. `successors`: CPUs that the successor has when it
+/// is watched.
+fn ready(stage: &Stage, successors: u32) -> Result<Snapshot> {
     let guest = stage.guest();
-    guest.put("/tmp/panics", 0o644, &trap("echo c > /proc/sysrq-trigger")?)?;
-    guest.put("/tmp/hangs", 0o644, &trap("kill -STOP $(pidof batond)")?)?;
+    guest.put("/tmp/panics", 0o644, &trap(successors, "echo c > /proc/sysrq-trigger")?)?;
+    guest.put("/tmp/hangs", 0o644, &trap(successors, "kill -STOP $(pidof batond)")?)?;
     let image = format!("/boot/vmlinuz-{}", kernel(OLD).release);
     baton(&guest, &["check", "--kernel", &image])?;
     snapshot::of(stage)
@@ -122,11 +110,10 @@ fn is_taken_back(
     before: &Snapshot,
     clients: &Clients,
 ) -> Result<Snapshot> {
-    let TakenBack { what, words, operator, said } = back;
+    let TakenBack { what, words, by, said } = back;
     let guest = stage.guest();
-    if let Some(verb) = operator {
-        let script = format!("(until baton {verb}; do sleep 0.3; done) < /dev/null > /dev/null 2>&1 &");
-        guest.check(&["sh", "-c", &script])?;
+    if let Some(verb) = by {
+        guest.check(&["sh", "-c", &operator(verb)])?;
     }
     let image = format!("/boot/vmlinuz-{}", kernel(series).release);
     let rdinit = if words.contains(&"--initrd") { "rdinit=/trap" } else { "" };

@@ -3,6 +3,7 @@
 mod compare;
 mod kho;
 mod lab;
+mod rollback;
 mod scale;
 mod shell;
 mod upgrade;
@@ -30,6 +31,8 @@ enum Story {
     Compare(compare::CompareArguments),
     /// Updates to kernels with kexec handover (KHO), and asks them what they were given (builds such a kernel when there is none).
     Kho(kho::KhoArguments),
+    /// Takes a successor back that serves on probation, for each reason, and says what its clients noticed.
+    Rollback(rollback::RollbackArguments),
     /// Measures how an update's times depend on the amount of memory that crosses.
     Scale(scale::ScaleArguments),
     /// Sets up what the other commands need (or, with --clean, removes it).
@@ -44,6 +47,7 @@ pub fn main() -> ExitCode {
         Some(Story::Upgrade(arguments)) => upgrade::run(&arguments),
         Some(Story::Compare(arguments)) => compare::run(&arguments),
         Some(Story::Kho(arguments)) => kho::run(&arguments),
+        Some(Story::Rollback(arguments)) => rollback::run(&arguments),
         Some(Story::Scale(arguments)) => scale::run(&arguments),
         Some(Story::Lab(arguments)) => lab::run(&arguments).map(|()| ExitCode::SUCCESS),
         Some(Story::Shell(arguments)) => shell::run(&arguments).map(|()| ExitCode::SUCCESS),

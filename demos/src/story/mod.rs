@@ -7,6 +7,7 @@
 //! | `upgrade.rs` | the main story: live updates under load |
 //! | `compare.rs` | the same change three ways: Baton, kexec, reboot |
 //! | `kho.rs` | updates to kernels with kexec handover and from them, and what those kernels say of it |
+//! | `rollback.rs` | a successor on probation that is taken back, for each reason |
 //! | `scale.rs` | live updates with small and with large arenas |
 //! | `report.rs` | what they say: plain data, as JSON and for people |
 
@@ -14,6 +15,7 @@ pub mod clients;
 pub mod compare;
 pub mod kho;
 pub mod report;
+pub mod rollback;
 pub mod scale;
 pub mod stage;
 pub mod upgrade;
