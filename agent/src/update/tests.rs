@@ -12,7 +12,8 @@ use handover::update::deadline::Deadlines;
 use handover::update::effect::Effect;
 use handover::update::error::{Left, Outcome};
 use handover::update::machine::{Event, JournalLine, Next, Update};
-use handover::update::plan::{Goal, Plan as Steps, ProbationPolicy};
+use handover::update::plan::{Goal, Plan as Steps};
+use handover::update::probation::{ProbationPolicy, WhenWatched};
 use kexec_core::cpus::{CpuFacts, Move};
 use kexec_core::device::Device;
 use state_schemas::control_block::{self, words};
@@ -170,6 +171,7 @@ impl Scene {
             moves: vec![(cpu(1), Move::Ordinary), (cpu(2), Move::Ordinary), (cpu(0), Move::Yield)],
             region_len: 2 * BLOCK,
             block_size: BLOCK,
+            probation: ProbationPolicy::CommitAtOnce,
             record_version: 2,
         };
         let at = |number: u32| Cpu { number, apic_id: number };
@@ -190,6 +192,7 @@ impl Scene {
                 trial: long,
                 cutover: long,
                 per_cpu: long,
+                watch: long,
                 commit: long,
                 undo: long,
             },
@@ -290,6 +293,45 @@ fn left(outcome: &Next) -> Vec<Left> {
             left.clone()
         }
         Next::Do(effect) => panic!("it ends before {}", effect.name()),
+    }
+}
+
+/// A successor that is watched stays when its time is over or an operator says so, and is taken back when one had to and did not, or
+/// when one says so; then everything is as before.
+#[test]
+fn a_watched_successor_stays_or_is_taken_back() {
+    let watched = |seconds, then, operator: fn(&Kernel)| {
+        let mut scene = Scene::new();
+        scene.steps.probation = ProbationPolicy::Watch { period: Duration::from_secs(seconds), then, held_back: 0 };
+        let before = scene.machine.state();
+        let kernel = scene.open_kernel();
+        let next = std::thread::scope(|scope| {
+            let operator = scope.spawn(|| {
+                let patience = Instant::now() + Duration::from_secs(30);
+                while !kernel.probation.is_watching() && Instant::now() < patience {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                operator(&kernel);
+            });
+            let (_, next, _partner) = scene.run(&kernel, usize::MAX);
+            operator.join().unwrap();
+            next
+        });
+        scene.no_harm("watched");
+        let as_before = scene.machine.state() == before;
+        (next, as_before)
+    };
+    let committed = |next: &Next| matches!(next, Next::End(Outcome::Committed { .. }));
+    assert!(committed(&watched(1, WhenWatched::Commit, |_| {}).0));
+    let said = |kernel: &Kernel| assert!(kernel.probation.commit());
+    assert!(committed(&watched(3600, WhenWatched::RollBack, said).0));
+    for (seconds, operator, said) in [
+        (1, (|_| {}) as fn(&Kernel), "nobody committed it within 1 s"),
+        (3600, |kernel| kernel.called_off.store(true, Ordering::SeqCst), "called off by the operator"),
+    ] {
+        let (next, as_before) = watched(seconds, WhenWatched::RollBack, operator);
+        let Next::End(Outcome::RolledBack { cause, left, .. }) = &next else { panic!("{next:?}") };
+        assert!(cause.what.contains(said) && left.is_empty() && as_before, "{next:?}");
     }
 }
 
