@@ -30,8 +30,9 @@ use crate::recovery::journal::JOURNAL;
 use crate::recovery::ledger::{self, Ledger};
 use crate::services::access::Access;
 use crate::services::arenas::{Arena, Piece};
+use crate::services::coming::Admitted;
 use crate::services::files::Store;
-use crate::services::{Admission, Admitted, Land, Services, holders};
+use crate::services::{Admission, Land, Services, holders};
 use crate::takeover::birth::Birth;
 use crate::userland::kernels;
 

@@ -1,48 +1,45 @@
 //! The services of this kernel, as batond holds them: who is connected, where each one's arena is, and how it stands.
 //!
-//! A service is as long as its connection is ([`AgentEnd`]). Who may be one is [`access`]'s to say; whether it may serve now is
+//! A service is as long as its connection is ([`baton_sdk::agent_end::AgentEnd`]). Who may be one is [`access`]'s to say; whether it may serve now is
 //! [`Admission`]'s. Orders in the blackout go to all services first, and their answers are gathered after, under one deadline
 //! for all; an order to go on goes to everybody, whatever becomes of one of them. What a service says when nobody waits for it
 //! is heard by [`Services::mind`].
 //!
+//! One that comes is taken in by [`coming`]; how each stands is its slot's to say; orders to many are sent and gathered in `answers`.
+//!
 //! What a test must play is a [`Land`]: where arenas come from, and who has them mapped.
 
 pub mod access;
+mod answers;
 pub mod arenas;
+pub mod coming;
 pub mod files;
 pub mod holders;
 pub mod resize;
+mod slot;
 #[cfg(test)]
 mod tests;
 pub mod watched;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::AsFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use baton_sdk::agent_end::AgentEnd;
-use baton_sdk::protocol::{Hello, Standing, ToAgent, ToService, timeout};
+use baton_sdk::protocol::{Standing, ToAgent, ToService};
 use kexec_core::device::Device;
 use kexec_core::memory_map::{Range, RangeSet};
 use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
+use nix::poll::PollTimeout;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 
-use crate::daemon::control::{ServiceState, ServiceStatus};
-use crate::daemon::listen::Peer;
-use crate::recovery::ledger::{Entry, Ledger, Process};
-use crate::services::access::{Access, Budget};
+use crate::daemon::control::ServiceStatus;
+use crate::recovery::ledger::{Entry, Ledger};
+use crate::services::answers::{Resumed, Seal, activated, gather, order_all, report};
 use crate::services::arenas::{Arena, Piece};
+pub use crate::services::slot::{Admission, Crossing};
+use crate::services::slot::{Inner, Slot};
 use crate::services::watched::Watched;
-
-/// How long a service may take to get ready, whatever its arena's size.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// And for each MiB of it: ten times what mapping one takes under emulation.
-const PATIENCE_FOR_MIB: Duration = Duration::from_millis(2);
-/// How often one that waits to be let in is looked after: it may have gone, and another of its name may have come.
-const LOOK_AFTER: Duration = Duration::from_secs(1);
 
 /// Where arenas come from, and who has them.
 pub trait Land: Sync {
@@ -52,162 +49,6 @@ pub trait Land: Sync {
     fn give_back(&self, arena: Arena) -> Result<(), (Arena, anyhow::Error)>;
     /// The processes that have some of this memory mapped.
     fn holders(&self, ranges: &[Range]) -> Result<Vec<i32>>;
-}
-
-/// Whether services may serve on this kernel, and what becomes of one that comes now.
-///
-/// ```text
-/// incumbent   Open ─ update ─► Listed ─ stand by ─► Waiting ─┬─► (leaves)
-///               ▲                 └────────┬─────────┘ undone │
-///               └──────────────────────────┘                 Elsewhere: a batond that is started again finds that
-/// successor   Inheriting ─► Waiting ─ drained ─► Open         the successor serves
-/// ```
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub enum Admission {
-    /// A predecessor's arenas are still being taken over: nobody is let in.
-    #[default]
-    Inheriting,
-    /// Whoever comes serves, in this epoch.
-    Open {
-        /// Of this kernel's services.
-        epoch: u64,
-    },
-    /// A successor is being told which arenas there are. Whose is among them serves; a new name waits at the door.
-    Listed {
-        /// Of this kernel's services.
-        epoch: u64,
-    },
-    /// Nobody begins to serve. Who has an arena stands by; a new name waits at the door.
-    Waiting,
-    /// Another kernel serves: nobody is let in, and nothing of what it has is given away.
-    Elsewhere {
-        /// Which one, and what to do.
-        why: String,
-    },
-}
-
-/// One service.
-#[derive(Debug, Default)]
-struct Slot {
-    end: Option<AgentEnd>,
-    hello: Option<Hello>,
-    arena: Option<Arena>,
-    /// The user who had it; nothing if nobody knows.
-    owner: Option<u32>,
-    /// Who connected for it last, be it to an earlier batond. It may have ended, and a child of it serve on.
-    process: Option<Process>,
-    /// Why it was not admitted when it last tried.
-    refusal: Option<String>,
-    /// Somebody is being admitted.
-    coming: bool,
-    /// It has served, here or on the kernel before: what is in the arena must not be lost.
-    served: bool,
-    /// It was told to freeze, has not answered, and was to go on in this epoch meanwhile: it is told when it answers.
-    goes_on: Option<u64>,
-}
-
-impl Slot {
-    fn standing(&self) -> Option<Standing> {
-        let end = self.end.as_ref().filter(|end| !end.is_gone())?;
-        Some(end.standing()).filter(|standing| *standing != Standing::Over)
-    }
-
-    fn is_connected(&self) -> bool {
-        self.standing().is_some()
-    }
-
-    /// An arena that nobody has served with, and whose service has gone: nothing would be lost with it.
-    fn is_idle(&self) -> bool {
-        !self.served && !self.coming && self.arena.is_some() && !self.is_connected()
-    }
-
-    fn state(&self) -> ServiceState {
-        match self.standing() {
-            None if self.coming => ServiceState::Starting,
-            None => ServiceState::Absent,
-            Some(Standing::Serving(_)) => ServiceState::Serving,
-            Some(Standing::StandingBy) => ServiceState::Standby,
-            Some(Standing::Frozen(_) | Standing::Freezing(_)) => ServiceState::Frozen,
-            Some(_) => ServiceState::Starting,
-        }
-    }
-
-    fn ranges(&self) -> impl Iterator<Item = Range> {
-        self.arena.iter().flat_map(|arena| arena.pieces.iter().map(|piece| piece.range))
-    }
-}
-
-/// What a service reported when it was sealed or activated.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Seal {
-    /// How many items are in its arena.
-    pub items: u64,
-    /// The seal it computed.
-    pub seal: u64,
-}
-
-/// What a service must know about an arena that crosses to another kernel.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Crossing {
-    /// The service's name.
-    pub name: String,
-    /// Kind of its state.
-    pub schema_kind: u32,
-    /// Version of its state.
-    pub schema_version: u32,
-    /// Where its arena lies: these pieces in this order.
-    pub ranges: Vec<Range>,
-}
-
-/// A service that was taken in.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Admitted {
-    /// Its name.
-    pub name: String,
-    /// It had an agent before this one, and serves on.
-    pub was_serving: bool,
-}
-
-/// What came of an order to all.
-#[derive(Debug)]
-struct Gathered<T> {
-    answers: BTreeMap<String, T>,
-    /// Who did not do it, and why.
-    failed: BTreeMap<String, String>,
-}
-
-impl<T> Gathered<T> {
-    /// All answers, or everything that went wrong.
-    fn all(self, what: &str) -> Result<BTreeMap<String, T>> {
-        if self.failed.is_empty() {
-            return Ok(self.answers);
-        }
-        bail!("{}", told(&self.failed, what))
-    }
-}
-
-fn told(failed: &BTreeMap<String, String>, what: &str) -> String {
-    let all: Vec<_> = failed.iter().map(|(name, why)| format!("service {name} was told {what}: {why}")).collect();
-    all.join("; ")
-}
-
-/// What came of the order to go on.
-#[derive(Debug, Default, PartialEq, Eq)]
-pub struct Resumed {
-    /// Who serves again.
-    pub serving: BTreeSet<String>,
-    /// Who has not even answered the freeze yet: it goes on as soon as it does.
-    pub late: BTreeSet<String>,
-    /// Who was told and did not go on, and why.
-    pub failed: BTreeMap<String, String>,
-}
-
-#[derive(Debug, Default)]
-struct Inner {
-    slots: BTreeMap<String, Slot>,
-    /// Kind and version of what each service of the predecessor kept.
-    left: BTreeMap<String, (u32, u32)>,
-    admission: Admission,
 }
 
 /// All services of this kernel.
@@ -351,172 +192,6 @@ impl Services {
     /// What the predecessor's service of this name kept, as the handover record says. Whoever comes for it must read it.
     pub fn expect_content(&self, name: &str, kind: u32, version: u32) {
         self.inner.lock().left.insert(name.to_owned(), (kind, version));
-    }
-
-    // ---- one comes -------------------------------------------------------------------------------------------------
-
-    /// Takes a service in that has greeted: whether it may be the one it says; its arena, made where there is none yet; its
-    /// readiness; then it serves or stands by as [`Admission`] says, and until that says anything it waits here. One that serves
-    /// already, with an earlier batond's arena, goes on.
-    pub fn admit(&self, peer: Peer, end: AgentEnd, access: &Access, land: &dyn Land) -> Result<Admitted> {
-        self.give_back_idle(land);
-        let name = end.hello().name.clone();
-        let serving = end.hello().serving;
-        let coming = Coming { name: name.clone(), access, peer, process: Process::find(peer.pid) };
-        let entered = self.inner.wait(None, |inner| match inner.admission {
-            Admission::Inheriting => None,
-            _ => Some(inner.enter(&coming, end.hello())),
-        });
-        let budget = entered.context("it was waited for without a deadline")??;
-        let admitted = match serving {
-            None => self.prepare(&coming, end, budget, land),
-            Some(held) => self.welcome_back(&coming, end, held, land),
-        };
-        let mut inner = self.inner.lock();
-        if let Some(slot) = inner.slots.get_mut(&name) {
-            slot.coming = false;
-            slot.refusal = admitted.as_ref().err().map(|error| format!("{error:#}"));
-            if slot.arena.is_none() && slot.end.is_none() {
-                inner.slots.remove(&name);
-            }
-        }
-        drop(inner);
-        self.inner.notify();
-        if admitted.is_err() {
-            self.give_back_idle(land);
-        }
-        admitted.map(|()| Admitted { name, was_serving: serving.is_some() })
-    }
-
-    /// It proves by its memory that it has the arena; nothing is sent to it again.
-    fn welcome_back(&self, coming: &Coming<'_>, end: AgentEnd, held: u64, land: &dyn Land) -> Result<()> {
-        let name = &coming.name;
-        self.await_admission(&end, |admission| matches!(admission, Admission::Open { .. }))?;
-        let ranges: Option<Vec<_>> = {
-            let inner = self.inner.lock();
-            let arena = inner.slots.get(name).filter(|slot| slot.arena.is_some());
-            arena.map(|slot| slot.ranges().collect())
-        };
-        let ranges = ranges.with_context(|| format!("service {name} says that it serves, and has no arena here"))?;
-        if !land.holders(&ranges)?.contains(&coming.peer.pid) {
-            bail!("service {name} says that it serves, and is not the process that has its arena");
-        }
-        self.seat(coming, end, |admission| match admission {
-            Admission::Open { epoch } if *epoch == held => Ok(ToService::Welcome { epoch: held }),
-            other => bail!("service {name} says that it serves in epoch {held}, and here services are {other:?}"),
-        })
-    }
-
-    fn prepare(&self, coming: &Coming<'_>, mut end: AgentEnd, budget: Budget, land: &dyn Land) -> Result<()> {
-        let name = &coming.name;
-        let left: Option<Vec<Range>> = {
-            let inner = self.inner.lock();
-            inner.slots.get(name).filter(|slot| slot.arena.is_some()).map(|slot| slot.ranges().collect())
-        };
-        match left {
-            None => self.take_arena(coming, &end, budget, land)?,
-            // Two processes that write to one arena would destroy it.
-            Some(ranges) => {
-                if let Some(pid) = land.holders(&ranges)?.into_iter().find(|pid| *pid != coming.peer.pid) {
-                    bail!("process {pid} still has the arena of {name}: end it first");
-                }
-            }
-        }
-        let (files, fresh) = self.hand_out(coming)?;
-        let pieces: Vec<_> = files.iter().map(|(file, len)| (file.as_fd(), *len)).collect();
-        end.give_arena(&pieces, fresh)?;
-        let len: u64 = pieces.iter().map(|(_, len)| len).sum();
-        expect_report(&mut end, "to get ready", patience_for(len), |report| {
-            matches!(report, ToAgent::Ready).then_some(())
-        })?;
-        self.seat(coming, end, |admission| match admission {
-            Admission::Open { epoch } | Admission::Listed { epoch } => Ok(ToService::Serve { epoch: *epoch }),
-            Admission::Waiting => Ok(ToService::StandBy),
-            Admission::Elsewhere { why } => bail!("{why}"),
-            Admission::Inheriting => bail!("arenas of a predecessor are still being taken over"),
-        })
-    }
-
-    /// Copies of the arena's files with their lengths, and whether nothing was ever in it. It is written down before
-    /// they are given: from then on there is something in it to be lost.
-    fn hand_out(&self, coming: &Coming<'_>) -> Result<(Vec<(std::os::fd::OwnedFd, u64)>, bool)> {
-        let mut inner = self.inner.lock();
-        let slot = inner.slots.get_mut(&coming.name).context("its place is gone")?;
-        slot.process = coming.process;
-        slot.owner = Some(coming.peer.uid);
-        let arena = slot.arena.as_mut().context("its arena is gone")?;
-        let copy = |piece: &Piece| Ok((piece.file.try_clone()?, piece.range.len()));
-        let files = arena.pieces.iter().map(copy).collect::<Result<_>>()?;
-        let fresh = std::mem::take(&mut arena.fresh);
-        self.note(&inner.slots)?;
-        Ok((files, fresh))
-    }
-
-    /// A new arena for a new name, when it may have one: not while a list of arenas is with a successor.
-    fn take_arena(&self, coming: &Coming<'_>, end: &AgentEnd, budget: Budget, land: &dyn Land) -> Result<()> {
-        let (name, wanted) = (&coming.name, end.hello().wanted_arena_len);
-        loop {
-            self.await_admission(end, |admission| matches!(admission, Admission::Open { .. }))?;
-            let _one_at_a_time = self.taking.lock().unwrap_or_else(PoisonError::into_inner);
-            let (kept, strangers) = {
-                let inner = self.inner.lock();
-                let not_roots = inner.slots.iter().filter(|(_, slot)| slot.owner.is_some_and(|uid| uid != 0));
-                let unlisted = not_roots.filter(|(name, _)| !coming.access.lists(name));
-                let had = unlisted.flat_map(|(_, slot)| slot.ranges()).map(|range| range.len()).sum();
-                (inner.ranges(), had)
-            };
-            budget.check(name, wanted, strangers)?;
-            let arena = land.take(wanted, &kept)?;
-            let mut inner = self.inner.lock();
-            if matches!(inner.admission, Admission::Open { .. })
-                && let Some(slot) = inner.slots.get_mut(name)
-            {
-                (slot.arena, slot.owner) = (Some(arena), Some(coming.peer.uid));
-                return Ok(());
-            }
-            // An update has begun meanwhile.
-            drop(inner);
-            land.give_back(arena).map_err(|(_, error)| error)?;
-        }
-    }
-
-    /// Waits until the one who comes may go on; not longer than it waits itself.
-    fn await_admission(&self, end: &AgentEnd, may: impl Fn(&Admission) -> bool) -> Result<()> {
-        loop {
-            let found = self.inner.wait(Some(Instant::now() + LOOK_AFTER), |inner| match &inner.admission {
-                Admission::Elsewhere { why } => Some(Err(anyhow::anyhow!("{why}"))),
-                admission => may(admission).then_some(Ok(())),
-            });
-            match found {
-                Some(found) => return found,
-                None if end.is_gone() => bail!("it has left before it could be let in"),
-                None => {}
-            }
-        }
-    }
-
-    /// From now on it is one of the services. What it is told, and that it has its place, is one step for everybody else.
-    fn seat(
-        &self,
-        coming: &Coming<'_>,
-        mut end: AgentEnd,
-        order: impl FnOnce(&Admission) -> Result<ToService>,
-    ) -> Result<()> {
-        let mut inner = self.inner.lock();
-        let order = order(&inner.admission)?;
-        end.order(&order)?;
-        let told = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
-        self.events.add(end.as_fd(), EpollEvent::new(told, 0)).context("cannot wait for it")?;
-        let slot = inner.slots.get_mut(&coming.name).context("its place is gone")?;
-        (slot.process, slot.owner) = (coming.process, Some(coming.peer.uid));
-        (slot.coming, slot.refusal, slot.goes_on) = (false, None, None);
-        slot.served |= matches!(order, ToService::Welcome { .. });
-        slot.hello = Some(end.hello().clone());
-        slot.end = Some(end);
-        self.note(&inner.slots)?;
-        drop(inner);
-        self.inner.notify();
-        Ok(())
     }
 
     // ---- what they say by themselves -------------------------------------------------------------------------------
@@ -721,241 +396,4 @@ impl Services {
         })
         .collect()
     }
-}
-
-/// Who is being admitted.
-struct Coming<'a> {
-    name: String,
-    access: &'a Access,
-    peer: Peer,
-    process: Option<Process>,
-}
-
-impl Slot {
-    /// Takes in what it has said and nobody waited for.
-    fn hear(&mut self, name: &str) {
-        while let Some(end) = &mut self.end {
-            if end.standing() == Standing::Over {
-                // What it said last was no word of the protocol: it hears of that by the end of the connection.
-                (self.end, self.goes_on) = (None, None);
-                return;
-            }
-            match end.poll_report() {
-                Ok(None) => return,
-                Ok(Some(_)) => {
-                    self.served |= matches!(end.standing(), Standing::Serving(_));
-                    if matches!(end.standing(), Standing::Frozen(_))
-                        && let Some(epoch) = self.goes_on.take()
-                    {
-                        tracing::info!(service = name, "it has answered the freeze that was undone, and goes on");
-                        if let Err(error) = end.order(&ToService::Unfreeze { epoch }) {
-                            tracing::warn!("service {name} cannot be told to go on: {error}");
-                        }
-                    }
-                }
-                Err(error) => {
-                    tracing::info!("service {name} is no longer connected: {error}");
-                    (self.end, self.goes_on) = (None, None);
-                }
-            }
-        }
-    }
-}
-
-impl Inner {
-    fn understands(&self, hello: &Hello) -> Result<()> {
-        match self.left.get(&hello.name) {
-            Some(&(kind, version)) if kind != hello.schema_kind || version > hello.schema_version => bail!(
-                "it reads kind {:#x} up to version {}, and was left kind {kind:#x} version {version}",
-                hello.schema_kind,
-                hello.schema_version
-            ),
-            _ => Ok(()),
-        }
-    }
-
-    /// Somebody comes under this name, if it may: nobody else does meanwhile.
-    fn enter(&mut self, coming: &Coming<'_>, hello: &Hello) -> Result<Budget> {
-        let name = &coming.name;
-        if let Admission::Elsewhere { why } = &self.admission {
-            bail!("{why}");
-        }
-        let left = self.slots.get(name).filter(|slot| slot.arena.is_some()).map(|slot| slot.owner);
-        let budget = coming.access.check(coming.peer, name, left)?;
-        if let Some(slot) = self.slots.get(name) {
-            if slot.is_connected() || slot.coming {
-                bail!("service {name} is connected already");
-            }
-            if slot.is_idle() && slot.arena.as_ref().is_some_and(|arena| !arena.fresh) {
-                bail!(
-                    "an earlier {name} has left and never served, and its process still has that memory: end it first"
-                );
-            }
-        }
-        let understood = self.understands(hello);
-        let slot = self.slots.entry(name.clone()).or_default();
-        if let Err(error) = understood {
-            slot.refusal = Some(format!("{error:#}"));
-            return Err(error);
-        }
-        slot.coming = true;
-        Ok(budget)
-    }
-
-    fn ranges(&self) -> RangeSet {
-        self.slots.values().flat_map(Slot::ranges).collect()
-    }
-
-    fn crossings(&self) -> Vec<Crossing> {
-        let crosses = self.slots.iter().filter(|(_, slot)| !slot.is_idle());
-        crosses
-            .filter_map(|(name, slot)| {
-                let (arena, hello) = (slot.arena.as_ref()?, slot.hello.as_ref()?);
-                Some(Crossing {
-                    name: name.clone(),
-                    schema_kind: hello.schema_kind,
-                    schema_version: hello.schema_version,
-                    ranges: arena.ranges(),
-                })
-            })
-            .collect()
-    }
-
-    fn all_serve(&self, crossings: &[Crossing], epoch: u64) -> Result<()> {
-        let not_serving: Vec<String> = crossings
-            .iter()
-            .filter_map(|crossing| {
-                let slot = self.slots.get(&crossing.name);
-                let serves = slot.is_some_and(|slot| slot.standing() == Some(Standing::Serving(epoch)));
-                let state = slot.map_or(ServiceState::Absent, Slot::state);
-                (!serves).then(|| format!("service {} is {state}, not serving in epoch {epoch}", crossing.name))
-            })
-            .collect();
-        if not_serving.is_empty() { Ok(()) } else { bail!("{}", not_serving.join("; ")) }
-    }
-
-    /// The connections of those who stand so.
-    fn ends(&mut self, who: impl Fn(Standing) -> bool) -> Vec<(&str, &mut AgentEnd)> {
-        let ends = self.slots.iter_mut().filter_map(|(name, slot)| Some((name.as_str(), slot.end.as_mut()?)));
-        ends.filter(|(_, end)| who(end.standing())).collect()
-    }
-
-    /// Opens this kernel for services, and tells all that are silent to go on; says who was told or could not be, and who is late.
-    fn go_on(&mut self, epoch: u64) -> (Gathered<()>, BTreeSet<String>) {
-        self.admission = Admission::Open { epoch };
-        let mut told = Gathered { answers: BTreeMap::new(), failed: BTreeMap::new() };
-        let mut late = BTreeSet::new();
-        for (name, slot) in &mut self.slots {
-            // What it has said by now counts.
-            slot.hear(name);
-            let Some(end) = &mut slot.end else { continue };
-            let order = match end.standing() {
-                Standing::Frozen(_) => ToService::Unfreeze { epoch },
-                Standing::StandingBy => ToService::Activate { epoch },
-                Standing::Freezing(_) => {
-                    slot.goes_on = Some(epoch);
-                    late.insert(name.clone());
-                    continue;
-                }
-                _ => continue,
-            };
-            match end.order(&order) {
-                Ok(()) => _ = told.answers.insert(name.clone(), ()),
-                Err(error) => _ = told.failed.insert(name.clone(), error.to_string()),
-            }
-        }
-        (told, late)
-    }
-}
-
-/// Says what the operator must know of it.
-fn report(resumed: &Resumed) {
-    for name in &resumed.late {
-        tracing::warn!("service {name} has not answered the freeze: it goes on as soon as it does");
-    }
-    if !resumed.failed.is_empty() {
-        tracing::error!("{}", told(&resumed.failed, "to go on"));
-    }
-}
-
-/// Tells all of them, then gathers what they answer.
-fn order_all<T>(
-    ends: &mut Vec<(&str, &mut AgentEnd)>,
-    order: &ToService,
-    until: Option<Instant>,
-    answer: impl Fn(ToAgent) -> Option<T>,
-) -> Gathered<T> {
-    let mut failed = BTreeMap::new();
-    ends.retain_mut(|(name, end)| match end.order(order) {
-        Ok(()) => true,
-        Err(error) => {
-            failed.insert((*name).to_owned(), error.to_string());
-            false
-        }
-    });
-    let mut gathered = gather(ends, until, answer);
-    gathered.failed.extend(failed);
-    gathered
-}
-
-/// Gathers one answer of each, in the order in which they come, until all have answered or the deadline has passed.
-fn gather<T>(
-    ends: &mut Vec<(&str, &mut AgentEnd)>,
-    until: Option<Instant>,
-    answer: impl Fn(ToAgent) -> Option<T>,
-) -> Gathered<T> {
-    let began = Instant::now();
-    let mut gathered = Gathered { answers: BTreeMap::new(), failed: BTreeMap::new() };
-    loop {
-        ends.retain_mut(|(name, end)| {
-            let failed = match end.poll_report() {
-                Ok(None) => return true,
-                Ok(Some(report)) => {
-                    let shown = format!("{report:?}");
-                    match answer(report) {
-                        Some(answer) => {
-                            gathered.answers.insert((*name).to_owned(), answer);
-                            return false;
-                        }
-                        None => format!("it answered {shown}"),
-                    }
-                }
-                Err(error) => error.to_string(),
-            };
-            gathered.failed.insert((*name).to_owned(), failed);
-            false
-        });
-        let over = until.is_some_and(|until| Instant::now() >= until);
-        if ends.is_empty() || over {
-            let why = || format!("it has not answered in {:.1?}", began.elapsed());
-            gathered.failed.extend(ends.drain(..).map(|(name, _)| (name.to_owned(), why())));
-            return gathered;
-        }
-        let mut polled: Vec<_> = ends.iter().map(|(_, end)| PollFd::new(end.as_fd(), PollFlags::POLLIN)).collect();
-        // What it says is looked up above, and an interrupted wait just looks earlier.
-        let _ = poll(&mut polled, timeout(until));
-    }
-}
-
-fn activated(report: ToAgent) -> Option<Seal> {
-    match report {
-        ToAgent::Activated { items, seal, .. } => Some(Seal { items, seal }),
-        _ => None,
-    }
-}
-
-/// How long a service may take to map an arena of this size.
-fn patience_for(bytes: u64) -> Duration {
-    PATIENCE + PATIENCE_FOR_MIB * u32::try_from(bytes >> 20).unwrap_or(u32::MAX)
-}
-
-fn expect_report<T>(
-    end: &mut AgentEnd,
-    what: &str,
-    patience: Duration,
-    answer: impl Fn(ToAgent) -> Option<T>,
-) -> Result<T> {
-    let report = end.report(patience)?;
-    let shown = format!("{report:?}");
-    answer(report).with_context(|| format!("it was told {what} and answered {shown}"))
 }

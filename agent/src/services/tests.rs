@@ -1,15 +1,21 @@
 //! Services that behave in every way they can, on a played machine: memory is memfds, and who has it mapped is what the test says.
 
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 
-use baton_sdk::protocol::{Inbox, encode, receive, send_all};
+use baton_sdk::agent_end::AgentEnd;
+use baton_sdk::protocol::{Hello, Inbox, encode, receive, send_all};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 
 use super::*;
+use crate::daemon::control::ServiceState;
+use crate::daemon::listen::Peer;
+use crate::services::access::Access;
+use crate::services::coming::{Admitted, PATIENCE, patience_for};
 
 /// No test waits as long: it is for what never comes.
 const FAR: Duration = Duration::from_secs(20);
