@@ -34,7 +34,7 @@ fn kill_in_mid_update(stage: &Stage, clients: &Clients, image: &str, port: usize
     };
     assert_eq!(of_machine(&after), of_machine(&before), "logs in {}", stage.machine.folder().display());
     let journal = guest.check(&["tail", "-n", "1", "/var/lib/baton/journal.jsonl"])?;
-    ensure!(journal.contains("rolled_back") && journal.contains("batond died during `await hello`"), "{journal}");
+    ensure!(journal.contains("rolled_back") && journal.contains("the agent died during `await hello`"), "{journal}");
     clients.await_more(40)
 }
 

@@ -39,7 +39,7 @@ pub fn run(args: &Args, socket: &Path, json: bool) -> Result<ExitCode, Failure> 
     loop {
         if let Err(error) = show(&log, json) {
             return match error.kind() {
-                // Whoever reads it has seen enough.
+                // The reader of a pipe has left (`| head`): no error.
                 io::ErrorKind::BrokenPipe => Ok(ExitCode::SUCCESS),
                 _ => Err(Failure::new(Class::Failed, format!("cannot print: {error}"), "")),
             };

@@ -345,7 +345,7 @@ where
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) => match error.raw_os_error().map(Errno::from_raw) {
                     Some(Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
-                        // Somebody silent, else the reserve: one of them is enough for one who comes.
+                        // A descriptor for the one who comes: that of a caller who has said nothing yet, else the one kept in reserve.
                         if let Some(longest) = longest_of_most(&self.silent) {
                             self.silent.remove(longest);
                         } else if self.reserve.take().is_none() {
@@ -365,7 +365,7 @@ where
 
     fn somebody_waits(&self) -> bool {
         let mut polled = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-        // What cannot be looked up is tried.
+        // Where poll(2) fails, accept(2) is tried: its error is the one that counts.
         poll(&mut polled, PollTimeout::ZERO).map_or(true, |found| found > 0)
     }
 

@@ -32,7 +32,7 @@ impl Probation {
         self.0.load(Ordering::SeqCst) == COMMITTED
     }
 
-    /// It stays, says the operator. False when no successor is being watched; twice is as good as once.
+    /// It stays, says the operator. False when no successor is being watched; asking again changes nothing.
     pub fn commit(&self) -> bool {
         match self.0.compare_exchange(WATCHING, COMMITTED, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => true,

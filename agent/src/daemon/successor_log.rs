@@ -92,7 +92,7 @@ pub struct SuccessorLog {
 
 impl SuccessorLog {
     fn lock(&self) -> MutexGuard<'_, Option<Watched>> {
-        // Each change is a whole one.
+        // A thread that panicked with the lock has changed nothing halfway: each change is one assignment.
         self.watched.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -426,7 +426,7 @@ fn seen_route(message: &RouteMessage) -> Option<Route> {
         RouteAddress::Inet6(v6) => Some(IpAddr::V6(*v6)),
         _ => None,
     };
-    // Local and broadcast routes belong to addresses; cached ones are nobody's.
+    // The kernel makes local and broadcast routes itself, with each address, and cached ones from traffic: nobody has set them.
     if matches!(header.kind, RouteType::Local | RouteType::Broadcast | RouteType::Anycast | RouteType::Multicast)
         || header.flags.contains(RouteFlags::Cloned)
     {

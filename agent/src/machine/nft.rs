@@ -70,7 +70,7 @@ impl Message {
 /// Asks the kernel. An error where it has no nf_tables.
 pub fn tables() -> io::Result<Vec<Table>> {
     let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
-    // The kernel answers before sendto(2) returns; this is for one that does not.
+    // The kernel has answered before sendto(2) returns. Should one not, nothing is waited for longer than this.
     setsockopt(&socket, sockopt::ReceiveTimeout, &TimeVal::new(2, 0))?;
     let dump = |(ask, _): (u16, u16)| -> io::Result<Vec<Message>> {
         sendto(socket.as_raw_fd(), &request(ask), &NetlinkAddr::new(0, 0), MsgFlags::empty())?;

@@ -88,7 +88,7 @@ pub fn probe_drivers() -> Result<()> {
     for entry in fs::read_dir(root.join("devices")).context("cannot list PCI functions")? {
         let entry = entry?;
         if !entry.path().join("driver").exists() {
-            // A function that no driver wants answers with an error, which is no news.
+            // For a function that no driver wants this write fails, as it should.
             let _ = fs::write(root.join("drivers_probe"), entry.file_name().to_string_lossy().as_bytes());
         }
     }

@@ -224,7 +224,7 @@ fn granted(kernel: &Kernel) -> Result<Option<Granted>> {
             kernel.netlink.add(&link, nic.address)?;
             continue;
         }
-        // One that a machine never had is configured too.
+        // The configuration may name an interface that this machine does not have: nothing is done about that.
         if let Some(bdf) = kernel.facts().nics.get(&mac) {
             return Ok(Some(Granted { mac, bdf: *bdf, unbound: None }));
         }

@@ -116,7 +116,7 @@ pub(super) fn gather<T>(
             return gathered;
         }
         let mut polled: Vec<_> = ends.iter().map(|(_, end)| PollFd::new(end.as_fd(), PollFlags::POLLIN)).collect();
-        // What it says is looked up above, and an interrupted wait just looks earlier.
+        // Which of them has answered is looked up above; where poll(2) is interrupted, that is only done earlier.
         let _ = poll(&mut polled, timeout(until));
     }
 }

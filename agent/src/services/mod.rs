@@ -377,7 +377,7 @@ impl Services {
     pub fn stop(&self) {
         for slot in self.inner.lock().slots.values_mut() {
             if let Some(mut end) = slot.end.take() {
-                // A service that cannot be told is gone anyway.
+                // The order fails only where the connection has ended, and then there is nobody to be stopped.
                 let _ = end.order(&ToService::Stop);
             }
         }

@@ -241,7 +241,7 @@ impl Inner {
         let mut told = Gathered { answers: BTreeMap::new(), failed: BTreeMap::new() };
         let mut late = BTreeSet::new();
         for (name, slot) in &mut self.slots {
-            // What it has said by now counts.
+            // First what it has sent already: it may have answered the freeze in this moment.
             slot.hear(name);
             let Some(end) = &mut slot.end else { continue };
             let order = match end.standing() {

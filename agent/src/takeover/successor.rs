@@ -141,7 +141,7 @@ impl<'k> Heir<'k> {
                     let answer = self.obey(&order).unwrap_or_else(|error| Answer::Failed(format!("{error:#}")));
                     role.answer(&order, answer)?
                 }
-                // Not now, or not by this kernel: the incumbent decides what to make of that.
+                // It cannot be obeyed now, or not by this kernel. The incumbent is told why, and turns back or not.
                 Err(unheard) => Some(unheard.reply(&word)),
             };
             let Some(answer) = answer else { continue };

@@ -210,7 +210,7 @@ impl HandedOver {
     fn leave_copies(&self, folder: &Path) -> Result<()> {
         let incoming = Incoming::read(&self.segments, self.handed, &Limits::default())
             .context("what was written for the successor cannot be read")?;
-        // An earlier one's blobs are not this one's.
+        // Blobs of an earlier handover would be taken for this one's.
         let _ = fs::remove_dir_all(folder);
         let save = |name: &str, bytes: &[u8]| {
             let path = folder.join(name);

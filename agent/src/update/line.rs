@@ -207,7 +207,7 @@ where
         let mut fds = [PollFd::new(self.bell.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, timeout) {
             Ok(0) => self.ring(),
-            // Rung, maybe more than once; the ring says what there is.
+            // The count of rings is of no use: what has arrived is looked up in the channel.
             Ok(_) => drop(self.bell.read()),
             Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(errno).context("cannot wait for the doorbell"),

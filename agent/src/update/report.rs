@@ -126,7 +126,7 @@ impl<'a> Report<'a> {
     /// # Errors
     /// The journal's line for it cannot be written. It is kept, and tried again with the next one.
     pub fn begins(&mut self, update: &mut Update, effect: &Effect, timeline: &mut Timeline) -> Result<()> {
-        // After the commit nobody of this kernel measures any more.
+        // This kernel's timeline goes over with the commit: what is measured after it would reach nobody.
         let leaves = matches!(effect, Effect::QuiesceDevices);
         if update.phase() != self.phase || leaves {
             self.phase_ends(timeline);

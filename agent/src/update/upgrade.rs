@@ -45,7 +45,7 @@ pub(super) fn drive(update: &mut Update, first: Next, hands: &mut Hands<'_>, rep
     loop {
         let event;
         if hands.is_called_off() {
-            // What it says to that is no news: too late, or on its way back already.
+            // Where this is refused (too late, or on its way back already), nothing changes.
             let _ = update.call_off(hands::CALLED_OFF_BY);
         }
         match next {
@@ -83,7 +83,7 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
             ));
         }
     };
-    // What was said of an earlier update is not said of this one.
+    // The wish to call an earlier update off does not hold for this one.
     kernel.called_off.store(false, Ordering::SeqCst);
     let (findings, plan) = plan::make(kernel, wish);
     let Some(plan) = plan else {
@@ -101,7 +101,7 @@ fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Resul
     let mut update = Update::new(steps(id, plan, kernel)?);
     let mut report = Report::open(kernel, update.plan(), &plan.target.release, replies)?;
     let mut hands = Hands::new(kernel, plan, id)?;
-    // What an earlier update has left there is not this one's.
+    // A ledger that still tells of an earlier update would mislead a batond that recovers this one.
     kernel.ledger.change(|pages| (pages.crossing, pages.granted) = (None, None))?;
     let first = update.step(report.now(), Event::Begin)?;
     let outcome = drive(&mut update, first, &mut hands, &mut report);

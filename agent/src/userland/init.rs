@@ -134,12 +134,12 @@ fn obey_signals() -> Result<()> {
         });
         say(&format!("baton-init: the machine ends: {how:?}"));
         let (sender, ended) = mpsc::channel();
-        // Nobody else sets it.
+        // It is set only here, and the machine ends only once: that it is set already cannot be.
         let _ = ENDING.set(sender);
         // Everybody but process 1. There may be nobody left.
         let everybody = Pid::from_raw(-1);
         let _ = kill(everybody, Signal::SIGTERM);
-        // If there are none already, nobody waits for the last one.
+        // Where no child is left already, no SIGCHLD will come that could end the wait.
         let none_left = waitpid(None, Some(WaitPidFlag::WNOHANG)) == Err(Errno::ECHILD);
         if !none_left && ended.recv_timeout(ENDING_PATIENCE).is_err() {
             say(&format!("baton-init: not everybody ended in {ENDING_PATIENCE:?}: the rest is killed"));

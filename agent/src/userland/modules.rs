@@ -82,7 +82,7 @@ impl Index {
         let Some((file, needs)) = self.files.get(&name) else { return false };
         begun.insert(name.clone());
         let soft = modprobe.soft.get(&name);
-        // A soft dependency that is not there is none.
+        // A soft dependency (modprobe.d(5)) that is not installed is left out, as modprobe does.
         for before in soft.iter().flat_map(|soft| &soft.before) {
             self.add(before, modprobe, begun, ordered);
         }

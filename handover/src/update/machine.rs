@@ -258,7 +258,7 @@ impl Update {
         if let Some(cause) = &self.called_off {
             return Event::CalledOff(cause.clone());
         }
-        // What has a deadline of its own does not suffer from what came before it.
+        // Only where the next step shares this deadline: one with its own has its full time, however late it begins.
         match next {
             Some((next_phase, next))
                 if now > self.deadline && Share::of(*next_phase, next) == Share::of(*phase, effect) =>
@@ -497,7 +497,7 @@ impl Update {
         let Some(mut effect) = self.undo.pop() else {
             return self.end();
         };
-        // What the table could not know.
+        // Epochs and CPUs are not known when the undo is put on the list; they are filled in now.
         match &mut effect {
             Effect::Unseal { epoch } | Effect::Unfreeze { epoch } => {
                 *epoch = self.incumbent_epoch();
@@ -550,7 +550,7 @@ impl Update {
         }
         let (kept, rest) = std::mem::take(&mut self.undo).into_iter().partition(|other| effect.forbids(other));
         self.undo = rest;
-        // What cannot bring the services back any more is not hurried.
+        // Without `Unfreeze` on the list the blackout does not end here, and its short deadline would only make undos fail.
         self.frozen &= self.undo.iter().any(|other| matches!(other, Effect::Unfreeze { .. }));
         let why = format!("{} failed: {}", effect.name(), cause.what);
         self.left.push(Left { effect, cause: cause.clone() });

@@ -188,7 +188,7 @@ impl Store {
         self.inner.wait(Some(until), |inner| inner.complete.then_some(())).with_context(|| {
             format!("this kernel has not received its predecessor's files in {INHERITANCE_PATIENCE:?}")
         })?;
-        // What is complete stays so.
+        // `complete` is never set back, so it holds under this lock, too.
         Ok(self.lock())
     }
 
@@ -346,7 +346,7 @@ impl Store {
         for (name, program) in &inner.programs {
             match program.thaw() {
                 Err(error) if program.lives() => failed.push(format!("program {name} cannot go on: {error:#}")),
-                // There is nothing to let go on.
+                // It has ended, so there is no process to be thawed.
                 Err(_) => tracing::warn!("program {name} has ended"),
                 Ok(()) => {}
             }

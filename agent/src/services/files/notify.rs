@@ -114,7 +114,7 @@ impl LastWords for Notices {
 
 impl Notices {
     fn lock(&self) -> MutexGuard<'_, ()> {
-        // There is nothing in it that could be half done.
+        // The lock guards no data, only that one at a time hears: a thread that panicked with it leaves nothing half done.
         self.hearing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

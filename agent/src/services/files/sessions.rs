@@ -35,7 +35,7 @@ impl<'n> Place<'n> {
         let (token, session) = name.strip_prefix(PREFIX)?.split_once('/')?;
         let token = if token.is_empty() { None } else { Some(u64::from_str_radix(token, 16).ok()?) };
         let place = Place { session, token };
-        // One place has one name: `+1` and `01` are none.
+        // `+1` and `01` would parse too, and one place would have several names.
         (place.name() == name && (1..=MAX_SESSION).contains(&session.len())).then_some(place)
     }
 

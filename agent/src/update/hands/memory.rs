@@ -147,7 +147,7 @@ impl Hands<'_> {
                 }
                 match self.device.take_memory(instance, page, TakeMemory::Alloc) {
                     Ok(()) => return Ok(division.with_cap(page)),
-                    // In use, or none of this kernel's: a little lower.
+                    // The page is in use, or is no memory of this kernel's: try a little lower.
                     Err(DeviceError::Busy { .. } | DeviceError::Exists { .. } | DeviceError::Refused { .. }) => {
                         end = end.saturating_sub(CAP_STEP);
                     }

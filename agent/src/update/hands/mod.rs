@@ -505,7 +505,7 @@ impl<'k> Hands<'k> {
     fn drop_address(&mut self) -> Result<()> {
         let Some(held) = &self.address else { return Ok(()) };
         if let Err(error) = self.kernel.netlink.drop_held(held) {
-            // Nothing hangs on it: an address that nobody is told of is silent.
+            // The update need not fail for it: no ARP request for this address is answered here any more, dropped or not.
             tracing::warn!("{error:#}");
         }
         Ok(())
