@@ -40,4 +40,7 @@ fn the_corpus_holds_a_store() {
     }
     let mut memory = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     assert_eq!(Store::attach(&mut memory).unwrap().verify().unwrap().keys, 21);
+    // The older version's, from before there was a record.
+    let mut memory = std::fs::read(path.with_file_name("store-v1")).unwrap();
+    assert_eq!(Store::attach(&mut memory).unwrap().verify().unwrap().keys, 21);
 }

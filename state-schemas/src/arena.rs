@@ -12,7 +12,25 @@
 //! 0x78 reserved            0x100 allocator tables               0x1000 end
 //! ```
 //!
+//! From version 2 on, the second page is the undo record: what it takes to bring back the state before a change that was
+//! never finished, because its owner was stopped within it.
+//!
+//! ```text
+//! 0x00 length u64          0x08 pending u64                     0x10 entries     0x1000 end
+//! ```
+//!
+//! An entry is the words as they were before the change, then one word of its own: their number in the upper 16 bits, their offset in the
+//! arena in the lower 48. It is put behind the others, and then the length (in words) is raised, before the first of these words is
+//! changed. So the entries, read from the last to the first, undo what was done since the length was last zero. Storing zero
+//! there is the one store by which a step of a change becomes final.
+//!
+//! `pending` is the offset of a container that nothing refers to any more and whose blocks are still to be freed, plus what it
+//! is ([`PENDING_LIST`], [`PENDING_MAP`]), or [`PENDING_CLEAR`]: all of the arena is being emptied. Such a change has more than one step: the
+//! first is what counts, the others are carried on with whoever does them.
+//!
 //! All integers are little-endian. Reserved bytes are zero when written and ignored when read.
+//!
+//! An arena keeps the version that it was made in: an update that is called off gives it back to the program that made it.
 
 use thiserror::Error;
 use zerocopy::little_endian::{U32, U64};
@@ -22,10 +40,25 @@ use crate::checked::{Check, Received};
 
 /// First bytes of every arena.
 pub const MAGIC: [u8; 8] = *b"BATONAR\0";
-/// Version of this page's layout and of the allocator's tables in it.
-pub const VERSION: u32 = 1;
+/// Version of this page's layout, of the allocator's tables in it, and of the undo record behind it.
+pub const VERSION: u32 = 2;
+/// The oldest version that is read and written: without an undo record.
+pub const OLDEST_VERSION: u32 = 1;
 /// Bytes of the header page.
 pub const HEADER_LEN: u64 = 4096;
+/// Bytes of the undo record, from version 2 on.
+pub const RECORD_LEN: u64 = 4096;
+/// Words of entries that the undo record holds.
+pub const RECORD_WORDS: u64 = RECORD_LEN / 8 - 2;
+/// In the place of the record's length: a change found corruption, and there is no way back to a whole arena.
+pub const RECORD_SPOILT: u64 = u64::MAX;
+
+/// Added to the offset of a list whose blocks are to be freed.
+pub const PENDING_LIST: u64 = 1;
+/// Added to the offset of a map whose blocks are to be freed.
+pub const PENDING_MAP: u64 = 2;
+/// All of the arena is being emptied.
+pub const PENDING_CLEAR: u64 = 3;
 /// Longest name, in bytes.
 pub const NAME_LEN: usize = 32;
 /// Bytes of the allocator's tables, at the page's end.
@@ -44,7 +77,7 @@ pub struct ArenaHeader {
     pub magic: [u8; 8],
     /// [`VERSION`].
     pub version: U32,
-    /// [`HEADER_LEN`].
+    /// Bytes before the first block: [`first_block`] of this version.
     pub header_len: U32,
     /// Bytes of the arena, this page included.
     pub length: U64,
@@ -60,7 +93,7 @@ pub struct ArenaHeader {
     pub state: U32,
     /// CRC-32 of the page with this field zero; meaningful while sealed.
     pub seal: U32,
-    /// Odd while a change is under way: an owner that died there left a torn change behind.
+    /// Odd while a change is under way: an owner that died there left a torn change behind. From version 2 on the record undoes it.
     pub mutations: U64,
     /// Offset of the owner's root object, 0 if none.
     pub root: U64,
@@ -76,7 +109,20 @@ pub struct ArenaHeader {
     pub tables: [u8; TABLES_LEN],
 }
 
+/// The undo record as it lies in memory behind the header page.
+#[derive(Debug, Clone, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct UndoRecord {
+    /// Words of [`UndoRecord::entries`] that count, or [`RECORD_SPOILT`].
+    pub length: U64,
+    /// What is to be freed, and carried on with by whoever finds it; 0 if nothing.
+    pub pending: U64,
+    /// What undoes the step that is under way.
+    pub entries: [U64; RECORD_WORDS as usize],
+}
+
 const _: () = assert!(size_of::<ArenaHeader>() as u64 == HEADER_LEN);
+const _: () = assert!(size_of::<UndoRecord>() as u64 == RECORD_LEN);
 const _: () = assert!(core::mem::offset_of!(ArenaHeader, tables) == 0x100);
 
 /// Offsets of the words that are changed in place.
@@ -102,6 +148,12 @@ pub mod at {
     pub const SEED: u64 = offset_of!(ArenaHeader, seed) as u64;
     /// [`ArenaHeader::tables`].
     pub const TABLES: u64 = offset_of!(ArenaHeader, tables) as u64;
+    /// [`UndoRecord::length`](super::UndoRecord::length).
+    pub const RECORD: u64 = super::HEADER_LEN + offset_of!(super::UndoRecord, length) as u64;
+    /// [`UndoRecord::pending`](super::UndoRecord::pending).
+    pub const PENDING: u64 = super::HEADER_LEN + offset_of!(super::UndoRecord, pending) as u64;
+    /// [`UndoRecord::entries`](super::UndoRecord::entries).
+    pub const ENTRIES: u64 = super::HEADER_LEN + offset_of!(super::UndoRecord, entries) as u64;
     const _: () = assert!(offset_of!(ArenaHeader, seal) == offset_of!(ArenaHeader, state) + 4);
     const _: () = assert!(
         LENGTH.is_multiple_of(8)
@@ -128,7 +180,7 @@ pub enum ArenaHeaderError {
         found: u64,
     },
     /// Written by a Baton that we do not understand.
-    #[error("arena version {found}, this program reads version {VERSION}")]
+    #[error("arena version {found}, this program reads versions {OLDEST_VERSION} to {VERSION}")]
     Version {
         /// The version found.
         found: u32,
@@ -167,12 +219,17 @@ pub enum ArenaHeaderError {
         /// CRC stored at sealing.
         sealed: u32,
     },
-    /// The owner died within a change.
+    /// The owner died within a change. If the arena has an undo record, whoever takes the arena over mends it; else it stays so.
     #[error("a change was never finished (mutation count {mutations} is odd)")]
     Torn {
         /// The mutation count.
         mutations: u64,
     },
+}
+
+/// Where an arena's first block lies, in arenas of this version.
+pub const fn first_block(version: u32) -> u64 {
+    if version < 2 { HEADER_LEN } else { HEADER_LEN + RECORD_LEN }
 }
 
 impl ArenaHeader {
@@ -222,13 +279,15 @@ impl ArenaHeader {
         if self.magic != MAGIC {
             return Err(ArenaHeaderError::NotAnArena { found: u64::from_le_bytes(self.magic) });
         }
-        if self.version.get() != VERSION {
-            return Err(ArenaHeaderError::Version { found: self.version.get() });
+        let version = self.version.get();
+        if !(OLDEST_VERSION..=VERSION).contains(&version) {
+            return Err(ArenaHeaderError::Version { found: version });
         }
-        within("header_len", self.header_len.get().into(), HEADER_LEN, HEADER_LEN)?;
+        let first = first_block(version);
+        within("header_len", self.header_len.get().into(), first, first)?;
         let length = self.length.get();
         // It may have been given more memory than it has taken.
-        if length > memory || length < HEADER_LEN {
+        if length > memory || length < first {
             return Err(ArenaHeaderError::Length { header: length, memory });
         }
         let end = self.name.iter().position(|&b| b == 0).unwrap_or(NAME_LEN);
@@ -272,11 +331,12 @@ impl Check for ArenaHeader {
             return Err(ArenaHeaderError::Torn { mutations });
         }
         let top = self.top.get();
-        within("top", top, HEADER_LEN, length)?;
+        let first = first_block(self.version.get());
+        within("top", top, first, length)?;
         within("top's alignment", top % 16, 0, 0)?;
-        within("used", self.used.get(), 0, top - HEADER_LEN)?;
+        within("used", self.used.get(), 0, top - first)?;
         if self.root.get() != 0 {
-            within("root", self.root.get(), HEADER_LEN, top.saturating_sub(8))?;
+            within("root", self.root.get(), first, top.saturating_sub(8))?;
             within("root's alignment", self.root.get() % 16, 8, 8)?;
         }
         Ok(())

@@ -2,7 +2,9 @@
 
 use handover::arena::store::{SCHEMA_KIND, SCHEMA_VERSION, Store};
 use handover::channel::{Channel, ChannelError, Side};
-use state_schemas::arena::{ArenaHeader, HEADER_LEN, MAGIC, STATE_LIVE, STATE_SEALED, VERSION, at};
+use state_schemas::arena::{
+    ArenaHeader, HEADER_LEN, MAGIC, OLDEST_VERSION, STATE_LIVE, STATE_SEALED, VERSION, at, first_block,
+};
 use state_schemas::control_block::{Piece, RING_TO_INCUMBENT, RING_TO_SUCCESSOR, SIZE};
 use state_schemas::header::{Frame, Kind};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
@@ -61,12 +63,14 @@ fn drain(memory: &Local) {
 pub fn arena(bytes: &[u8]) {
     const MOST: usize = 64 << 10;
     let mut memory = bytes[..bytes.len().min(MOST)].to_vec();
-    memory.resize(memory.len().next_multiple_of(HEADER_LEN as usize).max(2 * HEADER_LEN as usize), 0);
+    memory.resize(memory.len().next_multiple_of(HEADER_LEN as usize).max(3 * HEADER_LEN as usize), 0);
+    // Any version that we read, whichever the bytes come nearest to.
+    let version = OLDEST_VERSION + u32::from(memory[8]).wrapping_sub(OLDEST_VERSION) % (VERSION - OLDEST_VERSION + 1);
     let length = memory.len() as u64;
     let mut put = |at: u64, bytes: &[u8]| memory[at as usize..][..bytes.len()].copy_from_slice(bytes);
     put(0, &MAGIC);
-    put(8, &VERSION.to_le_bytes());
-    put(12, &(HEADER_LEN as u32).to_le_bytes());
+    put(8, &version.to_le_bytes());
+    put(12, &(first_block(version) as u32).to_le_bytes());
     put(16, &length.to_le_bytes());
     put(24, b"fuzz\0");
     put(0x38, &SCHEMA_KIND.to_le_bytes());
@@ -89,7 +93,7 @@ pub fn arena(bytes: &[u8]) {
             let _ = store.lrange(key, 0, -1).map(|items| items.take(1000).filter(Result::is_ok).count());
             let _ = store.smembers(key).map(|members| members.take(1000).filter(Result::is_ok).count());
         }
-        let _ = store.unseal(u64::MAX - 8);
+        let _ = (store.unseal(u64::MAX - 9), store.reclaim(u64::MAX - 8));
         let _ = (store.set(b"new", &[1; 300]), store.rpush(b"list", b"item"), store.sadd(b"set", b"member"));
         for key in &keys {
             let _ = (store.append(key, b"more"), store.lpop(key), store.spop(key), store.del(key));

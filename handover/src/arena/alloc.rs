@@ -14,7 +14,7 @@
 //! All words read from memory are checked before they are followed: the tag, the size against the top, the lists'
 //! back links.
 
-use state_schemas::arena::{HEADER_LEN, TABLES_LEN, at};
+use state_schemas::arena::{TABLES_LEN, at};
 
 use super::error::{ArenaError, corrupt};
 use super::memory::Arena;
@@ -49,10 +49,6 @@ const _: () = assert!(MIN_BLOCK == 1 << FIRST_SHIFT);
 const _: () = assert!(FIRST <= 48 && FIRST <= 64);
 const _: () = assert!(HEADS_AT + 8 * (FIRST as u64 * SECOND as u64) <= at::TABLES + TABLES_LEN as u64);
 
-/// First block of every arena.
-pub(super) const FIRST_BLOCK: u64 = HEADER_LEN;
-const _: () = assert!(FIRST_BLOCK.is_multiple_of(16));
-
 /// A block's header word, taken apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Block {
@@ -85,6 +81,7 @@ fn head_at(first: u32, second: u32) -> u64 {
 impl Arena<'_> {
     /// Allocates `len` bytes and returns the payload's offset. The bytes are whatever was there before.
     pub(super) fn alloc(&mut self, len: u64) -> Result<u64, ArenaError> {
+        self.note_alloc();
         let full = ArenaError::OutOfMemory { asked: len, free: self.usage().free, length: self.length() };
         if len > MAX_BLOCK - 16 || len > self.length() {
             return Err(full);
@@ -101,20 +98,21 @@ impl Arena<'_> {
             },
         };
         let taken = self.block(block)?.size;
-        self.put(at::USED, self.get(at::USED).saturating_add(taken));
+        self.put(at::USED, self.get(at::USED).saturating_add(taken))?;
         Ok(block + HEADER)
     }
 
     /// Gives back what [`Arena::alloc`] returned.
     pub(super) fn free(&mut self, payload: u64) -> Result<(), ArenaError> {
+        self.note_free();
         let mut at = self.owned_block(payload)?;
         let block = self.block(at)?;
         let mut size = block.size;
-        self.put(at::USED, self.get(at::USED).saturating_sub(size));
+        self.put(at::USED, self.get(at::USED).saturating_sub(size))?;
         if block.below_free {
             let below_size = self.word(at - 8)?;
             // Checked as a block of its own before it is believed: the word lies where data may lie, too.
-            let Some(below) = at.checked_sub(below_size).filter(|&below| below >= FIRST_BLOCK) else {
+            let Some(below) = at.checked_sub(below_size).filter(|&below| below >= self.first_block()) else {
                 return corrupt("size of the free block below", at - 8);
             };
             let found = self.block(below)?;
@@ -137,8 +135,7 @@ impl Arena<'_> {
             }
         }
         if at + size >= top {
-            self.put(at::TOP, at);
-            return Ok(());
+            return self.put(at::TOP, at);
         }
         self.link(at, size)
     }
@@ -148,14 +145,14 @@ impl Arena<'_> {
         Ok(self.block(self.owned_block(payload)?)?.size - HEADER)
     }
 
-    /// Makes the arena empty: no allocation is known any more.
+    /// Makes the arena empty: no allocation is known any more. Nothing of it is saved: it is too much, and is done anew instead.
     pub(super) fn free_all(&mut self) {
         for at in (FIRST_MAP_AT..HEADS_AT + 8 * u64::from(FIRST * SECOND)).step_by(8) {
-            self.put(at, 0);
+            self.store(at, 0);
         }
-        self.put(at::TOP, FIRST_BLOCK);
-        self.put(at::USED, 0);
-        self.put(at::ROOT, 0);
+        self.store(at::TOP, self.first_block());
+        self.store(at::USED, 0);
+        self.store(at::ROOT, 0);
     }
 
     /// The block header at `at`, with its size within the arena's top.
@@ -180,7 +177,7 @@ impl Arena<'_> {
     }
 
     fn owned_block(&self, payload: u64) -> Result<u64, ArenaError> {
-        if payload < FIRST_BLOCK + HEADER {
+        if payload < self.first_block() + HEADER {
             return corrupt("points outside the arena", payload);
         }
         let at = payload - HEADER;
@@ -247,7 +244,7 @@ impl Arena<'_> {
             return Ok(None);
         };
         self.set_block(top, Block::used(size, false))?;
-        self.put(at::TOP, end);
+        self.put(at::TOP, end)?;
         Ok(Some(top))
     }
 
@@ -255,6 +252,9 @@ impl Arena<'_> {
     fn take(&mut self, at: u64, size: u64) -> Result<u64, ArenaError> {
         let block = self.block(at)?;
         self.unlink(at, block.size)?;
+        // The words that make it a free block. What else is in it is nobody's, and may be written over.
+        self.save(at + 8, 2)?;
+        self.save(at + block.size - 8, 1)?;
         let rest = block.size - size;
         if rest >= MIN_BLOCK {
             self.set_block(at, Block::used(size, block.below_free))?;
@@ -280,9 +280,11 @@ impl Arena<'_> {
             self.free_block(head)?;
             self.set_word(head + 16, at)?;
         }
-        self.put(head_at, at);
-        self.set_second_map(first, self.second_map(first) | 1 << second);
-        self.put(FIRST_MAP_AT, self.get(FIRST_MAP_AT) | 1 << first);
+        self.put(head_at, at)?;
+        if head == 0 {
+            self.set_second_map(first, self.second_map(first) | 1 << second)?;
+            self.put(FIRST_MAP_AT, self.get(FIRST_MAP_AT) | 1 << first)?;
+        }
         self.tell_above(at + size, true)
     }
 
@@ -308,12 +310,12 @@ impl Arena<'_> {
         if self.get(head_at) != at {
             return corrupt("a free block is in no list", at);
         }
-        self.put(head_at, next);
+        self.put(head_at, next)?;
         if next == 0 {
             let map = self.second_map(first) & !(1 << second);
-            self.set_second_map(first, map);
+            self.set_second_map(first, map)?;
             if map == 0 {
-                self.put(FIRST_MAP_AT, self.get(FIRST_MAP_AT) & !(1 << first));
+                self.put(FIRST_MAP_AT, self.get(FIRST_MAP_AT) & !(1 << first))?;
             }
         }
         Ok(())
@@ -341,11 +343,11 @@ impl Arena<'_> {
         (word >> (first % 8 * 8)) as u8
     }
 
-    fn set_second_map(&mut self, first: u32, map: u8) {
+    fn set_second_map(&mut self, first: u32, map: u8) -> Result<(), ArenaError> {
         let at = SECOND_MAPS_AT + u64::from(first / 8) * 8;
         let shift = first % 8 * 8;
         let word = self.get(at) & !(0xff << shift) | u64::from(map) << shift;
-        self.put(at, word);
+        self.put(at, word)
     }
 
     /// The heads of all free lists with their indices, and whether the bitmaps say that the list has any block.

@@ -16,6 +16,12 @@ pub enum ArenaError {
         /// Its length.
         len: usize,
     },
+    /// Memory that cannot be written in whole words.
+    #[error("an arena's memory must begin at a multiple of 8: this does so {off} bytes later")]
+    Unaligned {
+        /// Bytes to the next such address.
+        off: usize,
+    },
     /// What lies in the arena belongs to another kind of owner.
     #[error(
         "the arena holds schema {found_kind:#010x} version {found_version}, this owner reads {kind:#010x} up to version {version}"
@@ -62,6 +68,17 @@ pub enum ArenaError {
         /// Offset of the word that is wrong.
         at: u64,
     },
+}
+
+/// Tells corruption, after which nobody takes the arena for whole again, from a refusal, which changes nothing.
+pub(super) trait IsCorrupt {
+    fn is_corrupt(&self) -> bool;
+}
+
+impl IsCorrupt for ArenaError {
+    fn is_corrupt(&self) -> bool {
+        matches!(self, ArenaError::Corrupt { .. })
+    }
 }
 
 /// Shorthand of the modules here.

@@ -57,7 +57,7 @@ impl Arena<'_> {
     pub(super) fn list_new(&mut self) -> Result<u64, ArenaError> {
         let list = self.alloc(LIST_BYTES)?;
         for word in [LEN, FIRST, LAST] {
-            self.set_word(list + word, 0)?;
+            self.fresh_word(list + word, 0)?;
         }
         Ok(list)
     }
@@ -73,10 +73,10 @@ impl Arena<'_> {
         let count = self.list_len(list)?;
         let neighbour = self.offset(list + end.link())?;
         let node = self.alloc(NODE_HEAD.saturating_add(len))?;
-        self.set_word(node + NODE_LEN, len)?;
-        self.bytes_mut(node + NODE_HEAD, len)?.copy_from_slice(item);
-        self.set_word(node + end.inward(), neighbour)?;
-        self.set_word(node + end.other().inward(), 0)?;
+        self.fresh_word(node + NODE_LEN, len)?;
+        self.fresh_bytes(node + NODE_HEAD, item)?;
+        self.fresh_word(node + end.inward(), neighbour)?;
+        self.fresh_word(node + end.other().inward(), 0)?;
         if neighbour == 0 {
             self.set_word(list + end.other().link(), node)?;
         } else {
@@ -140,16 +140,18 @@ impl Arena<'_> {
         self.offset(node + NEXT)
     }
 
-    /// Frees a list with all its items.
-    pub(super) fn list_free(&mut self, list: u64) -> Result<(), ArenaError> {
-        let mut node = self.offset(list + FIRST)?;
-        // Every step frees a block, and a freed block is not a node: a cycle ends in an error at its second visit.
-        while node != 0 {
-            let next = self.node_next(node)?;
-            self.free(node)?;
-            node = next;
+    /// Frees one block of a list that nothing refers to any more; says whether it was the last.
+    pub(super) fn list_free_step(&mut self, list: u64) -> Result<bool, ArenaError> {
+        let node = self.offset(list + FIRST)?;
+        if node == 0 {
+            self.free(list)?;
+            return Ok(true);
         }
-        self.free(list)
+        // Every step frees a block, and a freed block is not a node: a cycle ends in an error at its second visit.
+        let next = self.node_next(node)?;
+        self.set_word(list + FIRST, next)?;
+        self.free(node)?;
+        Ok(false)
     }
 
     /// For `verify`: walks the list, gives each of its blocks to `seen`.

@@ -25,6 +25,10 @@ const MAP_BYTES: u64 = SEGMENTS + 8 * SEGMENT_COUNT as u64;
 /// Buckets of the first segment, and of an empty map.
 const FIRST: u64 = 8;
 
+/// A bucket with a longer chain is not split: what is written has to be saved. Chains are as short as a map has buckets for its
+/// keys; longer than a few entries only where there was no room for a segment for long.
+const SPLIT: u64 = 64;
+
 /// A map that has more buckets than this for each of its keys gives up so many with each key that is taken away.
 const SHRINK: u64 = 4;
 
@@ -78,21 +82,15 @@ impl Arena<'_> {
     /// An empty map.
     pub(super) fn map_new(&mut self) -> Result<u64, ArenaError> {
         let map = self.alloc(MAP_BYTES)?;
-        let segment = match self.alloc(8 * FIRST) {
-            Ok(segment) => segment,
-            Err(error) => {
-                self.free(map)?;
-                return Err(error);
-            }
-        };
+        let segment = self.alloc(8 * FIRST)?;
         for word in (0..MAP_BYTES).step_by(8) {
-            self.set_word(map + word, 0)?;
+            self.fresh_word(map + word, 0)?;
         }
         for bucket in 0..FIRST {
-            self.set_word(segment + 8 * bucket, 0)?;
+            self.fresh_word(segment + 8 * bucket, 0)?;
         }
-        self.set_word(map + BUCKETS, FIRST)?;
-        self.set_word(map + SEGMENTS, segment)?;
+        self.fresh_word(map + BUCKETS, FIRST)?;
+        self.fresh_word(map + SEGMENTS, segment)?;
         Ok(map)
     }
 
@@ -110,7 +108,6 @@ impl Arena<'_> {
     }
 
     /// Adds a key, or gives the entry there is. The flag says whether it is new; a new one has the value 0.
-    /// Refused before anything is changed if there is no room.
     pub(super) fn map_entry(&mut self, map: u64, key: &[u8], kind: u32) -> Result<(Entry, bool), ArenaError> {
         let hash = self.map_hash(key);
         let bucket = match self.map_find(map, key, hash)? {
@@ -123,11 +120,11 @@ impl Arena<'_> {
         }
         let entry = self.alloc(ENTRY_HEAD + len)?;
         let first = self.word(bucket)?;
-        self.set_word(entry + NEXT, first)?;
-        self.set_word(entry + HASH, hash)?;
-        self.set_word(entry + META, u64::from(kind) << 32 | len)?;
-        self.set_word(entry + VALUE, 0)?;
-        self.bytes_mut(entry + ENTRY_HEAD, len)?.copy_from_slice(key);
+        self.fresh_word(entry + NEXT, first)?;
+        self.fresh_word(entry + HASH, hash)?;
+        self.fresh_word(entry + META, u64::from(kind) << 32 | len)?;
+        self.fresh_word(entry + VALUE, 0)?;
+        self.fresh_bytes(entry + ENTRY_HEAD, key)?;
         self.set_word(bucket, entry)?;
         let count = self.map_len(map)?.saturating_add(1);
         self.set_word(map + COUNT, count)?;
@@ -178,9 +175,15 @@ impl Arena<'_> {
 
     /// Sets kind and value; the old value is the caller's to free.
     pub(super) fn entry_set(&mut self, entry: Entry, kind: u32, value: u64) -> Result<(), ArenaError> {
-        let meta = self.word(entry.0 + META)? & u64::from(u32::MAX);
-        self.set_word(entry.0 + META, u64::from(kind) << 32 | meta)?;
-        self.set_word(entry.0 + VALUE, value)
+        let before = self.word(entry.0 + META)?;
+        let meta = u64::from(kind) << 32 | before & u64::from(u32::MAX);
+        if meta != before {
+            self.set_word(entry.0 + META, meta)?;
+        }
+        if self.word(entry.0 + VALUE)? != value {
+            self.set_word(entry.0 + VALUE, value)?;
+        }
+        Ok(())
     }
 
     /// Moves on to the next entry; `None` at the end. The order is the arena's own.
@@ -201,30 +204,42 @@ impl Arena<'_> {
         Ok(None)
     }
 
-    /// Takes the whole map apart. `free_value` frees a value of a kind.
-    pub(super) fn map_free(
-        &mut self,
-        map: u64,
-        mut free_value: impl FnMut(&mut Self, u32, u64) -> Result<(), ArenaError>,
-    ) -> Result<(), ArenaError> {
-        let buckets = self.map_buckets(map)?;
-        for bucket in 0..buckets {
-            let at = self.bucket_at(map, bucket)?;
-            let mut entry = self.offset(at)?;
-            // A freed block is not an entry: a cycle ends in an error at its second visit.
-            while entry != 0 {
-                let next = self.offset(entry + NEXT)?;
-                let (kind, value) = (self.entry_kind(Entry(entry))?, self.entry_value(Entry(entry))?);
-                free_value(self, kind, value)?;
-                self.free(entry)?;
-                entry = next;
+    /// Frees one block of a map that nothing refers to any more, and whose values are no blocks; says whether it was the last.
+    pub(super) fn map_free_step(&mut self, map: u64) -> Result<bool, ArenaError> {
+        if self.word(map + BUCKETS)? != 0 {
+            // The count is not needed any more: it is the bucket that was come to.
+            let buckets = self.map_buckets(map)?;
+            let from = self.word(map + COUNT)?;
+            for bucket in from..buckets {
+                let at = self.bucket_at(map, bucket)?;
+                let entry = self.offset(at)?;
+                if entry != 0 {
+                    // A freed block is not an entry: a cycle ends in an error at its second visit.
+                    let next = self.offset(entry + NEXT)?;
+                    self.set_word(at, next)?;
+                    self.set_word(map + COUNT, bucket)?;
+                    self.free(entry)?;
+                    return Ok(false);
+                }
+            }
+            self.set_word(map + BUCKETS, 0)?;
+        }
+        for segment in 0..u64::from(SEGMENT_COUNT) {
+            let word_at = map + SEGMENTS + 8 * segment;
+            let at = self.offset(word_at)?;
+            if at != 0 {
+                self.set_word(word_at, 0)?;
+                self.free(at)?;
+                return Ok(false);
             }
         }
-        for segment in 0..=locate(buckets - 1).0.min(SEGMENT_COUNT - 1) {
-            let at = self.offset(map + SEGMENTS + 8 * u64::from(segment))?;
-            self.free(at)?;
-        }
-        self.free(map)
+        self.free(map)?;
+        Ok(true)
+    }
+
+    /// For [`Arena::map_free_step`]: the steps begin with the first bucket.
+    pub(super) fn map_free_begin(&mut self, map: u64) -> Result<(), ArenaError> {
+        self.set_word(map + COUNT, 0)
     }
 
     fn map_hash(&self, key: &[u8]) -> u64 {
@@ -280,7 +295,9 @@ impl Arena<'_> {
     fn map_grow(&mut self, map: u64) -> Result<(), ArenaError> {
         let new = self.map_buckets(map)?;
         let (segment, index) = locate(new);
-        if segment >= SEGMENT_COUNT {
+        let half = low(new);
+        let old_at = self.bucket_at(map, new - half)?;
+        if segment >= SEGMENT_COUNT || !self.chain_is_short(old_at)? {
             return Ok(());
         }
         if index == 0 {
@@ -291,8 +308,6 @@ impl Arena<'_> {
             };
             self.set_word(map + SEGMENTS + 8 * u64::from(segment), at)?;
         }
-        let half = low(new);
-        let old_at = self.bucket_at(map, new - half)?;
         let new_at = self.bucket_at(map, new)?;
         let mut entry = self.offset(old_at)?;
         let mut left = self.map_len(map)?;
@@ -305,12 +320,25 @@ impl Arena<'_> {
             let next = self.offset(entry + NEXT)?;
             let chain = if self.word(entry + HASH)? & (2 * half - 1) == new { &mut go } else { &mut stay };
             let before = std::mem::replace(chain, entry);
-            self.set_word(entry + NEXT, before)?;
+            if next != before {
+                self.set_word(entry + NEXT, before)?;
+            }
             entry = next;
         }
         self.set_word(old_at, stay)?;
         self.set_word(new_at, go)?;
         self.set_word(map + BUCKETS, new + 1)
+    }
+
+    fn chain_is_short(&self, bucket_at: u64) -> Result<bool, ArenaError> {
+        let mut entry = self.offset(bucket_at)?;
+        for _ in 0..SPLIT {
+            if entry == 0 {
+                return Ok(true);
+            }
+            entry = self.offset(entry + NEXT)?;
+        }
+        Ok(false)
     }
 
     /// Takes the last bucket away: its chain goes in front of that which it was once split from.

@@ -6,8 +6,10 @@
 //! | file | what it is |
 //! |---|---|
 //! | `memory.rs` | [`Arena`]: create, attach, seal; words and bytes at checked offsets |
+//! | `record.rs` | the undo record: every word is saved before it is changed |
 //! | `alloc.rs` | blocks in it: two-level segregated free lists, constant time, neighbours merged |
 //! | `map.rs`, `list.rs`, `value.rs` | containers of bytes, of which none ever moves all of its content at once |
+//! | `change.rs` | changes, wholly or not at all; taking over what a stopped owner left |
 //! | [`store`] | a key-value store on top of them: what a service keeps in an arena |
 //! | `verify.rs` | walks everything, and accounts for every block |
 //!
@@ -20,16 +22,23 @@
 //! its own. What an owner left unsealed because it was stopped, only [`Arena::reclaim`] gives to another.
 //!
 //! **A change that was not finished** shows: the header's mutation count is odd from the first to the last store of
-//! each change. Whoever attaches after its owner died in between is told ([`ArenaError::Header`] with `Torn`).
+//! each change. Whoever takes the arena over ([`Arena::reclaim`]) mends it first: the change is then wholly there or wholly not,
+//! whatever instruction its owner was stopped at. `record.rs` says why. Attaching alone writes nothing, so that a kernel that was succeeded
+//! cannot do harm by looking. In an arena of version 1, which has no record, or after a change that found corruption, the mark
+//! stays, and whoever attaches is told ([`ArenaError::Header`] with `Torn`).
 //!
 //! What this is not: shared memory. One kernel at a time reads and writes an arena; the seal is the fence between.
 
 mod alloc;
+mod change;
 mod error;
 mod hash;
 mod list;
 mod map;
 mod memory;
+mod record;
+#[cfg(test)]
+mod stops;
 pub mod store;
 mod value;
 mod verify;

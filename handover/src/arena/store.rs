@@ -23,12 +23,12 @@
 
 use thiserror::Error;
 
-use state_schemas::arena::at;
+use state_schemas::arena::{VERSION, at};
 
-use super::error::{ArenaError, corrupt};
+use super::error::{ArenaError, IsCorrupt, corrupt};
 use super::list::End;
 use super::map::{Cursor, Entry};
-use super::memory::{Arena, Birth, IsCorrupt, SealReceipt, Usage};
+use super::memory::{Arena, Birth, SealReceipt, Usage};
 
 /// Schema kind of a store, in the arena's header: "KVST".
 pub const SCHEMA_KIND: u32 = u32::from_le_bytes(*b"KVST");
@@ -102,17 +102,26 @@ impl<'m> Store<'m> {
     /// If the memory is too small or the name is not allowed.
     pub fn create(memory: &'m mut [u8], name: &str, epoch: u64, seed: u64) -> Result<Store<'m>> {
         let birth = Birth { name, schema_kind: SCHEMA_KIND, schema_version: SCHEMA_VERSION, epoch, seed };
-        let mut arena = Arena::create(memory, birth)?;
+        Store::born(memory, birth, VERSION)
+    }
+
+    pub(super) fn born(memory: &'m mut [u8], birth: Birth<'_>, version: u32) -> Result<Store<'m>> {
+        let mut arena = Arena::begin(memory, birth, version)?;
         arena.change(new_root)?;
+        arena.show();
         Ok(Store { arena })
     }
 
-    /// Attaches to a store that is there, in O(1). It may be read at once; [`Store::unseal`] comes before writing.
+    /// Attaches to a store that is there, in O(1). It may be read at once, unless its owner was stopped within a change
+    /// ([`Store::is_torn`]); [`Store::unseal`] or [`Store::reclaim`] comes before writing.
     ///
     /// # Errors
     /// Whatever is wrong with the arena's header, another kind of content, or no root.
     pub fn attach(memory: &'m mut [u8]) -> Result<Store<'m>> {
         let arena = Arena::attach(memory, SCHEMA_KIND, SCHEMA_VERSION)?;
+        if arena.is_torn() {
+            return Ok(Store { arena });
+        }
         let root = arena.root();
         if root == 0 {
             return Ok(corrupt("a store has a root", at::ROOT)?);
@@ -140,7 +149,7 @@ impl<'m> Store<'m> {
     /// The same, where the owner may have been stopped before it could seal ([`Arena::reclaim`]).
     ///
     /// # Errors
-    /// If a newer epoch owns the arena, or its owner was stopped within a change.
+    /// If a newer epoch owns the arena; corruption.
     pub fn reclaim(&mut self, epoch: u64) -> Result<()> {
         Ok(self.arena.reclaim(epoch)?)
     }
@@ -158,6 +167,17 @@ impl<'m> Store<'m> {
         self.arena.is_sealed()
     }
 
+    /// Its owner was stopped within a change: whoever takes it over mends it, nobody reads it before.
+    pub fn is_torn(&self) -> bool {
+        self.arena.is_torn()
+    }
+
+    /// See [`Arena::forget`].
+    #[doc(hidden)]
+    pub fn forget(&mut self) {
+        self.arena.forget();
+    }
+
     /// Epoch that owns the store.
     pub fn epoch(&self) -> u64 {
         self.arena.epoch()
@@ -173,7 +193,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// Corruption only, as of every reading operation below.
     pub fn len(&self) -> Result<u64> {
-        Ok(self.arena.map_len(self.root())?)
+        Ok(self.arena.map_len(self.root()?)?)
     }
 
     /// No keys.
@@ -189,7 +209,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// Corruption.
     pub fn exists(&self, key: &[u8]) -> Result<bool> {
-        Ok(self.arena.map_get(self.root(), key)?.is_some())
+        Ok(self.arena.map_get(self.root()?, key)?.is_some())
     }
 
     /// What the key holds.
@@ -197,7 +217,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// Corruption.
     pub fn kind(&self, key: &[u8]) -> Result<Option<Kind>> {
-        match self.arena.map_get(self.root(), key)? {
+        match self.arena.map_get(self.root()?, key)? {
             None => Ok(None),
             Some(entry) => Ok(Some(self.kind_of(entry)?)),
         }
@@ -205,7 +225,8 @@ impl<'m> Store<'m> {
 
     /// All keys, in the arena's own order.
     pub fn keys(&self) -> Members<'_> {
-        Members::of(&self.arena, Some(self.root()))
+        // Of a torn arena, there is nothing at 0, and the first step says so.
+        Members::of(&self.arena, Some(self.root().unwrap_or(0)))
     }
 
     /// The string.
@@ -224,7 +245,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// A full or sealed arena; corruption. As of every writing operation below.
     pub fn set(&mut self, key: &[u8], value: &[u8]) -> Result<()> {
-        let root = self.root();
+        let root = self.root()?;
         self.arena.change(|arena| set(arena, root, key, value))
     }
 
@@ -258,7 +279,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// A sealed arena; corruption.
     pub fn del(&mut self, key: &[u8]) -> Result<bool> {
-        let root = self.root();
+        let root = self.root()?;
         self.arena.change(|arena| match arena.map_remove(root, key)? {
             Some((kind, value)) => {
                 free_value(arena, kind, value)?;
@@ -273,10 +294,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// A sealed arena.
     pub fn flush(&mut self) -> Result<()> {
-        self.arena.change(|arena| {
-            arena.free_all();
-            new_root(arena)
-        })
+        Ok(self.arena.change(Arena::clear_later)?)
     }
 
     /// Adds to the front of a list, and returns its new length.
@@ -351,13 +369,10 @@ impl<'m> Store<'m> {
     /// # Errors
     /// If the key holds something else; and those of [`Store::set`].
     pub fn sadd(&mut self, key: &[u8], member: &[u8]) -> Result<bool> {
-        let root = self.root();
+        let root = self.root()?;
         self.arena.change(|arena| {
-            let (set, new) = container(arena, root, key, Kind::Set)?;
-            match arena.map_entry(set, member, 0) {
-                Ok((_, added)) => Ok(added),
-                Err(error) => Err(undo_new(arena, root, key, new, error)),
-            }
+            let set = container(arena, root, key, Kind::Set)?;
+            Ok(arena.map_entry(set, member, 0)?.1)
         })
     }
 
@@ -366,7 +381,7 @@ impl<'m> Store<'m> {
     /// # Errors
     /// If the key holds something else; a sealed arena; corruption.
     pub fn srem(&mut self, key: &[u8], member: &[u8]) -> Result<bool> {
-        let root = self.root();
+        let root = self.root()?;
         let Some(set) = self.find(key, Kind::Set)? else {
             return Ok(false);
         };
@@ -422,8 +437,14 @@ impl<'m> Store<'m> {
         }
     }
 
-    fn root(&self) -> u64 {
-        self.arena.root()
+    fn root(&self) -> Result<u64> {
+        self.arena.whole()?;
+        Ok(self.arena.root())
+    }
+
+    #[cfg(test)]
+    pub(super) fn tape(&mut self) -> &mut Vec<(u64, Vec<u8>)> {
+        &mut self.arena.tape
     }
 
     pub(super) fn arena(&self) -> &Arena<'m> {
@@ -436,7 +457,7 @@ impl<'m> Store<'m> {
 
     /// Offset of what a key holds, if it is of this kind.
     fn find(&self, key: &[u8], wanted: Kind) -> Result<Option<u64>> {
-        let Some(entry) = self.arena.map_get(self.root(), key)? else {
+        let Some(entry) = self.arena.map_get(self.root()?, key)? else {
             return Ok(None);
         };
         let found = self.kind_of(entry)?;
@@ -450,15 +471,15 @@ impl<'m> Store<'m> {
     }
 
     fn push(&mut self, key: &[u8], end: End, item: &[u8]) -> Result<u64> {
-        let root = self.root();
+        let root = self.root()?;
         self.arena.change(|arena| {
-            let (list, new) = container(arena, root, key, Kind::List)?;
-            arena.list_push(list, end, item).map_err(|error| undo_new(arena, root, key, new, error))
+            let list = container(arena, root, key, Kind::List)?;
+            Ok(arena.list_push(list, end, item)?)
         })
     }
 
     fn pop(&mut self, key: &[u8], end: End) -> Result<Option<Vec<u8>>> {
-        let root = self.root();
+        let root = self.root()?;
         let Some(list) = self.find(key, Kind::List)? else {
             return Ok(None);
         };
@@ -474,8 +495,7 @@ impl<'m> Store<'m> {
 
 fn new_root(arena: &mut Arena<'_>) -> Result<()> {
     let root = arena.map_new()?;
-    arena.put(at::ROOT, root);
-    Ok(())
+    Ok(arena.put(at::ROOT, root)?)
 }
 
 fn kind_of(arena: &Arena<'_>, entry: Entry) -> Result<Kind> {
@@ -488,10 +508,8 @@ fn kind_of(arena: &Arena<'_>, entry: Entry) -> Result<Kind> {
 fn set(arena: &mut Arena<'_>, root: u64, key: &[u8], value: &[u8]) -> Result<()> {
     let (entry, new) = arena.map_entry(root, key, Kind::String as u32)?;
     if new {
-        return match arena.value_new(value) {
-            Ok(value) => Ok(arena.entry_set(entry, Kind::String as u32, value)?),
-            Err(error) => Err(undo_new(arena, root, key, true, error)),
-        };
+        let value = arena.value_new(value)?;
+        return Ok(arena.entry_set(entry, Kind::String as u32, value)?);
     }
     let (kind, old) = (arena.entry_kind(entry)?, arena.entry_value(entry)?);
     if kind == Kind::String as u32 {
@@ -503,8 +521,8 @@ fn set(arena: &mut Arena<'_>, root: u64, key: &[u8], value: &[u8]) -> Result<()>
     Ok(free_value(arena, kind, old)?)
 }
 
-/// The list or set that a key holds, made if there is none; the flag says whether it was made.
-fn container(arena: &mut Arena<'_>, root: u64, key: &[u8], wanted: Kind) -> Result<(u64, bool)> {
+/// The list or set that a key holds, made if there is none.
+fn container(arena: &mut Arena<'_>, root: u64, key: &[u8], wanted: Kind) -> Result<u64> {
     let (entry, new) = arena.map_entry(root, key, wanted as u32)?;
     if !new {
         let found = kind_of(arena, entry)?;
@@ -513,28 +531,15 @@ fn container(arena: &mut Arena<'_>, root: u64, key: &[u8], wanted: Kind) -> Resu
         }
         return match arena.entry_value(entry)? {
             0 => Ok(corrupt("a key has a value", at::ROOT)?),
-            value => Ok((value, false)),
+            value => Ok(value),
         };
     }
     let made = match wanted {
-        Kind::Set => arena.map_new(),
-        Kind::List | Kind::String => arena.list_new(),
+        Kind::Set => arena.map_new()?,
+        Kind::List | Kind::String => arena.list_new()?,
     };
-    match made {
-        Ok(value) => {
-            arena.entry_set(entry, wanted as u32, value)?;
-            Ok((value, true))
-        }
-        Err(error) => Err(undo_new(arena, root, key, true, error)),
-    }
-}
-
-/// Takes a key that was just added out again, and passes the reason on.
-fn undo_new(arena: &mut Arena<'_>, root: u64, key: &[u8], new: bool, reason: ArenaError) -> StoreError {
-    if new && let Err(worse) = delete(arena, root, key) {
-        return worse.into();
-    }
-    reason.into()
+    arena.entry_set(entry, wanted as u32, made)?;
+    Ok(made)
 }
 
 fn delete(arena: &mut Arena<'_>, root: u64, key: &[u8]) -> std::result::Result<(), ArenaError> {
@@ -545,13 +550,10 @@ fn delete(arena: &mut Arena<'_>, root: u64, key: &[u8]) -> std::result::Result<(
 }
 
 fn free_value(arena: &mut Arena<'_>, kind: u32, value: u64) -> std::result::Result<(), ArenaError> {
-    if value == 0 {
-        return Ok(()); // a key that was added and could not be given a value
-    }
     match Kind::of(kind) {
         Some(Kind::String) => arena.free(value),
-        Some(Kind::List) => arena.list_free(value),
-        Some(Kind::Set) => arena.map_free(value, |_, _, _| Ok(())),
+        Some(Kind::List) => arena.free_list_later(value),
+        Some(Kind::Set) => arena.free_map_later(value),
         None => corrupt("kind of a key's value", value),
     }
 }

@@ -7,14 +7,16 @@ use super::memory::Arena;
 const HEAD: u64 = 8;
 /// A block more than this many times too large is given back rather than reused.
 const SLACK: u64 = 4;
+/// Up to so many bytes, head included, are written in place: what is written over has to be saved.
+const IN_PLACE: u64 = 512;
 
 impl Arena<'_> {
     /// Stores a copy of `content`.
     pub(super) fn value_new(&mut self, content: &[u8]) -> Result<u64, ArenaError> {
         let len = content.len() as u64;
         let value = self.alloc(HEAD.saturating_add(len))?;
-        self.set_word(value, len)?;
-        self.bytes_mut(value + HEAD, len)?.copy_from_slice(content);
+        self.fresh_word(value, len)?;
+        self.fresh_bytes(value + HEAD, content)?;
         Ok(value)
     }
 
@@ -31,9 +33,11 @@ impl Arena<'_> {
         let len = content.len() as u64;
         let needed = HEAD.saturating_add(len);
         let capacity = self.capacity(value)?;
-        if needed <= capacity && capacity <= (needed * SLACK).max(64) {
-            self.set_word(value, len)?;
-            self.bytes_mut(value + HEAD, len)?.copy_from_slice(content);
+        if needed <= capacity && capacity <= (needed * SLACK).max(64) && needed <= IN_PLACE {
+            // A block's capacity is a number of whole words.
+            self.save(value, needed.div_ceil(8))?;
+            self.fresh_word(value, len)?;
+            self.fresh_bytes(value + HEAD, content)?;
             return Ok(value);
         }
         let new = self.value_new(content)?;

@@ -3,7 +3,6 @@
 //! Takes time and memory proportional to the arena (one bit for 16 bytes), so it runs in tests, after a torn change, or
 //! in the trial; never in a cutover.
 
-use super::alloc::FIRST_BLOCK;
 use super::error::{ArenaError, corrupt};
 use super::memory::Arena;
 use super::store::{Kind, Store, StoreError};
@@ -48,7 +47,7 @@ impl Arena<'_> {
         let usage = self.usage();
         let (mut used_marks, mut free_marks) = (Marks::new(usage.top), Marks::new(usage.top));
         let (mut blocks, mut free_blocks, mut used) = (0, 0, 0);
-        let mut at = FIRST_BLOCK;
+        let mut at = self.first_block();
         let mut below_free = false;
         while at < usage.top {
             let block = self.block(at)?;
@@ -101,7 +100,7 @@ impl Arena<'_> {
             }
         }
         if listed != free_blocks {
-            return corrupt("a free block is in no list", FIRST_BLOCK);
+            return corrupt("a free block is in no list", self.first_block());
         }
         Ok((used_marks, blocks, free_blocks))
     }
@@ -137,7 +136,7 @@ impl Store<'_> {
             }
         })?;
         if reached != blocks {
-            return Ok(corrupt("a block that nothing refers to", FIRST_BLOCK)?);
+            return Ok(corrupt("a block that nothing refers to", arena.first_block())?);
         }
         Ok(Verified { keys: self.len()?, blocks, free_blocks })
     }

@@ -93,7 +93,10 @@ pub fn arena_page(bytes: &[u8]) {
         }
         if let Ok(header) = received.check(&length) {
             assert!(header.check_identity(length).is_ok());
-            assert!((HEADER_LEN..=length).contains(&header.top.get()) && header.used.get() < header.top.get());
+            assert!(
+                (u64::from(header.header_len.get())..=length).contains(&header.top.get())
+                    && header.used.get() < header.top.get()
+            );
             assert!(header.root.get() < header.top.get());
         }
     }

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::mem::{offset_of, size_of};
 
-use state_schemas::arena::{self, ArenaHeader};
+use state_schemas::arena::{self, ArenaHeader, UndoRecord};
 use state_schemas::control_block::{self as block, Piece, words};
 use state_schemas::header::Header;
 
@@ -25,6 +25,10 @@ fn arena_page() -> Rows {
     rows!(ArenaHeader: magic 8, version 4, header_len 4, length 8, name arena::NAME_LEN as u64, schema_kind 4, schema_version 4,
         epoch 8, state 4, seal 4, mutations 8, root 8, top 8, used 8, seed 8, reserved 0x100 - 0x78,
         tables arena::TABLES_LEN as u64)
+}
+
+fn undo_record() -> Rows {
+    rows!(UndoRecord: length 8, pending 8, entries arena::RECORD_WORDS * 8)
 }
 
 fn control_block() -> Rows {
@@ -68,7 +72,8 @@ fn the_tables_are_as_released() {
     let mut text = String::new();
     for (title, rows) in [
         ("frame, format 1", frame()),
-        ("arena page, version 1", arena_page()),
+        ("arena page, versions 1 and 2", arena_page()),
+        ("arena's undo record, version 2", undo_record()),
         ("control block, version 1", control_block()),
         ("control words, version 1", control_words()),
     ] {
@@ -90,6 +95,7 @@ fn rows_touch() {
     };
     touches(frame(), size_of::<Header>() as u64);
     touches(arena_page(), arena::HEADER_LEN);
+    touches(undo_record(), arena::RECORD_LEN);
     touches(control_block(), 0xc0000);
 }
 
@@ -112,11 +118,12 @@ fn the_drawings_say_the_same() {
             let same = name.as_ref().is_some_and(|name| name.starts_with(&first) || first.starts_with(name.as_str()));
             assert!(same, "the drawing has {word:?} at {at:#x}, the code {name:?}");
         }
-        assert!(drawing.len() >= 6, "{drawing:?}");
+        assert!(drawing.len() >= 4, "{drawing:?}");
     };
     // Behind the header comes the payload.
     said(&drawing(readme, "0x00 magic \"BATONMSG\""), &frame(), &[0x20]);
     said(&drawing(include_str!("../../src/arena.rs"), "0x00 magic"), &arena_page(), &[0x38, 0x100, 0x1000]);
+    said(&drawing(include_str!("../../src/arena.rs"), "0x00 length u64"), &undo_record(), &[0x1000]);
     // The rings are one entry, and the last two are what is left.
     said(
         &drawing(include_str!("../../src/control_block.rs"), "0x00000 boot_params"),
