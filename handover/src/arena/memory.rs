@@ -328,6 +328,16 @@ impl<'m> Arena<'m> {
         compiler_fence(Ordering::SeqCst);
     }
 
+    /// The same from one place in the arena to another, which do not overlap.
+    pub(super) fn copy_within(&mut self, from: u64, to: u64, len: u64) {
+        let from = from as usize..(from + len) as usize;
+        #[cfg(test)]
+        self.tape.push((to, self.memory[from.clone()].to_vec()));
+        compiler_fence(Ordering::SeqCst);
+        self.memory.copy_within(from, to as usize);
+        compiler_fence(Ordering::SeqCst);
+    }
+
     /// Bytes in all.
     pub(super) fn length(&self) -> u64 {
         self.length

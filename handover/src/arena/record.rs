@@ -38,6 +38,8 @@ pub(super) struct Record {
     pub(super) torn: bool,
     /// The step has freed a block.
     freed: bool,
+    /// Words of the header page that the step has saved already: 1 the top, 2 the bytes used.
+    header_saved: u8,
     /// Nothing is saved; see [`Arena::forget`].
     forgetful: bool,
 }
@@ -46,7 +48,7 @@ impl Record {
     /// For an arena of this version.
     pub(super) fn new(version: u32, torn: bool) -> Record {
         let own = (version < 2).then(own_record);
-        Record { length: 0, pending: 0, top: 0, own, torn, freed: false, forgetful: false }
+        Record { length: 0, pending: 0, top: 0, own, torn, freed: false, header_saved: 0, forgetful: false }
     }
 }
 
@@ -66,6 +68,7 @@ impl Arena<'_> {
     pub(super) fn begin_step(&mut self) {
         self.record.top = self.get(at::TOP);
         self.record.freed = false;
+        self.record.header_saved = 0;
     }
 
     /// Makes what was done since [`Arena::begin_step`] final.
@@ -85,9 +88,13 @@ impl Arena<'_> {
         if end > RECORD_WORDS {
             return corrupt("a change is larger than its undo record", at::RECORD);
         }
-        for index in 0..words {
-            let old = self.get(at + 8 * index);
-            self.set_record_word(start + index, old);
+        if words > 2 && self.record.own.is_none() {
+            self.copy_within(at, at::ENTRIES + 8 * start, 8 * words);
+        } else {
+            for index in 0..words {
+                let old = self.get(at + 8 * index);
+                self.set_record_word(start + index, old);
+            }
         }
         self.set_record_word(end - 1, words << AT_BITS | at);
         self.set_record_length(end);
@@ -96,7 +103,16 @@ impl Arena<'_> {
 
     /// Changes a word of the header page.
     pub(super) fn put(&mut self, at: u64, value: u64) -> Result<(), ArenaError> {
-        self.save(at, 1)?;
+        // These two change with every block: once in a step is enough.
+        let once = match at {
+            at::TOP => 1,
+            at::USED => 2,
+            _ => 0,
+        };
+        if self.record.header_saved & once == 0 {
+            self.save(at, 1)?;
+            self.record.header_saved |= once;
+        }
         self.store(at, value);
         Ok(())
     }

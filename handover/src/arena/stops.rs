@@ -222,7 +222,7 @@ fn cases(few: u32) -> u32 {
 
 proptest! {
     // More of them: `PROPTEST_CASES=1000 cargo test --release -p handover --lib stops`.
-    #![proptest_config(ProptestConfig { cases: cases(8), ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: cases(6), ..ProptestConfig::default() })]
 
     #[test]
     fn whoever_is_stopped_anywhere_leaves_all_or_nothing(
