@@ -16,9 +16,9 @@ use crate::daemon::kernel::Kernel;
 
 /// How long a press may go unnoticed. There is no event to wait for.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// PWRBTN_STS and PWRBTN_EN in the upper bytes of their registers (ACPI 6.5, section 4.8.3.1). A status bit is cleared by writing 1;
-/// the others stay what they are when 0 is written.
-const PRESSED: u8 = 1;
+/// PWRBTN_STS and PWRBTN_EN in their registers (ACPI 6.5, section 4.8.3.1). A status bit is cleared by writing 1; the others stay
+/// what they are when 0 is written.
+const PRESSED: u16 = 1 << 8;
 
 /// Watches the button of a machine that came to this kernel by an update, on a thread of its own. Elsewhere ACPI does.
 pub fn watch(kernel: Arc<Kernel>) -> Result<()> {
@@ -35,6 +35,7 @@ fn look(kernel: &Kernel, button: PowerButton) -> Result<()> {
     let (Register::Port(status), Register::Port(enable)) = (button.status, button.enable) else {
         bail!("its registers are not I/O ports ({button:?})");
     };
+    let (status, enable) = (whole(status)?, whole(enable)?);
     // Until the machine is this kernel's, its incumbent hears the button.
     while kernel.is_successor() {
         std::thread::sleep(LOOK_EVERY);
@@ -53,6 +54,12 @@ fn look(kernel: &Kernel, button: PowerButton) -> Result<()> {
             power_off()?;
         }
     }
+}
+
+/// The register whose upper byte is at this port. It is read and written whole, as Linux does: QEMU's have 0 for whoever reads the
+/// upper byte alone, and what is written there is lost.
+fn whole(upper_byte: u16) -> Result<u16> {
+    upper_byte.checked_sub(1).context("its upper byte is said to be at port 0")
 }
 
 /// What a machine does whose button is pressed. `baton-init` has the signal from BusyBox's init.

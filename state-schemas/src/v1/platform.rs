@@ -37,7 +37,8 @@ pub struct Reset {
     pub value: u8,
 }
 
-/// A power button that is seen in PM1a_STS and PM1a_EN: bit 0 of their upper bytes.
+/// A power button that is seen in PM1a_STS and PM1a_EN: bit 0 of their upper bytes. Both are registers of 16 bits, and not every
+/// machine has them by the byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PowerButton {
     /// The upper byte of PM1a_STS: 1 was pressed, and is cleared by writing 1.
