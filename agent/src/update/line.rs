@@ -25,6 +25,9 @@ use crate::machine::sys::tsc;
 /// vector over is lost, a message is not.
 const RING_AGAIN: Duration = Duration::from_millis(if cfg!(test) { 1 } else { 250 }); // a played bell rings nobody
 
+/// Who waits on whatever the operator says.
+static NEVER: AtomicBool = AtomicBool::new(false);
+
 /// What a panicking kernel writes; anything but zero.
 const PANICKED: u64 = 1;
 
@@ -177,7 +180,6 @@ where
 
     /// The next message, waiting for it.
     pub fn receive(&mut self, patience: Duration) -> Result<Heard<E>> {
-        static NEVER: AtomicBool = AtomicBool::new(false);
         self.receive_unless(patience, &NEVER)
     }
 
@@ -246,8 +248,20 @@ impl Line<Incumbent> {
         patience: Duration,
         answer: impl Fn(ToIncumbent) -> Option<T>,
     ) -> Result<T> {
+        self.ask_unless(message, patience, &NEVER, answer)
+    }
+
+    /// The same, waiting until `called_off` is set. What is answered later would be taken for the answer to the next question: so only
+    /// where nothing else is asked.
+    pub fn ask_unless<T>(
+        &mut self,
+        message: &ToSuccessor,
+        patience: Duration,
+        called_off: &AtomicBool,
+        answer: impl Fn(ToIncumbent) -> Option<T>,
+    ) -> Result<T> {
         self.send(message)?;
-        match self.receive(patience).with_context(|| format!("no answer to {message:?}"))? {
+        match self.receive_unless(patience, called_off).with_context(|| format!("no answer to {message:?}"))? {
             ToIncumbent::Failed { what, cause } => {
                 Err(Unanswered::Refused { what: what.into(), cause: cause.into() }.into())
             }

@@ -378,12 +378,18 @@ impl<'k> Hands<'k> {
         self.placed()?.line.ask(message, patience, answer)
     }
 
+    /// The same in the trial, which an operator need not wait for: a successor that has not served is stopped without being asked.
+    fn ask_on_trial<T>(&mut self, message: &ToSuccessor, answer: impl Fn(ToIncumbent) -> Option<T>) -> Result<T> {
+        let (patience, called_off) = (self.left(), &self.kernel.called_off);
+        self.placed()?.line.ask_unless(message, patience, called_off, answer)
+    }
+
     /// Lets the successor's services attach and wait.
     fn stand_by(&mut self) -> Result<()> {
         // Whoever began to serve here from now on would do so unseen by the successor.
         self.kernel.services.wait();
         let expected: Vec<String> = self.listed.iter().map(|crossing| crossing.name.clone()).collect();
-        let standing = self.ask(&ToSuccessor::StandBy, |answer| match answer {
+        let standing = self.ask_on_trial(&ToSuccessor::StandBy, |answer| match answer {
             ToIncumbent::Standing { services } => Some(services),
             _ => None,
         })?;
@@ -399,7 +405,7 @@ impl<'k> Hands<'k> {
     /// Asks the successor how it is, and looks up what the cutover will need.
     fn check_health(&mut self) -> Result<()> {
         self.check_own_health()?;
-        self.ask(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
+        self.ask_on_trial(&ToSuccessor::CheckHealth, |answer| matches!(answer, ToIncumbent::Healthy).then_some(()))?;
         let network = &self.kernel.config.network;
         if let (Some(service), Some(granted), false) =
             (network.service_address, &self.target.nic, network.skip_reach_check)
