@@ -224,6 +224,10 @@ fn failure(outcome: Outcome, hands: &Hands<'_>) -> Failure {
 }
 
 fn told(phase: Phase, cause: &Cause, last_words: Option<&str>) -> String {
+    if cause.sort == Sort::CalledOff {
+        // It did not fail, and nobody asks what the successor died of.
+        return format!("{} in the phase {phase}", cause.what);
+    }
     let who = match cause.blame {
         Blame::Operator => "the operator",
         Blame::Incumbent => "the incumbent",
@@ -236,7 +240,7 @@ fn told(phase: Phase, cause: &Cause, last_words: Option<&str>) -> String {
 
 fn advice(blame: Blame) -> &'static str {
     match blame {
-        Blame::Operator => "",
+        Blame::Operator => "everything was undone",
         Blame::Incumbent => "everything was undone; batond's log says more",
         Blame::Successor => {
             "everything was undone; `baton dmesg` shows what the successor's kernel said, from its first message on"
@@ -268,5 +272,8 @@ mod tests {
             "booting failed, because of the successor: the successor was silent for 40.0 s; its CPU entered the kernel, \
              and its agent never came up"
         );
+        let called_off = Cause::called_off(hands::CALLED_OFF_BY);
+        let told = told(Phase::Trial, &called_off, Some("its agent answered"));
+        assert_eq!(told, "called off by the operator in the phase trial");
     }
 }
