@@ -26,6 +26,7 @@ use std::thread;
 use anyhow::{Result, bail};
 use baton_sdk::agent_end::AgentEnd;
 use clap::Parser;
+use kexec_core::klog::cause::AS_SUCCESSOR;
 use nix::poll::PollTimeout;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -83,7 +84,7 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
         let kernel = kernel.clone();
         thread::Builder::new().name("successor".into()).spawn(move || {
             if let Err(error) = successor::run(&kernel) {
-                tracing::error!("as successor: {error:#}");
+                tracing::error!("{AS_SUCCESSOR}{error:#}");
                 kernel.set_stage(Stage::Failed);
             }
         })?;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use kexec_core::device::{Access, Device, Mapping};
-use kexec_core::klog::cause::cause_of;
+use kexec_core::klog::cause::{agent_gave_up, cause_of};
 use kexec_core::klog::{DeathCause, FoundBy, KernelLog, Kind, LogTail, NoLog, Pieces, Record};
 use kexec_core::memory_map::Range;
 use kexec_core::placement::Mapped;
@@ -54,6 +54,18 @@ pub struct Instance {
     pub mark: String,
     /// Its memory.
     pub region: Range,
+}
+
+/// Whose end a successor's log tells of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndToldOf {
+    /// It panicked.
+    Kernel,
+    /// Its kernel runs, and nobody in it will answer.
+    Agent {
+        /// In the agent's words.
+        why: String,
+    },
 }
 
 /// What a look at a successor's memory found, and when.
@@ -129,20 +141,24 @@ impl SuccessorLog {
         Ok(Some(watched.instance.log(true, None, records)))
     }
 
-    /// Whether the successor that runs has panicked, by its own log. Its module tells that only once it is loaded.
+    /// Whether the successor that runs will never answer, by its own log. Its module tells of a panic only once it is loaded, and its
+    /// agent can say nothing else where it cannot read what it was given.
     ///
     /// Cheap, for it is asked while the services serve: no search.
-    pub fn tells_of_panic(&self, device: &Device) -> Result<bool> {
+    pub fn tells_of_end(&self, device: &Device) -> Result<Option<EndToldOf>> {
         let mut watched = self.lock();
-        let Some(watched) = &mut *watched else { return Ok(false) };
+        let Some(watched) = &mut *watched else { return Ok(None) };
         watched.look(device, |memory, found, mark| {
             let known = match found {
                 Some((when, Ok(log))) if log.found_by() == FoundBy::Vmcoreinfo => Some((when, log)),
                 _ => KernelLog::told(memory, Some(mark)).ok().map(|log| (Instant::now(), log)),
             };
-            let Some((when, log)) = known else { return (None, false) };
-            let cause = cause_of(&log.read(memory, None, END));
-            (Some((when, Ok(log))), cause.is_some_and(|cause| cause.kind == Kind::Panic))
+            let Some((when, log)) = known else { return (None, None) };
+            let records = log.read(memory, None, END);
+            let panicked = cause_of(&records).is_some_and(|cause| cause.kind == Kind::Panic);
+            let gave_up = || agent_gave_up(&records).map(|why| EndToldOf::Agent { why: why.to_owned() });
+            let end = if panicked { Some(EndToldOf::Kernel) } else { gave_up() };
+            (Some((when, Ok(log))), end)
         })
     }
 

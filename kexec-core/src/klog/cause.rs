@@ -162,7 +162,7 @@ pub fn cause_of(records: &[Record]) -> Option<DeathCause> {
     }
     let plain = |kind, what: &str| DeathCause { kind, what: what.to_owned(), place: None, after: None };
     let mut programs = lines.iter().filter(|(record, _)| !record.is_kernels());
-    if let Some(why) = programs.clone().find_map(|(_, line)| agents_error(line)) {
+    if let Some((_, why)) = programs.clone().find_map(|(_, line)| agents_error(line)) {
         return Some(plain(Kind::Agent, why));
     }
     let gave_up = programs.rfind(|(record, line)| record.level <= ERROR && line.starts_with(INIT));
@@ -176,11 +176,24 @@ pub fn cause_of(records: &[Record]) -> Option<DeathCause> {
     first(Kind::Warning).map(|(_, line)| plain(Kind::Warning, line))
 }
 
-/// What batond's tracing writes of an error: `TIME ERROR TARGET: MESSAGE`.
-fn agents_error(line: &str) -> Option<&str> {
+/// Why the agent over there will never answer: the error with which its program ended, or its part as a successor. Of its other errors
+/// it may get better.
+pub fn agent_gave_up(records: &[Record]) -> Option<&str> {
+    let programs = records.iter().filter(|record| !record.is_kernels());
+    let mut errors = programs.flat_map(|record| record.text.lines()).filter_map(agents_error);
+    errors.find_map(
+        |(target, message)| if target == "batond" { Some(message) } else { message.strip_prefix(AS_SUCCESSOR) },
+    )
+}
+
+/// How the agent says that it cannot be a successor, and why.
+pub const AS_SUCCESSOR: &str = "as successor: ";
+
+/// Who tells of an error, and what, in a line of batond's tracing: `TIME ERROR TARGET: MESSAGE`.
+fn agents_error(line: &str) -> Option<(&str, &str)> {
     let (time, rest) = line.trim_start().split_once(' ')?;
-    let (_, message) = rest.trim_start().strip_prefix("ERROR ")?.split_once(": ")?;
-    (time.starts_with(|c: char| c.is_ascii_digit()) && time.ends_with('Z')).then_some(message)
+    let told = rest.trim_start().strip_prefix("ERROR ")?.split_once(": ")?;
+    (time.starts_with(|c: char| c.is_ascii_digit()) && time.ends_with('Z')).then_some(told)
 }
 
 /// KERN_ERR; what is graver is less.
@@ -333,6 +346,19 @@ mod tests {
             told(&[(program + 3, "baton-init: /etc/baton/config.toml: no such file"), (6, "reboot: Power down")]),
             "its first program gave up: /etc/baton/config.toml: no such file; its last message: reboot: Power down"
         );
+    }
+
+    #[test]
+    fn an_agent_gives_up_by_its_last_error_only() {
+        let program = 8;
+        let gave_up = |lines: &[(u8, &str)]| agent_gave_up(&log(lines)).map(str::to_owned);
+        let ended = "2026-11-28T12:00:00.123456Z ERROR batond: the control block cannot be read: no magic";
+        let other = "2026-11-28T12:00:00.123456Z ERROR agent::services::access: there is no user x here";
+        let part = "2026-11-28T12:00:00.123456Z ERROR agent::daemon: as successor: no interface appeared";
+        assert_eq!(gave_up(&[(program + 4, other)]), None);
+        assert_eq!(gave_up(&[(program + 4, other), (program + 4, part)]).as_deref(), Some("no interface appeared"));
+        assert_eq!(gave_up(&[(program + 4, ended)]).as_deref(), Some("the control block cannot be read: no magic"));
+        assert_eq!(gave_up(&[(4, ended)]), None, "the kernel does not speak for it");
     }
 
     #[test]

@@ -38,6 +38,7 @@ use crate::daemon::config::Cidr;
 use crate::daemon::control::ServiceState;
 use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::Failure;
+use crate::daemon::successor_log::EndToldOf;
 use crate::machine::bounded::within;
 use crate::machine::clock::Moment;
 use crate::machine::net::{ArpRules, HeldAddress, Link, Mac};
@@ -348,7 +349,8 @@ impl<'k> Hands<'k> {
         }
     }
 
-    /// What the successor's agent says first. A kernel that panics before its agent comes up is not waited for until the deadline.
+    /// What the successor's agent says first. A kernel that panics before its agent comes up, or an agent that gives up before it can
+    /// speak, is not waited for until the deadline.
     fn first_word(&mut self) -> Result<ToIncumbent> {
         let (patience, device) = (self.left(), self.device);
         loop {
@@ -360,9 +362,12 @@ impl<'k> Hands<'k> {
                 _ => None,
             };
             let Some(peer) = heard.as_ref().err().and_then(silent) else { return heard };
-            match self.kernel.successor_log.tells_of_panic(device) {
-                Ok(false) => {}
-                Ok(true) => return Err(Unanswered::Panicked("successor").into()),
+            match self.kernel.successor_log.tells_of_end(device) {
+                Ok(None) => {}
+                Ok(Some(EndToldOf::Kernel)) => return Err(Unanswered::Panicked("successor").into()),
+                Ok(Some(EndToldOf::Agent { why })) => {
+                    return Err(Unanswered::Refused { what: "take over".to_owned(), cause: why }.into());
+                }
                 Err(error) => tracing::warn!("the successor's log cannot be read: {error:#}"),
             }
             if self.left().is_zero() {
