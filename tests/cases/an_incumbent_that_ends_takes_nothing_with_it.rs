@@ -13,7 +13,7 @@ use demos::story::stage::{Shape, Stage, cmdline, status_of};
 /// Makes an update, in which the incumbent does this as soon as its successor is in a state.
 fn upgrade_until(stage: &Stage, state: &str, then: &str) -> Result<Begun> {
     let script = format!(
-        "(until grep -q ' {state} ' /proc/multikernel; do sleep 0.05; done; {then}) < /dev/null > /dev/null 2>&1 &"
+        "(until grep -q ' successor {state} ' /proc/multikernel; do sleep 0.05; done; {then}) < /dev/null > /dev/null 2>&1 &"
     );
     stage.guest().check(&["sh", "-c", &script])?;
     let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
