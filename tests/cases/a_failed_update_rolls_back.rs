@@ -9,22 +9,11 @@ use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::snapshot::{self, Snapshot, assert_untouched};
-use baton_tests::{NEW, OLD, console, kernel, memo, open, upgrade};
+use baton_tests::{NEW, OLD, console, kernel, memo, open, traps, upgrade};
 use demos::keeper;
 use demos::story::stage::{Shape, Stage};
 
-/// Runs before `baton-init`, in the successor only: the service that it will start does this instead.
-fn trap(service: &str) -> Result<Vec<u8>> {
-    let mut initrd = Initrd::new();
-    let script = format!(
-        "#!/bin/sh\nrm /usr/sbin/baton-kv\n\
-         printf '#!/bin/sh\\n{service}\\n' > /usr/sbin/baton-kv\nchmod 755 /usr/sbin/baton-kv\nexec /init\n"
-    );
-    initrd.file("/trap", 0o755, script);
-    Ok(initrd.bytes()?)
-}
-
-/// The same: the kernel itself makes a step of bringing that CPU up fail (Documentation/core-api/cpu_hotplug.rst, "fail").
+/// Runs before `baton-init`, in the successor only: the kernel itself makes a step of bringing that CPU up fail (Documentation/core-api/cpu_hotplug.rst, "fail").
 fn third_cpu_fails() -> Result<Vec<u8>> {
     let mut initrd = Initrd::new();
     let script = "#!/bin/sh\nmkdir -p /sys\nmount -t sysfs sysfs /sys\ncd /sys/devices/system/cpu\n\
@@ -145,8 +134,8 @@ fn a_failed_update_gives_everything_back_and_the_next_one_works() -> Result<()> 
 /// What an update leaves to the agent (memory, caches) is there from the first check on.
 fn ready(stage: &Stage) -> Result<Snapshot> {
     let guest = stage.guest();
-    guest.put("/tmp/exits", 0o644, &trap("exit 1")?)?;
-    guest.put("/tmp/panics", 0o644, &trap("echo c > /proc/sysrq-trigger")?)?;
+    guest.put("/tmp/exits", 0o644, &traps::service("exit 1")?)?;
+    guest.put("/tmp/panics", 0o644, &traps::service("echo c > /proc/sysrq-trigger")?)?;
     guest.put("/tmp/third-cpu-fails", 0o644, &third_cpu_fails()?)?;
     let mut initrd = Initrd::new();
     initrd.file(keeper::PANIC_WHEN_SERVING, 0o644, "");

@@ -5,20 +5,22 @@ use agent::daemon::control::ServiceState;
 use agent::daemon::control::Status;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
-use baton_tests::{NEW, OLD, Turn, kernel, lab};
+use baton_tests::{NEW, OLD, Turn, kernel, lab, traps};
 use demos::lab::Patience;
 use demos::lab::guest::Begun;
 use demos::story::stage::{Shape, Stage, cmdline, status_of};
 
-/// Makes an update, in which the incumbent does this as soon as its successor is in a state.
-fn upgrade_until(stage: &Stage, state: &str, then: &str) -> Result<Begun> {
+/// Makes an update, in which the incumbent does this as soon as its successor is in a state; maybe with a trap in the successor's initrd.
+fn upgrade_until(stage: &Stage, state: &str, then: &str, trap: Option<&str>) -> Result<Begun> {
     let script = format!(
         "(until grep -q ' successor {state} ' /proc/multikernel; do sleep 0.05; done; {then}) < /dev/null > /dev/null 2>&1 &"
     );
     stage.guest().check(&["sh", "-c", &script])?;
     let image = format!("/boot/vmlinuz-{}", kernel(NEW).release);
-    let line = cmdline(1);
-    Ok(stage.guest().command(&["baton", "upgrade", "--kernel", &image, "--cmdline", &line]).begin()?)
+    let line = format!("{}{}", cmdline(1), if trap.is_some() { " rdinit=/trap" } else { "" });
+    let mut words = vec!["baton", "upgrade", "--kernel", &image, "--cmdline", &line];
+    words.extend(trap.iter().flat_map(|initrd| ["--initrd", initrd]));
+    Ok(stage.guest().command(&words).begin()?)
 }
 
 /// What the successor says when it has noticed.
@@ -39,7 +41,7 @@ fn left_behind(stage: &Stage) -> Result<Status> {
 fn ends_alone(stage: &mut Stage, how: &str, said: &str) -> Result<()> {
     let clients = Clients::start(stage, 40)?;
     let seen = stage.machine.serial(0).position();
-    let _updating = upgrade_until(stage, "serving", how)?;
+    let _updating = upgrade_until(stage, "serving", how, None)?;
     stage.machine.wait_for(0, said, seen, Patience::BOOT).context("the incumbent's end")?;
     stage.serving = 1;
     let status = left_behind(stage)?;
@@ -93,9 +95,10 @@ fn by_a_panic_by_a_restart_and_before_the_cutover() -> Result<()> {
     let _going = stage.guest().command(&["reboot", "-f"]).begin()?;
     restarted(&mut stage, seen).context("after a restart")?;
 
-    // Before the cutover: the machine restarts, and no successor runs on.
+    // Before the cutover: the machine restarts, and no successor runs on. Its service never stands by, so that the trial lasts.
+    stage.guest().put("/tmp/waits", 0o644, &traps::service("sleep 1000")?)?;
     let seen = stage.machine.serial(0).position();
-    let _updating = upgrade_until(&stage, "running", "reboot -f")?;
+    let _updating = upgrade_until(&stage, "running", "reboot -f", Some("/tmp/waits"))?;
     restarted(&mut stage, seen).context("in a trial")?;
     let quiet = stage.machine.serial(1).position();
     Clients::start(&stage, 40)?.await_more(40)?;

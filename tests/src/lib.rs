@@ -13,6 +13,7 @@ pub mod memo;
 pub mod refusal;
 pub mod snapshot;
 pub mod strangers;
+pub mod traps;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};
