@@ -15,9 +15,9 @@ use std::time::Duration;
 
 /// The lie (see `liar`), and what must be said of it.
 const LIES: [(&str, &[&str]); 14] = [
-    // Such a successor cannot speak: why is read in its log, before the incumbent's patience ends.
-    ("control-magic", &["booting failed", "the successor cannot take over: there is no control block at"]),
-    ("control-version", &["booting failed", "the successor cannot take over: the control block has version"]),
+    // Such a successor cannot speak: its agent's end is read in its log.
+    ("control-magic", &["booting failed", "has not answered"]),
+    ("control-version", &["booting failed", "has not answered"]),
     ("record-bit", &["booting failed", "the handover record cannot be read", "the frame's CRC is"]),
     ("record-version", &["booting failed", "HandoverRecord of version 999, this program knows 1 to 2"]),
     ("record-count", &["booting failed", "the handover record cannot be read", "cannot decode"]),
