@@ -54,7 +54,6 @@ fn high_water_kib(stage: &Stage) -> Result<u64> {
 }
 
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn what_is_wrong_with_a_file_is_said_in_a_line_and_stops_nothing_else() -> Result<()> {
     let mut played = open(OLD, &Shape::default())?;
     let stage = &mut played.stage;
