@@ -7,15 +7,18 @@ use std::path::{Path, PathBuf};
 
 use baton_sdk::protocol::MAX_ARENA;
 use kexec_core::memory_map::{Range, RangeSet};
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
 use serde::{Deserialize, Serialize};
 
+use crate::daemon::config_keys::{self, Key, Unknown};
 use crate::update::stock::accept::Accept;
 
 /// Where the configuration is looked for unless `--config` or `BATON_CONFIG` says otherwise.
 pub const DEFAULT_PATH: &str = "/etc/baton/config.toml";
 
 /// An IPv4 address with its prefix length, written `10.77.0.10/24`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct Cidr {
     /// The address.
@@ -49,7 +52,7 @@ impl From<Cidr> for String {
 }
 
 /// A network interface that Baton may give to a successor.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Nic {
     /// Its MAC address, by which every kernel finds it again.
@@ -59,7 +62,7 @@ pub struct Nic {
 }
 
 /// The addresses that an update moves.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Network {
     /// The address that clients of the services use; it moves at the cutover. None: no address is moved.
@@ -76,7 +79,7 @@ pub struct Network {
 }
 
 /// A service: a program that keeps its state in an arena or in files ([`baton_sdk`]).
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Service {
     /// Unique; the arena carries it.
@@ -92,7 +95,7 @@ pub struct Service {
 }
 
 /// A program that `baton-init` starts in every kernel, beside the services; it keeps no state across an update.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Program {
     /// For messages.
@@ -102,7 +105,7 @@ pub struct Program {
 }
 
 /// A range of memory, written as on the kernel's command line: `512M$0x40000000`, size and address.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(try_from = "String", into = "String")]
 pub struct Reserved(Range);
 
@@ -148,7 +151,7 @@ impl From<Reserved> for String {
 }
 
 /// How updates are made.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Update {
     /// The successor's own memory until the rest is handed over, MiB; whole memory blocks are taken.
@@ -196,7 +199,7 @@ impl Default for Update {
 }
 
 /// What the successor's initrd carries besides the agent and the services.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Initrd {
     /// Files and folders, taken whole.
@@ -206,7 +209,7 @@ pub struct Initrd {
 }
 
 /// What those may have whom the configuration does not name.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
     /// Memory that all services together may have which are neither listed nor root's, MiB; 0: there are none.
@@ -214,7 +217,7 @@ pub struct Limits {
 }
 
 /// The whole file.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// The addresses that move.
@@ -252,6 +255,14 @@ pub enum ConfigError {
         #[source]
         source: Box<toml::de::Error>,
     },
+    /// A key that means nothing.
+    #[error("{path}: there is no key `{}`{}", unknown.path, meant(unknown))]
+    UnknownKey {
+        /// Which file.
+        path: PathBuf,
+        /// Which key, and what may have been meant.
+        unknown: Unknown,
+    },
     /// The values contradict each other.
     #[error("{path}: {problem}")]
     Contradiction {
@@ -260,6 +271,19 @@ pub enum ConfigError {
         /// What is wrong, and with which entry.
         problem: String,
     },
+}
+
+fn meant(unknown: &Unknown) -> String {
+    unknown
+        .nearest
+        .as_ref()
+        .map_or_else(|| "; baton-config.toml(5) lists all".to_owned(), |key| format!(": did you mean `{key}`?"))
+}
+
+/// All keys, with what they mean.
+pub fn keys() -> Vec<Key> {
+    let settings = SchemaSettings::default().with(|settings| settings.inline_subschemas = true);
+    config_keys::of(&settings.into_generator().into_root_schema_for::<Config>())
 }
 
 impl Update {
@@ -275,15 +299,30 @@ impl Update {
 }
 
 impl Config {
-    /// Reads and checks the file.
+    /// Reads and checks the file. Where nobody has written one at [`DEFAULT_PATH`], everything is as it is without wishes; a file that was
+    /// named must be there.
     pub fn load(path: &Path) -> Result<Config, ConfigError> {
-        let text =
-            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Config = toml::from_str(&text)
-            .map_err(|source| ConfigError::Parse { path: path.to_owned(), source: Box::new(source) })?;
+        match std::fs::read_to_string(path) {
+            Ok(text) => Config::parse(path, &text),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && path == Path::new(DEFAULT_PATH) => {
+                Ok(Config::default())
+            }
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Checks the text of a file; `path` is for errors.
+    pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+        let at = || path.to_owned();
+        let parse = |source| ConfigError::Parse { path: at(), source: Box::new(source) };
+        let table: toml::Table = toml::from_str(text).map_err(parse)?;
+        if let Some(unknown) = config_keys::unknown(&keys(), &table) {
+            return Err(ConfigError::UnknownKey { path: at(), unknown });
+        }
+        let config: Config = toml::from_str(text).map_err(parse)?;
         match config.contradiction() {
             None => Ok(config),
-            Some(problem) => Err(ConfigError::Contradiction { path: path.to_owned(), problem }),
+            Some(problem) => Err(ConfigError::Contradiction { path: at(), problem }),
         }
     }
 
@@ -338,6 +377,115 @@ mod tests {
         let config = parse("").unwrap();
         assert_eq!(config.update.region_mib, 512);
         assert!(config.contradiction().is_none());
+    }
+
+    /// Every key that there is, each with a value: whoever adds one is told by the compiler to add it here.
+    fn full() -> Config {
+        let cidr = Cidr { address: Ipv4Addr::LOCALHOST, prefix: 8 };
+        Config {
+            network: Network {
+                service_address: Some(cidr),
+                nic: vec![Nic { mac: "52:54:00:00:00:01".into(), address: cidr }],
+                configure: true,
+                skip_reach_check: true,
+            },
+            service: vec![Service {
+                name: "kv".into(),
+                exec: vec!["/kv".into()],
+                user: Some("kv".into()),
+                fd_store: true,
+            }],
+            program: vec![Program { name: "sshd".into(), exec: vec!["/sshd".into()] }],
+            limits: Limits { unlisted_mib: 1 },
+            update: Update {
+                region_mib: 1,
+                require_signature: true,
+                signing_certificates: vec!["/c".into()],
+                cmdline: "quiet".into(),
+                boot_timeout_s: 1,
+                step_timeout_s: 1,
+                cutover_timeout_ms: 1,
+                probation_s: 1,
+                require_commit: true,
+                reserved: vec![Reserved::try_from("1M$1G".to_owned()).unwrap()],
+                accept: vec![Accept::Mounts],
+            },
+            initrd: Initrd { include: vec!["/bin".into()], modules: vec!["virtio_net".into()] },
+        }
+    }
+
+    /// The paths of all keys in a file.
+    fn paths(value: &toml::Value, above: &str, into: &mut Vec<String>) {
+        match value {
+            toml::Value::Table(table) => {
+                for (name, value) in table {
+                    let path = if above.is_empty() { name.clone() } else { format!("{above}.{name}") };
+                    into.push(path.clone());
+                    paths(value, &path, into);
+                }
+            }
+            toml::Value::Array(items) if items.iter().any(toml::Value::is_table) => {
+                items.iter().for_each(|item| paths(item, &format!("{above}[]"), into));
+            }
+            _ => {}
+        }
+    }
+
+    #[test]
+    fn each_key_is_known_with_its_meaning_and_its_default() {
+        let mut written = Vec::new();
+        paths(&toml::Value::try_from(full()).unwrap(), "", &mut written);
+        let keys = keys();
+        let mut known: Vec<String> = keys.iter().map(|key| key.path.clone()).collect();
+        written.sort();
+        known.sort();
+        assert_eq!(known, written);
+        let defaults = serde_json::to_value(Config::default()).unwrap();
+        for key in &keys {
+            assert!(key.meaning.len() > 10 && !key.meaning.contains(['`', '[']), "{key:?}");
+            assert!(key.kind != "value", "{key:?}");
+            // Keys of list entries have no file to be left out of; `default` of the others is what the code does.
+            if !key.is_table() && !key.path.contains("[]") {
+                let pointer = format!("/{}", key.path.replace('.', "/"));
+                let really = defaults.pointer(&pointer).map(ToString::to_string).filter(|default| default != "null");
+                assert_eq!(key.default.clone().filter(|default| default != "null"), really, "{key:?}");
+            }
+        }
+        let readme = include_str!("../../README.md");
+        for key in keys.iter().filter(|key| !key.is_table()) {
+            assert!(readme.contains(&format!("\n{} = ", key.name())), "agent/README.md does not show {}", key.path);
+        }
+    }
+
+    #[test]
+    fn without_a_file_there_are_no_wishes_but_a_file_that_is_named_must_be_there() {
+        let missing = Path::new("/nowhere/config.toml");
+        assert!(matches!(Config::load(missing), Err(ConfigError::Read { .. })));
+        if !Path::new(DEFAULT_PATH).exists() {
+            let config = Config::load(Path::new(DEFAULT_PATH)).unwrap();
+            assert_eq!(toml::to_string(&config).unwrap(), toml::to_string(&Config::default()).unwrap());
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_not_known_is_told_with_the_one_that_was_meant() {
+        let told = |text: &str| match Config::parse(Path::new("/f"), text).unwrap_err() {
+            ConfigError::UnknownKey { unknown, .. } => (unknown.path, unknown.nearest.unwrap_or_default()),
+            other => panic!("{other:?}"),
+        };
+        let pair = |path: &str, nearest: &str| (path.to_owned(), nearest.to_owned());
+        assert_eq!(told("[update]\nregoin_mib = 3"), pair("update.regoin_mib", "update.region_mib"));
+        assert_eq!(told("[updates]\n"), pair("updates", "update"));
+        assert_eq!(told("region_mib = 3"), pair("region_mib", "update.region_mib"));
+        assert_eq!(
+            told("[[network.nic]]\nmac = 'x'\naddress = '1.2.3.4/8'\n[[network.nic]]\nadress = '1.2.3.4/8'"),
+            pair("network.nic[].adress", "network.nic[].address")
+        );
+        assert_eq!(told("[update]\nqqq = 1"), pair("update.qqq", ""));
+        let error = Config::parse(Path::new("/f"), "[update]\nregoin_mib = 3").unwrap_err().to_string();
+        assert_eq!(error, "/f: there is no key `update.regoin_mib`: did you mean `update.region_mib`?");
+        // What is no table at all is the parser's: it names the line.
+        assert!(matches!(Config::parse(Path::new("/f"), "update = 3"), Err(ConfigError::Parse { .. })));
     }
 
     #[test]

@@ -9,6 +9,7 @@
 //! Each socket is served in the same way ([`listen::serve`]), on plain threads.
 
 pub mod config;
+pub mod config_keys;
 pub mod control;
 pub mod kernel;
 pub mod listen;

@@ -64,7 +64,10 @@ pub fn build(config: &Config, config_path: &Path, release: &str, links: BTreeMap
     for program in config.program.iter().map(|p| &p.exec) {
         tree.program(Path::new(&program[0]))?;
     }
-    tree.copy_from(config_path, config::DEFAULT_PATH)?;
+    // Without a file there are no wishes, in the successor too.
+    if config_path != Path::new(config::DEFAULT_PATH) || config_path.exists() {
+        tree.copy_from(config_path, config::DEFAULT_PATH)?;
+    }
     modules(&mut tree, config, release)?;
     Ok(tree.bytes()?)
 }
