@@ -50,6 +50,14 @@ pub struct Upgrade {
     pub asker: Option<u32>,
 }
 
+impl Upgrade {
+    /// To this image, with no wish besides.
+    pub fn of(kernel: PathBuf) -> Upgrade {
+        let (initrd, cmdline, cpu, accept) = (None, None, None, Vec::new());
+        Upgrade { kernel, initrd, cmdline, no_inherit: false, cpu, accept, asker: Some(std::process::id()) }
+    }
+}
+
 /// What `baton` asks for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "request")]

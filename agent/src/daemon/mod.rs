@@ -16,6 +16,7 @@ pub mod listen;
 pub mod outcome;
 pub mod probation;
 pub mod successor_log;
+pub mod supervised;
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
@@ -30,11 +31,12 @@ use clap::Parser;
 use kexec_core::klog::cause::AS_SUCCESSOR;
 use nix::poll::PollTimeout;
 use tokio::sync::mpsc;
-use tracing::{info, warn};
+use tracing::info;
 
 use self::config::Config;
 use self::control::{Reply, Request, Stage};
 use self::kernel::{Ground, Kernel};
+use self::supervised::Signals;
 use crate::daemon::listen::{Caller, Limits};
 use crate::daemon::outcome::Failure;
 use crate::recovery::recover::{self, GoingOn};
@@ -105,12 +107,10 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
     crate::services::files::notify::start(kernel.clone())?;
     crate::services::resize::start(kernel.clone())?;
     button::watch(kernel.clone())?;
-    tell_init();
+    let signals = Signals::listen()?;
+    supervised::tell(&[sd_notify::NotifyState::Ready]);
     info!(release = kernel.release(), role = %kernel.role(), "batond is ready");
-    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    terminate.recv().await;
-    // An update that is under way ends first: half of one would have to be taken back by the next batond.
-    drop(kernel.updating.lock());
+    supervised::until_the_end(&kernel, &args.config, signals).await;
     Ok(())
 }
 
@@ -132,12 +132,6 @@ fn only(path: &Path, listen: impl FnOnce(&Path) -> Result<UnixListener>) -> Resu
         bail!("another batond listens on {}; stop it first", path.display());
     }
     listen(path)
-}
-
-fn tell_init() {
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        warn!("cannot tell the service manager that batond is ready: {error}");
-    }
 }
 
 /// A service up to its greeting.
