@@ -4,15 +4,18 @@
 
 mod cancel;
 mod check;
+mod config;
 mod dmesg;
 pub mod handover;
 mod interrupt;
 mod kernels;
 pub mod launch;
 mod mkinitrd;
+mod newest;
 mod output;
 mod probation;
 mod release;
+mod setup;
 mod status;
 mod upgrade;
 
@@ -25,6 +28,7 @@ use serde::Serialize;
 use crate::daemon::control::{self, Request};
 use crate::daemon::outcome::Failure;
 use output::{complain, print_json};
+use upgrade::Meant;
 
 /// Replaces the kernel of this running machine without stopping its services.
 #[derive(Debug, Parser)]
@@ -61,8 +65,13 @@ enum Verb {
     },
     /// Show the log of the successor, read out of its memory: while it runs, or of the last one that failed.
     Dmesg(dmesg::Args),
-    /// List the kernels of this machine: those that run (instances) and the images that could.
-    Kernels,
+    /// List the kernels of this machine: those that run (instances), and the images that could, with what was found of each.
+    Kernels(kernels::KernelsArgs),
+    /// Show what was found of this machine (interfaces, disks, root, services), and what an update would do with each.
+    Setup(setup::SetupArgs),
+    /// Check the configuration, or show what holds with it.
+    #[command(subcommand)]
+    Config(config::Verb),
     /// Become a program that keeps memfds as under systemd (FDSTORE=1, LISTEN_FDS), once it may run on this kernel.
     Run(RunArgs),
     /// Make the successor's initrd: the agent, the module and drivers for one kernel, the services' programs.
@@ -118,17 +127,28 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
     };
     match cli.verb {
         Verb::Upgrade(args) => {
+            let wish = match args.meant(ask)? {
+                Meant::This(wish) => wish,
+                Meant::Refused(findings) => return Ok(upgrade::refused(cli.json, &findings)),
+                Meant::RunsAlready => return Ok(upgrade::runs_already(cli.json)),
+            };
             interrupt::heed(&cli.socket);
-            upgrade::run(cli.json, ask(&Request::Upgrade(args.into()))?)
+            upgrade::run(cli.json, ask(&Request::Upgrade(wish))?)
         }
         Verb::Cancel => cancel::run(cli.json, &ask(&Request::Cancel)?),
         Verb::Commit => probation::run(cli.json, &ask(&Request::Commit)?),
         Verb::Rollback => probation::run(cli.json, &ask(&Request::RollBack)?),
-        Verb::Check(args) => check::run(cli.json, ask(&Request::Check(args.into()))?),
+        Verb::Check(args) => match args.meant(ask)? {
+            Meant::This(wish) => check::run(cli.json, ask(&Request::Check(wish))?),
+            Meant::Refused(findings) => Ok(check::print(&findings, cli.json)),
+            Meant::RunsAlready => Ok(upgrade::runs_already(cli.json)),
+        },
         Verb::Status => status::run(cli.json, ask(&Request::Status)?),
         Verb::Release { service } => release::run(cli.json, ask(&Request::Release { service })?),
         Verb::Dmesg(args) => dmesg::run(&args, &cli.socket, cli.json),
-        Verb::Kernels => kernels::run(cli.json),
+        Verb::Kernels(args) => kernels::run(&args, ask, cli.json),
+        Verb::Setup(args) => setup::run(&args, cli.json),
+        Verb::Config(verb) => config::run(&verb, cli.json),
         Verb::Mkinitrd(args) => mkinitrd::run(&args),
         Verb::Handover(verb) => handover::run(verb, &cli.socket, cli.json),
         Verb::Run(args) => match launch::become_program(&args.name, &args.exec, args.liveupdate) {

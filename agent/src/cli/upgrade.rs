@@ -8,8 +8,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::check::summary;
+use super::newest::{self, Choice};
 use super::output::{complain, print_json, unexpected};
-use crate::daemon::control::{Finding, Reply, Upgrade};
+use crate::daemon::control::{Finding, Reply, Request, Upgrade};
 use crate::daemon::outcome::{Class, Failure};
 use crate::update::stock::accept::Accept;
 
@@ -17,8 +18,12 @@ use crate::update::stock::accept::Accept;
 #[derive(Debug, Args)]
 pub struct UpgradeArgs {
     /// The kernel image (bzImage), such as /boot/vmlinuz-7.3.4+deb13-cloud-amd64.
-    #[arg(long)]
-    kernel: PathBuf,
+    #[arg(long, required_unless_present = "to_newest")]
+    kernel: Option<PathBuf>,
+    /// Instead of an image: the newest kernel of the running one's flavour that apt installed and that a check accepts. Nothing is done
+    /// where nothing newer is installed.
+    #[arg(long, conflicts_with = "kernel")]
+    to_newest: bool,
     /// An initrd to which the agent's is appended.
     #[arg(long)]
     initrd: Option<PathBuf>,
@@ -42,22 +47,68 @@ pub struct UpgradeArgs {
     accept: Vec<Accept>,
 }
 
-impl From<UpgradeArgs> for Upgrade {
-    fn from(args: UpgradeArgs) -> Upgrade {
+/// What came of looking for the kernel that is meant.
+pub enum Meant {
+    /// This is asked for.
+    This(Upgrade),
+    /// All that are newer are refused: what was found of the newest.
+    Refused(Vec<Finding>),
+    /// Nothing newer is installed.
+    RunsAlready,
+}
+
+impl UpgradeArgs {
+    /// What is asked for: of the kernel that was named, or of the newest, which is looked for by checks.
+    pub fn meant(self, ask: impl Fn(&Request) -> Result<Reply, Failure>) -> Result<Meant, Failure> {
+        if let Some(kernel) = self.kernel.clone() {
+            return Ok(Meant::This(self.wish(kernel)));
+        }
+        let check = |release: &str| match ask(&Request::Check(self.wish(newest::image(release))))? {
+            Reply::Checked { findings } => Ok(findings),
+            other => Err(unexpected(&other)),
+        };
+        Ok(match newest::choose(newest::candidates()?, check)? {
+            Choice::RunsAlready => Meant::RunsAlready,
+            Choice::Refused(findings) => Meant::Refused(findings),
+            Choice::This { release, passed_over } => {
+                for (newer, cause) in passed_over {
+                    eprintln!("{newer} is refused: {cause}");
+                }
+                eprintln!("to {release}");
+                Meant::This(self.wish(newest::image(&release)))
+            }
+        })
+    }
+
+    fn wish(&self, kernel: PathBuf) -> Upgrade {
         // batond has a working directory of its own.
         let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
         Upgrade {
-            kernel: absolute(&args.kernel),
-            initrd: args.initrd.as_deref().map(absolute),
-            cmdline: args.cmdline,
-            no_inherit: args.no_inherit,
-            cpu: args.cpu,
-            accept: args.accept,
-            probation: args.probation,
-            require_commit: args.require_commit,
-            asker: Some(std::process::id()),
+            initrd: self.initrd.as_deref().map(absolute),
+            cmdline: self.cmdline.clone(),
+            no_inherit: self.no_inherit,
+            cpu: self.cpu,
+            accept: self.accept.clone(),
+            probation: self.probation,
+            require_commit: self.require_commit,
+            ..Upgrade::of(absolute(&kernel))
         }
     }
+}
+
+/// Says that nothing is to be done.
+pub fn runs_already(json: bool) -> ExitCode {
+    if json {
+        #[derive(Serialize)]
+        struct RunsAlready<'a> {
+            schema_version: u32,
+            outcome: &'a str,
+        }
+        print_json(&RunsAlready { schema_version: 1, outcome: "runs_already" });
+    } else {
+        println!("no kernel of this flavour that apt has installed is newer than the one that runs");
+    }
+    ExitCode::SUCCESS
 }
 
 /// Prints how it ended.
@@ -88,7 +139,7 @@ pub fn run(json: bool, reply: Reply) -> Result<ExitCode, Failure> {
 }
 
 /// Nothing was touched: every refusal is told, not the first only.
-fn refused(json: bool, findings: &[Finding]) -> ExitCode {
+pub fn refused(json: bool, findings: &[Finding]) -> ExitCode {
     #[derive(Serialize)]
     struct Refused<'a> {
         schema_version: u32,

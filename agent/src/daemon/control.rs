@@ -53,8 +53,17 @@ pub struct Upgrade {
 impl Upgrade {
     /// To this image, with no wish besides.
     pub fn of(kernel: PathBuf) -> Upgrade {
-        let (initrd, cmdline, cpu, accept) = (None, None, None, Vec::new());
-        Upgrade { kernel, initrd, cmdline, no_inherit: false, cpu, accept, asker: Some(std::process::id()) }
+        Upgrade {
+            kernel,
+            initrd: None,
+            cmdline: None,
+            no_inherit: false,
+            cpu: None,
+            accept: Vec::new(),
+            probation: None,
+            require_commit: false,
+            asker: Some(std::process::id()),
+        }
     }
 }
 

@@ -7,6 +7,7 @@ pub mod kho;
 pub mod line;
 pub mod plan;
 pub mod report;
+pub mod setup;
 pub mod stock;
 pub mod timeline;
 pub mod upgrade;

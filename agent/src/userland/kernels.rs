@@ -16,6 +16,8 @@ use crate::daemon::outcome::Failure;
 pub use crate::machine::hardware::INSTANCES;
 use crate::machine::hardware::{self, Hardware};
 use crate::machine::regular;
+use crate::userland::packages;
+use crate::userland::verdicts::{self, Verdict};
 
 /// One row of [`INSTANCES`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -59,6 +61,10 @@ pub struct Image {
     pub problem: Option<String>,
     /// Whether baton.ko is installed for it.
     pub module: bool,
+    /// Whether apt (dpkg) has installed it, wholly.
+    pub installed: bool,
+    /// What `baton check` said of it when it came, or when this kernel started; nothing where nobody has asked since.
+    pub verdict: Option<Verdict>,
 }
 
 /// Reads what is to be an image.
@@ -87,7 +93,16 @@ pub struct Kernels {
 
 /// Reads both.
 pub fn list() -> Result<Kernels> {
-    Ok(Kernels { schema_version: 1, instances: instances(&hardware::Live)?, images: images(Path::new("/boot")) })
+    let mut images = images(Path::new("/boot"));
+    let (packages, verdicts) = (packages::kernels()?, verdicts::read(Path::new(verdicts::STORE)));
+    let running = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    for image in &mut images {
+        image.installed = packages.iter().any(|package| {
+            Some(&package.release) == image.release.as_ref() && package.state == packages::State::Installed
+        });
+        image.verdict = verdicts.iter().find(|verdict| verdict.holds(&image.path, &running)).cloned();
+    }
+    Ok(Kernels { schema_version: 1, instances: instances(&hardware::Live)?, images })
 }
 
 /// The kernels that run, this one first; nothing where the module is not loaded.
@@ -145,7 +160,7 @@ fn image(path: PathBuf) -> Image {
         Err(problem) => (None, Some(problem)),
     };
     let module = release.as_deref().and_then(crate::userland::mkinitrd::own_module).is_some();
-    Image { path, release, problem, module }
+    Image { path, release, problem, module, installed: false, verdict: None }
 }
 
 impl fmt::Display for Kernels {
@@ -166,8 +181,11 @@ impl fmt::Display for Kernels {
         }
         for image in &self.images {
             let text = match (&image.release, &image.problem) {
-                (Some(release), _) if image.module => format!("{release}, ready"),
-                (Some(release), _) => format!("{release}, no baton.ko for it"),
+                (Some(release), _) => {
+                    let module = if image.module { "ready" } else { "no baton.ko for it" };
+                    let verdict = image.verdict.as_ref().map_or_else(|| "not checked".to_owned(), Verdict::summary);
+                    format!("{release}, {module}; {verdict}")
+                }
                 (None, problem) => problem.clone().unwrap_or_default(),
             };
             writeln!(f, "{}: {text}", image.path.display())?;

@@ -6,3 +6,6 @@ pub mod kernels;
 pub mod known_images;
 pub mod mkinitrd;
 pub mod modules;
+pub mod newest;
+pub mod packages;
+pub mod verdicts;
