@@ -10,4 +10,5 @@ pub mod lab;
 pub mod load;
 pub mod measure;
 pub mod memo;
+pub mod package;
 pub mod story;

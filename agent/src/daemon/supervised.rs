@@ -58,7 +58,6 @@ pub async fn until_the_end(kernel: &Kernel, config: &Path, signals: Signals) {
             }
         }
     }
-    tell(&[NotifyState::Stopping]);
     // An update that is under way ends first: half of one would have to be taken back by the next batond.
     drop(kernel.updating.lock());
 }

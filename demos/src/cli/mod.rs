@@ -3,6 +3,7 @@
 mod compare;
 mod kho;
 mod lab;
+mod package;
 mod rollback;
 mod scale;
 mod shell;
@@ -37,6 +38,8 @@ enum Story {
     Scale(scale::ScaleArguments),
     /// Sets up what the other commands need (or, with --clean, removes it).
     Lab(lab::LabArguments),
+    /// Builds the Debian packages: baton, and baton-dkms with the module's source.
+    Package(package::PackageArguments),
     /// Starts a machine and attaches a shell to it (or, with --attach, enters one that runs).
     Shell(shell::ShellArguments),
 }
@@ -50,6 +53,7 @@ pub fn main() -> ExitCode {
         Some(Story::Rollback(arguments)) => rollback::run(&arguments),
         Some(Story::Scale(arguments)) => scale::run(&arguments),
         Some(Story::Lab(arguments)) => lab::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Some(Story::Package(arguments)) => package::run(&arguments).map(|()| ExitCode::SUCCESS),
         Some(Story::Shell(arguments)) => shell::run(&arguments).map(|()| ExitCode::SUCCESS),
         None => upgrade::run(&arguments.upgrade),
     };

@@ -72,7 +72,7 @@ fn compile(tree: &Tree, kernel: &Kernel, folder: &Path) -> Result<()> {
 }
 
 /// Everything that make reads, by path below the folder, sorted. Products of a build beside the sources are left out.
-fn read_sources(folder: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+pub fn read_sources(folder: &Path) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     let mut found = Vec::new();
     let mut folders = vec![PathBuf::new()];
     while let Some(sub) = folders.pop() {
