@@ -1,6 +1,6 @@
 //! A Debian server as its installer and apt leave it: root on an ext4 disk, swap, a default route, a firewall, sshd with somebody logged in, nginx,
 //! redis, cron. An update would leave it without its disk, its logins, its route and its ruleset: so it is refused, by `check` and `upgrade` alike,
-//! with each of these named, and nothing of the machine is touched. That nginx's workers are bound to CPUs is no reason: the kernel moves them.
+//! with each of these named, and nothing of the machine is touched. Then Baton is installed as its package does it, lives, and leaves nothing behind. That nginx's workers are bound to CPUs is no reason: the kernel moves them.
 
 use std::collections::BTreeSet;
 
@@ -8,9 +8,10 @@ use agent::daemon::outcome::Class;
 use anyhow::{Context, Result, ensure};
 use baton_tests::findings::Checked;
 use baton_tests::refusal::{assert_refused, baton, said};
-use baton_tests::{NEW, OLD, console, kernel, open_server};
-use demos::lab::Guest;
+use baton_tests::{NEW, OLD, console, installed, kernel, open_server};
 use demos::lab::server::{Manager, Server};
+use demos::lab::{Guest, Progress};
+use demos::package;
 use demos::story::stage::{Shape, Stage};
 
 /// What such a machine would lose, by the names that `check` has for it, and what must be said. The first is what nobody can accept.
@@ -62,6 +63,9 @@ fn assert_serves(stage: &Stage) -> Result<()> {
 
 #[test]
 fn an_ordinary_server_is_refused_with_everything_that_it_would_lose_and_nothing_is_touched() -> Result<()> {
+    // Before it is this machine's turn: nobody waits for a compiler.
+    let folder = tempfile::tempdir()?;
+    let packages = package::build(folder.path(), Progress::auto())?;
     let mut played = open_server(OLD, &Shape::default(), &Server::default())?;
     let stage = &mut played.stage;
     let guest = stage.guest();
@@ -103,6 +107,10 @@ fn an_ordinary_server_is_refused_with_everything_that_it_would_lose_and_nothing_
     }
     assert_eq!(state(&guest)?, before);
     ensure!(stage.status()?.update.is_none(), "no update was begun: {:?}", stage.status()?);
+
+    // The same machine, with Baton as its package installs it, and then without.
+    installed::assert_lives_and_leaves(stage, &packages, [&kernel(OLD).release, &kernel(NEW).release])?;
+    assert_serves(stage)?;
     assert_eq!(console::complaints(&stage.machine), [""; 0], "logs in {}", stage.machine.folder().display());
     Ok(())
 }

@@ -9,6 +9,7 @@ pub mod clients;
 pub mod console;
 pub mod findings;
 pub mod images;
+pub mod installed;
 pub mod memo;
 pub mod refusal;
 pub mod snapshot;
