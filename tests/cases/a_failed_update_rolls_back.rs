@@ -1,6 +1,6 @@
 //! An update that fails gives everything back: the old kernel serves on, with its CPUs, memory, interfaces, arenas and kept files,
-//! and the next update works, and takes them along. So it does when the successor serves already, up to the commit. From a kernel that
-//! the firmware booted, and from one that was itself a successor.
+//! and the next update works, and takes them along. So it does when the successor serves already, up to the commit; and when the
+//! operator calls it off. From a kernel that the firmware booted, and from one that was itself a successor.
 
 use agent::daemon::config::Service;
 use agent::daemon::outcome::Class;
@@ -12,6 +12,7 @@ use baton_tests::snapshot::{self, Snapshot, assert_untouched};
 use baton_tests::{NEW, OLD, console, kernel, memo, open, traps, upgrade};
 use demos::keeper;
 use demos::story::stage::{Shape, Stage};
+use handover::update::phase::Phase;
 
 /// Runs before `baton-init`, in the successor only: the kernel itself makes a step of bringing that CPU up fail (Documentation/core-api/cpu_hotplug.rst, "fail").
 fn third_cpu_fails() -> Result<Vec<u8>> {
@@ -29,10 +30,10 @@ struct Failure {
     /// On the successor's command line.
     words: &'static str,
     initrd: Option<&'static str>,
-    /// A program of the incumbent does this as soon as the successor boots.
-    meanwhile: Option<&'static str>,
+    /// A program of the incumbent does this in that phase.
+    meanwhile: Option<(Phase, &'static str)>,
     /// What is said of it.
-    said: &'static str,
+    said: &'static [&'static str],
 }
 
 const FAILURES: [Failure; 6] = [
@@ -41,22 +42,22 @@ const FAILURES: [Failure; 6] = [
         words: "initcall_blacklist=populate_rootfs",
         initrd: None,
         meanwhile: None,
-        said: "booting failed",
+        said: &["booting failed"],
     },
     Failure {
         what: "a service that does not come up",
         words: "rdinit=/trap",
         initrd: Some("/tmp/exits"),
         meanwhile: None,
-        said: "services do not stand by after 15s: baton-kv",
+        said: &["services do not stand by after 15s: baton-kv"],
     },
     // Everybody is frozen when that is found.
     Failure {
         what: "a file that is to be kept too late",
         words: "",
         initrd: None,
-        meanwhile: Some("touch /run/memo.late"),
-        said: "it would be lost",
+        meanwhile: Some((Phase::Booting, "touch /run/memo.late")),
+        said: &["it would be lost"],
     },
     // That is found when the successor serves already, and has one more: it gives that one back, and the cutover is made backwards.
     Failure {
@@ -64,7 +65,7 @@ const FAILURES: [Failure; 6] = [
         words: "rdinit=/trap",
         initrd: Some("/tmp/third-cpu-fails"),
         meanwhile: None,
-        said: "cpu2/online",
+        said: &["cpu2/online"],
     },
     // It can be asked for nothing any more, and is stopped.
     Failure {
@@ -72,16 +73,42 @@ const FAILURES: [Failure; 6] = [
         words: "",
         initrd: Some("/tmp/serves-and-panics"),
         meanwhile: None,
-        said: "the successor panicked",
+        said: &["the successor panicked"],
     },
     Failure {
         what: "a successor that panics under its agent",
         words: "rdinit=/trap",
         initrd: Some("/tmp/panics"),
         meanwhile: None,
-        said: "the successor panicked",
+        said: &["the successor panicked"],
     },
 ];
+
+/// By the command.
+const CANCELLED: Failure = Failure {
+    what: "an update that is cancelled while its successor boots",
+    words: "",
+    initrd: None,
+    meanwhile: Some((Phase::Booting, "baton cancel > /run/cancelled 2>&1; echo $? >> /run/cancelled")),
+    said: &["called off by the operator in the phase booting", "everything was undone"],
+};
+/// By ^C, twice, of whoever asked for it: the second is sent when the first was taken. The trial would last until the services' patience ends.
+const INTERRUPTED: Failure = Failure {
+    what: "an update that is interrupted twice in its trial",
+    words: "rdinit=/trap",
+    initrd: Some("/tmp/exits"),
+    meanwhile: Some((
+        Phase::Trial,
+        "p=$(pidof baton); for n in 1 2; do kill -INT $p; while grep -q '^ShdPnd:.*[1-9a-f]' /proc/$p/status; do usleep 20000; done; done",
+    )),
+    said: &[
+        "baton: the update goes on, batond makes it. ^C again calls it off (so does `baton cancel`)",
+        "baton: called off; waiting for everything to be undone",
+        "called off by the operator in the phase trial",
+        "everything was undone",
+    ],
+};
+
 /// A program with a memfd in the fd store.
 const MEMO: &str = "memo";
 /// The arena of a service that can be asked about each of its pages.
@@ -113,12 +140,19 @@ fn a_failed_update_gives_everything_back_and_the_next_one_works() -> Result<()> 
     for failure in &FAILURES {
         before = fail(stage, NEW, failure, &before, &clients)?;
     }
+    nothing_to_cancel(stage)?;
+    fail(stage, NEW, &CANCELLED, &before, &clients)?;
+    let ended = "until grep -qx '[0-9]*' /run/cancelled; do usleep 20000; done; cat /run/cancelled";
+    let heard = stage.guest().check(&["sh", "-c", ended])?;
+    assert_eq!(heard, "the update is called off: whoever asked for it is told how it ends (`baton status`)\n0\n");
     succeed(stage, NEW)?;
     // The kernel that serves now was a successor: its CPUs come back through a mailbox, its memory was adopted.
     before = ready(stage)?;
-    for failure in &FAILURES[..5] {
+    // What fails before it serves is undone alike, whatever it is.
+    for failure in FAILURES[2..5].iter().chain([&INTERRUPTED]) {
         before = fail(stage, OLD, failure, &before, &clients)?;
     }
+    nothing_to_cancel(stage)?;
     succeed(stage, OLD)?;
 
     clients.await_more(20)?;
@@ -150,9 +184,11 @@ fn fail(stage: &Stage, series: &str, failure: &Failure, before: &Snapshot, clien
     let Failure { what, words, initrd, meanwhile, said } = failure;
     let guest = stage.guest();
     let memo_before = memo::report(stage, MEMO, |_| true)?;
-    if let Some(meanwhile) = meanwhile {
+    if let Some((phase, meanwhile)) = meanwhile {
+        // The status alone may be that of the update before.
         let script = format!(
-            "(until grep -q ' booting ' /proc/multikernel; do sleep 0.2; done; {meanwhile}) < /dev/null > /dev/null 2>&1 &"
+            "(until grep -q ' successor ' /proc/multikernel && baton status | grep -q '^update .*, {phase};'; do sleep 0.2; done; \
+             {meanwhile}) < /dev/null > /dev/null 2>&1 &"
         );
         guest.check(&["sh", "-c", &script])?;
     }
@@ -163,7 +199,7 @@ fn fail(stage: &Stage, series: &str, failure: &Failure, before: &Snapshot, clien
     arguments.extend(initrd.iter().flat_map(|path| ["--initrd", path]));
     let began = std::time::Instant::now();
     let ran = baton(&guest, &arguments).with_context(|| format!("{what}\n{}", stage.machine.logs(40)))?;
-    assert_refused(what, &ran, Class::RolledBack, &[said]).map_err(|why| why.context(stage.machine.logs(40)))?;
+    assert_refused(what, &ran, Class::RolledBack, said).map_err(|why| why.context(stage.machine.logs(40)))?;
     clients.await_more(20)?;
     let after = snapshot::of(stage)?;
     assert_untouched(what, before, &after);
@@ -177,6 +213,12 @@ fn fail(stage: &Stage, series: &str, failure: &Failure, before: &Snapshot, clien
         after.mem_available_kib
     );
     Ok(after)
+}
+
+/// There is no update that could be called off, also right after one was.
+fn nothing_to_cancel(stage: &Stage) -> Result<()> {
+    let ran = baton(&stage.guest(), &["cancel"])?;
+    assert_refused("no update runs", &ran, Class::Precondition, &["no update runs in this kernel"])
 }
 
 fn succeed(stage: &mut Stage, series: &str) -> Result<()> {
