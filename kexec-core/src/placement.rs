@@ -337,7 +337,7 @@ pub fn can_place(request: &PlacementRequest<'_>) -> Result<String, PlacementErro
     let size = request.region.len();
     let avoid = request.reserved_ram.iter().chain(request.cap).collect();
     let no_place = || PlacementError::NoPlace { size, ram: request.identity.total() };
-    let mut places = candidates(&request.identity, &avoid, &Wish { size, grain: REGION_ALIGN, below: None })
+    let mut places = candidates(&request.identity, &avoid, &Wish { size, grain: REGION_ALIGN })
         .map_err(|_| PlacementError::Region { region: request.region })?;
     let region = places.next().ok_or_else(no_place)?;
     Ok(Placement::new(&PlacementRequest { region, ..request.clone() })?.cmdline)

@@ -474,7 +474,7 @@ impl Kernel {
     /// Takes `len` contiguous bytes out of this kernel's allocator, wherever they can be had.
     pub fn take_contiguous(&self, instance: u32, len: u64, grain: u64, avoid: &RangeSet) -> Result<Range> {
         let device = self.device()?;
-        let wish = Wish { size: len, grain, below: None };
+        let wish = Wish { size: len, grain };
         let mut tried = 0;
         for range in candidates(&self.hardware.movable_memory(&self.facts().ram)?, avoid, &wish)? {
             tried += 1;

@@ -655,7 +655,7 @@ fn memory(
     }
     // Whether one of them can be had, the update finds out: that takes moving pages out of the way.
     let avoid = arenas.union(&RangeSet::from(Range::new(0, LOW_MEMORY_END)));
-    let wish = Wish { size: region, grain: block_size, below: None };
+    let wish = Wish { size: region, grain: block_size };
     let places = candidates(ram, &avoid, &wish).map_err(|error| Failure::precondition(error.to_string(), ""))?.count();
     if places == 0 {
         return Err(no_place(region, places).into());

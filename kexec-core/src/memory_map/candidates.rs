@@ -11,8 +11,6 @@ pub struct Wish {
     /// Alignment of the start: the memory block size, so that a region wastes no block (what shares a block with the
     /// region cannot be hot-added later); at least 2 MiB.
     pub grain: u64,
-    /// Nothing at or above this address (for instance 4 GiB for a device that cannot reach further).
-    pub below: Option<u64>,
 }
 
 /// Why a wish can never be granted, whatever memory there is.
@@ -40,17 +38,21 @@ pub enum WishError {
     },
 }
 
-/// All places in `ram`, outside of `avoid`, where the wish fits: highest first.
+/// Devices of 32 bits reach no further, and swiotlb, through which a kernel has them do it, lies below.
+const REACH_OF_32_BITS: u64 = 1 << 32;
+
+/// All places in `ram`, outside of `avoid`, where the wish fits: those below 4 GiB first, and of each kind the highest first.
 ///
-/// High first, because low addresses are what 32-bit DMA and the incumbent's own early allocations fight for, and the
-/// kernel's unmovable pages gather there. The caller tries them in order (the kernel may answer EBUSY for each). Steps are of
-/// one `grain`, so candidates overlap: after an EBUSY the next one avoids part of the pages that could not be moved.
+/// Below 4 GiB first, because a kernel that boots in a region above has no memory there and makes no swiotlb, for as long as it runs. High
+/// first, because low addresses are what the incumbent's own early allocations fight for, and the kernel's unmovable pages gather there.
+/// The caller tries them in order (the kernel may answer EBUSY for each). Steps are of one `grain`, so candidates overlap: after an EBUSY
+/// the next one avoids part of the pages that could not be moved.
 pub fn candidates(
     ram: &RangeSet,
     avoid: &RangeSet,
     wish: &Wish,
 ) -> Result<impl Iterator<Item = Range> + use<>, WishError> {
-    let Wish { size, grain, below } = *wish;
+    let Wish { size, grain } = *wish;
     if !grain.is_power_of_two() || grain < crate::layout::REGION_ALIGN {
         return Err(WishError::Grain { grain });
     }
@@ -60,16 +62,20 @@ pub fn candidates(
     if !size.is_multiple_of(grain) {
         return Err(WishError::Unaligned { size, grain });
     }
-    let reachable = RangeSet::from(Range::new(crate::layout::LOW_MEMORY_END, below.unwrap_or(u64::MAX).max(1 << 20)));
+    let low = RangeSet::from(Range::new(0, crate::layout::LOW_MEMORY_END));
     let free: Vec<Range> =
-        ram.intersect(&reachable).subtract(avoid).shrink_to(grain).iter().filter(|r| r.len() >= size).collect();
-    Ok(free.into_iter().rev().flat_map(move |range| {
-        let places = (range.len() - size) / grain + 1;
-        (0..places).rev().map(move |i| {
-            let start = range.start() + i * grain;
-            Range::new(start, start + size)
+        ram.subtract(&low).subtract(avoid).shrink_to(grain).iter().filter(|r| r.len() >= size).collect();
+    let all = move || {
+        free.clone().into_iter().rev().flat_map(move |range| {
+            let places = (range.len() - size) / grain + 1;
+            (0..places).rev().map(move |i| {
+                let start = range.start() + i * grain;
+                Range::new(start, start + size)
+            })
         })
-    }))
+    };
+    let reached = |range: &Range| range.end() <= REACH_OF_32_BITS;
+    Ok(all().filter(reached).chain(all().filter(move |range| !reached(range))))
 }
 
 #[cfg(test)]
@@ -84,19 +90,32 @@ mod tests {
     fn highest_first_and_outside_of_what_is_avoided() {
         let ram = RangeSet::from(vec![Range::new(0x1000, 0x9fc00), Range::new(1 << 20, 2046 << 20)]);
         let avoid = RangeSet::from(Range::new(1000 << 20, 1010 << 20));
-        let wish = Wish { size: 4 * BLOCK, grain: BLOCK, below: None };
+        let wish = Wish { size: 4 * BLOCK, grain: BLOCK };
         let found: Vec<_> = candidates(&ram, &avoid, &wish).unwrap().collect();
         // blocks 1..=6 are whole below the hole, 8..=14 above it
         let starts: Vec<_> = found.iter().map(|r| r.start() / BLOCK).collect();
         assert_eq!(starts, [11, 10, 9, 8, 3, 2, 1]);
-        let low = Wish { below: Some(1 << 30), ..wish };
-        assert_eq!(candidates(&ram, &avoid, &low).unwrap().next().unwrap().end(), 7 * BLOCK);
+    }
+
+    #[test]
+    fn what_devices_of_32_bits_reach_comes_first() {
+        // As q35 has it: from 2 GiB on, memory is moved up to 4 GiB.
+        let ram = RangeSet::from(vec![Range::new(1 << 20, 2 << 30), Range::new(4 << 30, 6 << 30)]);
+        let wish = Wish { size: 4 * BLOCK, grain: BLOCK };
+        let starts: Vec<u64> =
+            candidates(&ram, &RangeSet::new(), &wish).unwrap().map(|range| range.start() / BLOCK).collect();
+        let expected: Vec<u64> = (1..=12).rev().chain((32..=44).rev()).collect();
+        assert_eq!(starts, expected);
+        let across = RangeSet::from(Range::new((4 << 30) - 4 * BLOCK, (4 << 30) + BLOCK));
+        let starts: Vec<u64> =
+            candidates(&across, &RangeSet::new(), &wish).unwrap().map(|range| range.start() / BLOCK).collect();
+        assert_eq!(starts, [28, 29], "all of it has to be below");
     }
 
     #[test]
     fn impossible_wishes_are_named() {
         let refuse = |size, grain| {
-            let wish = Wish { size, grain, below: None };
+            let wish = Wish { size, grain };
             candidates(&RangeSet::new(), &RangeSet::new(), &wish).map(|_| ()).unwrap_err().to_string()
         };
         assert_eq!(refuse(1 << 20, 2 << 20), "a region of 0x100000 bytes is too small: at least 0x1000000 are needed");
@@ -110,20 +129,18 @@ mod tests {
             ram in prop::collection::vec((0u64..64, 0u64..40), 0..5),
             avoid in prop::collection::vec((0u64..64, 0u64..8), 0..5),
             blocks in 1u64..6,
-            below in prop::option::of(0u64..64),
         ) {
             let mib16 = 16u64 << 20;
             let set = |v: Vec<(u64, u64)>| -> RangeSet {
                 v.into_iter().map(|(s, l)| Range::new(s * mib16 + 4096, (s + l) * mib16 + 4096)).collect()
             };
             let (ram, avoid) = (set(ram), set(avoid));
-            let wish = Wish { size: blocks * mib16, grain: mib16, below: below.map(|b| b * mib16) };
+            let wish = Wish { size: blocks * mib16, grain: mib16 };
             let mut last = u64::MAX;
             for range in candidates(&ram, &avoid, &wish).unwrap() {
                 prop_assert_eq!(range.len(), wish.size);
                 prop_assert!(range.start().is_multiple_of(wish.grain) && range.start() < last);
                 prop_assert!(ram.contains(range) && !avoid.overlaps(range));
-                prop_assert!(wish.below.is_none_or(|b| range.end() <= b));
                 last = range.start();
             }
         }

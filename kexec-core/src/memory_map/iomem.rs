@@ -275,7 +275,7 @@ bffde000-bfffffff : Reserved
         let places = |iomem: &str| {
             let resources = parse_iomem(iomem).unwrap();
             let ram = movable(&resources, &usable_ram(&firmware(), &resources, &RangeSet::new()));
-            let wish = Wish { size: 128 << 20, grain: 128 << 20, below: None };
+            let wish = Wish { size: 128 << 20, grain: 128 << 20 };
             candidates(&ram, &RangeSet::new(), &wish).unwrap().collect::<RangeSet>().to_string()
         };
         assert_eq!(places(PERSISTENT), "0x8000000-0x3fffffff, 0x60000000-0xb7ffffff");

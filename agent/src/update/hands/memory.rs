@@ -120,7 +120,7 @@ impl Hands<'_> {
             .hardware
             .memory_set_aside(&self.kernel.config.update.reserved())?
             .intersect(&self.target.facts.ram);
-        let wish = Wish { size: len, grain, below: None };
+        let wish = Wish { size: len, grain };
         if let Some(range) = candidates(&set_aside, &avoid, &wish)?.next() {
             self.device.take_memory(instance, range, TakeMemory::Outside)?;
             return Ok(range);
