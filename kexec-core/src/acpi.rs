@@ -1,4 +1,5 @@
-//! The successor's firmware: RSDP, XSDT, FADT, an empty DSDT, and the MADT that tells it how CPUs come and go.
+//! The successor's firmware: RSDP, XSDT, FADT, an empty DSDT, the MADT that tells it how CPUs come and go, and, as they are, the
+//! incumbent's tables of NUMA nodes.
 //!
 //! Two decisions made here are what lets a stock kernel run beside another one:
 //!
@@ -46,6 +47,8 @@ pub struct AcpiRequest<'a> {
     pub reset_vector: u64,
     /// The machine's registers; a kernel that is not told of one does without.
     pub platform: Platform,
+    /// Whole tables that say which CPUs and which memory are near to each other: [`crate::firmware::affinity`].
+    pub affinity: &'a [Vec<u8>],
 }
 
 /// Finished tables.
@@ -148,6 +151,9 @@ impl AcpiTables {
         let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
         xsdt.add_entry(fadt);
         xsdt.add_entry(madt);
+        for table in request.affinity {
+            xsdt.add_entry(put(table));
+        }
         let xsdt = put(&to_bytes(&xsdt));
         let rsdp = to_bytes(&Rsdp::new(OEM_ID, xsdt));
         bytes[..rsdp.len()].copy_from_slice(&rsdp);

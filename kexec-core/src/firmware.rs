@@ -52,6 +52,29 @@ pub fn io_apics(madt: &[u8]) -> Vec<u32> {
     found
 }
 
+/// The most bytes of a table of NUMA nodes that is handed on: what there is room for beside the tables that every successor needs. A
+/// machine with a thousand CPUs fits.
+const AFFINITY_LIMIT: usize = 24 << 10;
+
+/// The tables that say which CPUs and which memory make a node (`SRAT`), and how far nodes are apart (`SLIT`), to be handed on as they
+/// are: they name CPUs by APIC id and memory by physical address, and both are the same in every kernel. Nothing where the first is missing,
+/// damaged or too long; without the second all other nodes are equally far.
+pub fn affinity(srat: Option<Vec<u8>>, slit: Option<Vec<u8>>) -> Vec<Vec<u8>> {
+    let Some(srat) = srat.filter(|table| is_whole(table, *b"SRAT")) else { return Vec::new() };
+    let room = AFFINITY_LIMIT - srat.len();
+    let slit = slit.filter(|table| is_whole(table, *b"SLIT") && table.len() <= room);
+    std::iter::once(srat).chain(slit).collect()
+}
+
+/// A table of this name, of the length that it says, with the right sum.
+fn is_whole(table: &[u8], signature: [u8; 4]) -> bool {
+    const HEADER: usize = 36;
+    (HEADER..=AFFINITY_LIMIT).contains(&table.len())
+        && table.starts_with(&signature)
+        && table[4..8] == (table.len() as u32).to_le_bytes()
+        && table.iter().fold(0u8, |sum, byte| sum.wrapping_add(*byte)) == 0
+}
+
 /// The register so many bytes further on.
 fn beside(register: Register, bytes: u8) -> Option<Register> {
     match register {
@@ -157,6 +180,31 @@ mod tests {
         madt.extend([1, 12, 1, 0, 0, 0x10, 0xc0, 0xfe, 24, 0, 0, 0]);
         assert_eq!(io_apics(&madt), [0xfec0_0000, 0xfec0_1000]);
         assert_eq!(io_apics(&madt[..56]), [0; 0], "the second entry is cut off");
+    }
+
+    fn whole(signature: [u8; 4], len: usize) -> Vec<u8> {
+        let mut table = vec![0; len];
+        table[..4].copy_from_slice(&signature);
+        table[4..8].copy_from_slice(&(len as u32).to_le_bytes());
+        table[9] = table.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
+        table
+    }
+
+    #[test]
+    fn tables_of_nodes_are_handed_on_whole_or_not_at_all() {
+        let (srat, slit) = (whole(*b"SRAT", 200), whole(*b"SLIT", 48));
+        assert_eq!(affinity(Some(srat.clone()), Some(slit.clone())), [srat.clone(), slit.clone()]);
+        assert_eq!(affinity(Some(srat.clone()), None), std::slice::from_ref(&srat));
+        assert!(affinity(None, Some(slit.clone())).is_empty(), "distances between nobody knows what");
+        let mut damaged = srat.clone();
+        damaged[40] ^= 1;
+        for bad in
+            [damaged, srat[..199].to_vec(), slit.clone(), whole(*b"SRAT", AFFINITY_LIMIT + 1), vec![], vec![0; 36]]
+        {
+            assert!(affinity(Some(bad), None).is_empty());
+        }
+        let long = whole(*b"SRAT", AFFINITY_LIMIT - 47);
+        assert_eq!(affinity(Some(long.clone()), Some(slit)), [long], "there is no room for both");
     }
 
     proptest! {

@@ -59,6 +59,8 @@ pub struct PlacementRequest<'a> {
     pub tsc_khz: u32,
     /// The machine's registers, for its ACPI tables.
     pub platform: Platform,
+    /// Tables of the machine's NUMA nodes, for the successor's.
+    pub affinity: &'a [Vec<u8>],
     /// For a kernel with KHO: the payload of its setup_data node. The kernel is then told by the handover what `reserved_ram`
     /// is, and by nothing else. A `SETUP_INDIRECT` node beside it would only cost one of
     /// [`MAX_RESERVATIONS`](crate::boot_params::MAX_RESERVATIONS): decompressor and early boot take memory from KHO's
@@ -243,6 +245,7 @@ impl<'a> Placement<'a> {
             mailbox,
             reset_vector: park_at,
             platform: request.platform,
+            affinity: request.affinity,
         })?;
 
         let e820 = e820(request, control_block)?;

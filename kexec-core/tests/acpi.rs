@@ -22,7 +22,44 @@ fn build(phantom: u32, cpus: &[u32]) -> Result<AcpiTables, AcpiError> {
 }
 
 fn build_with(phantom: u32, cpus: &[u32], platform: Platform) -> Result<AcpiTables, AcpiError> {
-    AcpiTables::build(&AcpiRequest { room: ROOM, phantom, cpus, mailbox: MAILBOX, reset_vector: PARK, platform })
+    AcpiTables::build(&AcpiRequest {
+        room: ROOM,
+        phantom,
+        cpus,
+        mailbox: MAILBOX,
+        reset_vector: PARK,
+        platform,
+        affinity: &[],
+    })
+}
+
+/// They are named after the others, as they are.
+#[test]
+fn tables_of_nodes_are_handed_on() {
+    let given = |name: &[u8; 4], len: u8| {
+        let mut table = vec![0; len.into()];
+        table[..4].copy_from_slice(name);
+        table[4] = len;
+        table[9] = table.iter().fold(0, |sum, byte| sum.wrapping_sub(*byte));
+        table
+    };
+    let affinity = [given(b"SRAT", 201), given(b"SLIT", 48)];
+    let (platform, cpus) = (Platform::default(), [0]);
+    let tables = AcpiTables::build(&AcpiRequest {
+        room: ROOM,
+        phantom: 9,
+        cpus: &cpus,
+        mailbox: MAILBOX,
+        reset_vector: PARK,
+        platform,
+        affinity: &affinity,
+    });
+    let tables = tables.unwrap();
+    let rsdp = &tables.bytes[(tables.rsdp - ROOM.start()) as usize..][..36];
+    let entries: Vec<u64> = table(&tables, le(&rsdp[24..32]), b"XSDT")[36..].chunks(8).map(le).collect();
+    assert_eq!(entries.len(), 4);
+    assert_eq!(table(&tables, entries[2], b"SRAT"), affinity[0]);
+    assert_eq!(table(&tables, entries[3], b"SLIT"), affinity[1]);
 }
 
 /// An ordinary machine's.

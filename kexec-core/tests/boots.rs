@@ -119,6 +119,7 @@ fn stock_kernels_boot_from_a_placement_alone() {
             gigabyte_pages: false,
             tsc_khz: 1_000_000,
             platform: Platform::default(),
+            affinity: &[],
             kho: None,
         })
         .unwrap();

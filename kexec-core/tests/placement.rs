@@ -32,6 +32,7 @@ fn request<'a>(image: &'a BzImage<'a>, region: Range, initrd: &'a [u8]) -> Place
         gigabyte_pages: false,
         tsc_khz: 2_000_000,
         platform: Platform::default(),
+        affinity: &[],
         kho: None,
     }
 }

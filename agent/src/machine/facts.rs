@@ -102,6 +102,11 @@ pub fn firmware_platform(device: &Device) -> Result<Platform> {
     Ok(kexec_core::firmware::platform(&fadt, s5))
 }
 
+/// The tables of this machine's NUMA nodes, for its successor: the firmware's own, or those that a predecessor handed on.
+pub fn affinity() -> Vec<Vec<u8>> {
+    kexec_core::firmware::affinity(acpi_table("SRAT").ok(), acpi_table("SLIT").ok())
+}
+
 /// Where this kernel's I/O APICs are; a successor has none.
 pub fn io_apics() -> Vec<u32> {
     acpi_table("APIC").map(|madt| kexec_core::firmware::io_apics(&madt)).unwrap_or_default()

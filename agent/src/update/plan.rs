@@ -32,7 +32,7 @@ use crate::daemon::control::{Finding, ServiceState, Upgrade};
 use crate::daemon::kernel::{Kernel, no_place, unusable};
 use crate::daemon::outcome::{Class, Failure};
 use crate::machine::cpuid::{gigabyte_pages, thread_bits};
-use crate::machine::facts::{Facts, available_memory, managed_memory};
+use crate::machine::facts::{Facts, affinity, available_memory, managed_memory};
 use crate::machine::net::{Mac, mac_name, parse_mac};
 use crate::machine::regular;
 use crate::machine::sysfs::Bdf;
@@ -156,6 +156,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let initrd = initrd.bytes;
         let ids: Vec<u32> = moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let probation = held_back(probation?, &moves);
+        let nodes = affinity();
         let placing = PlacementRequest {
             image: &parsed,
             initrd: &initrd,
@@ -171,6 +172,7 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             gigabyte_pages: gigabyte_pages(),
             tsc_khz: device.info().ok()?.tsc_khz,
             platform: Platform::default(),
+            affinity: &nodes,
             kho: None,
         };
         findings.check("placement", placeable(&placing))?;

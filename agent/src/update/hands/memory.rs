@@ -20,7 +20,7 @@ use crate::daemon::outcome::Failure;
 use crate::daemon::successor_log::Instance;
 use crate::machine::clock::Moment;
 use crate::machine::cpuid::gigabyte_pages;
-use crate::machine::facts::firmware_platform;
+use crate::machine::facts::{affinity, firmware_platform};
 use crate::services::files::Numbered;
 use crate::takeover::birth::phys;
 use crate::update::kho::{self, HandedOver, Spoken};
@@ -223,6 +223,7 @@ impl Hands<'_> {
         record.carry(Some(&platform).filter(|_| plan.record_version >= 2))?;
         let spoken = plan.kho;
         let handover = spoken.map(|spoken| self.hand_over(spoken, site, &image, &mut record, &kept)).transpose()?;
+        let nodes = affinity();
         let placement = Placement::new(&PlacementRequest {
             image: &image,
             initrd: &plan.initrd,
@@ -238,6 +239,7 @@ impl Hands<'_> {
             gigabyte_pages: gigabyte_pages(),
             tsc_khz,
             platform,
+            affinity: &nodes,
             kho: handover.as_ref().map(|handed| handed.setup_data.clone()),
         })?;
         // What was read of this memory until now was another kernel's.
