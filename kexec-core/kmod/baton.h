@@ -98,6 +98,7 @@ baton_call_fn baton_yield, baton_pci_add, baton_pci_remove;
 /* platform.c */
 void baton_platform_init(void);
 void baton_platform_exit(void);
-baton_call_fn baton_cpu_give_away, baton_cpu_take_back, baton_end, baton_ioapic_mask, baton_sleep_type;
+baton_call_fn baton_cpu_give_away, baton_cpu_take_back, baton_end, baton_ioapic_mask, baton_iommu_off;
+baton_call_fn baton_sleep_type;
 
 #endif

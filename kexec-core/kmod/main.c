@@ -90,6 +90,7 @@ static const struct baton_op baton_ops[] = {
 	OP(END, baton_end, baton_end, how, true),
 	OP(SLEEP_TYPE, baton_sleep_type, baton_sleep_type, type_b, false),
 	OP(IOAPIC_MASK, baton_ioapic_mask, baton_ioapic, pa, true),
+	OP(IOMMU_OFF, baton_iommu_off, baton_iommu, reserved, true),
 };
 
 static int baton_may_mutate(void)

@@ -8,7 +8,8 @@
  * 2. System sleep is refused while there is another kernel: it would not wake up again.
  * 3. A CPU that is given away is not present here. Linux sends IPIs to "all but self" by shorthand, which reaches
  *    every CPU of the machine, unless a CPU that it once booted is no longer present (apic_smt_update()).
- * 4. IOAPIC_MASK silences an I/O APIC, for a kernel that leaves; SLEEP_TYPE says how its heir powers the machine off.
+ * 4. IOAPIC_MASK silences an I/O APIC, IOMMU_OFF has DMA go untranslated, for a kernel that leaves; SLEEP_TYPE says how
+ *    its heir powers the machine off.
  */
 #include <linux/acpi.h>
 #include <linux/cpu.h>
@@ -16,6 +17,7 @@
 #include <linux/reboot.h>
 #include <linux/suspend.h>
 #include <asm/apic.h>
+#include <asm/x86_init.h>
 #include "baton.h"
 
 /* Written under baton_lock, read by notifiers, which cannot take it. While it is set, the module stays. */
@@ -142,6 +144,19 @@ int baton_ioapic_mask(struct baton_call *call)
 	}
 	iounmap(base);
 	return ret;
+}
+
+/* What kexec calls before it jumps; it sleeps, and does nothing where there is no IOMMU. */
+int baton_iommu_off(struct baton_call *call)
+{
+	const struct baton_iommu *arg = call->arg;
+
+	if (arg->reserved)
+		return -EINVAL;
+	if (num_online_cpus() != 1)
+		return -EBUSY;
+	x86_platform.iommu_shutdown();
+	return 0;
 }
 
 int baton_sleep_type(struct baton_call *call)

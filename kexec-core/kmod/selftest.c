@@ -1055,6 +1055,7 @@ static int ioapic_mask(uint64_t pa)
 static void test_platform(void)
 {
 	struct baton_sleep_type sleep = { .size = sizeof(sleep), .state = 5 };
+	struct baton_iommu iommu = { .size = sizeof(iommu) };
 	uint32_t id;
 
 	is("END: no such way", end(2), EINVAL);
@@ -1077,6 +1078,9 @@ static void test_platform(void)
 	is("IOAPIC_MASK: no such place", ioapic_mask(0xfec00008), EINVAL);
 	is("IOAPIC_MASK: above 4 GiB", ioapic_mask(1ull << 32), ERANGE);
 	is("IOAPIC_MASK: other CPUs are online", ioapic_mask(0xfec00000), EBUSY);
+	is("IOMMU_OFF: other CPUs are online", ioctl(device, BATON_IOC_IOMMU_OFF, &iommu), EBUSY);
+	iommu.reserved = 1;
+	is("IOMMU_OFF: reserved", ioctl(device, BATON_IOC_IOMMU_OFF, &iommu), EINVAL);
 }
 
 static void test_lockdown(void)

@@ -698,6 +698,12 @@ impl Device {
         self.call(sys::IOAPIC_MASK, &mut m, || format!("at {address:#x}"))
     }
 
+    /// Has every IOMMU that this kernel has set up pass DMA untranslated, for good; nothing where there is none. Only where no other CPU
+    /// of this kernel is online.
+    pub fn switch_iommu_off(&self) -> Result<(), DeviceError> {
+        self.call(sys::IOMMU_OFF, &mut sys::Iommu::default(), || "of this kernel's".to_owned())
+    }
+
     fn call<M: Message>(
         &self,
         call: Call<M>,

@@ -173,6 +173,8 @@ messages! {
     SleepType = "baton_sleep_type" { state: u32, type_a: u32, type_b: u32, reserved: u32 }
     /// `struct baton_ioapic`.
     Ioapic = "baton_ioapic" { reserved: u32, pa: u64 }
+    /// `struct baton_iommu`.
+    Iommu = "baton_iommu" { reserved: u32 }
 }
 
 const _: () = assert!(size_of::<Info>() == 48);
@@ -190,6 +192,7 @@ const _: () = assert!(size_of::<PanicNotice>() == 32);
 const _: () = assert!(size_of::<End>() == 8);
 const _: () = assert!(size_of::<SleepType>() == 20);
 const _: () = assert!(size_of::<Ioapic>() == 16);
+const _: () = assert!(size_of::<Iommu>() == 8);
 
 /// One call of the device and the struct that goes with it. Only this file makes them: the pairing is what makes
 /// [`Call::on`] sound.
@@ -264,6 +267,7 @@ calls! {
     END: End = 0x80;
     SLEEP_TYPE: SleepType = 0x81;
     IOAPIC_MASK: Ioapic = 0x82;
+    IOMMU_OFF: Iommu = 0x83;
 }
 
 /// Takes over a file descriptor that the module has made for us.

@@ -10,7 +10,7 @@ use kexec_core::memory_map::RangeSet;
 use crate::machine::clock::Moment;
 use crate::machine::facts;
 use crate::machine::liveupdate;
-use crate::machine::sysfs::{self, Bdf, Function, Unbound};
+use crate::machine::sysfs::{self, Bdf, Function, Translated, Unbound};
 
 /// Where the module lists its instances.
 pub const INSTANCES: &str = "/proc/multikernel";
@@ -28,6 +28,12 @@ pub trait Hardware: Send + Sync {
     fn unbind(&self, folder: &Path) -> Result<Option<Unbound>>;
     /// Gives a device back to its driver.
     fn bind(&self, unbound: &Unbound) -> Result<()>;
+    /// How an IOMMU translates a function's DMA; nothing where none does.
+    fn translated(&self, function: &Path) -> Result<Option<Translated>>;
+    /// Has its DMA go where it says; it has no driver. [`Hardware::translate_again`] is the undo.
+    fn pass_through(&self, translated: &Translated) -> Result<()>;
+    /// As it was; the function is stopped first.
+    fn translate_again(&self, translated: &Translated) -> Result<()>;
     /// Lets the kernel look for drivers of PCI functions that have none.
     fn probe_drivers(&self) -> Result<()>;
     /// A function as this kernel sees it; nothing when it does not.
@@ -83,6 +89,18 @@ impl Hardware for Live {
 
     fn bind(&self, unbound: &Unbound) -> Result<()> {
         unbound.bind()
+    }
+
+    fn translated(&self, function: &Path) -> Result<Option<Translated>> {
+        sysfs::translated(function)
+    }
+
+    fn pass_through(&self, translated: &Translated) -> Result<()> {
+        translated.pass_through()
+    }
+
+    fn translate_again(&self, translated: &Translated) -> Result<()> {
+        translated.translate_again()
     }
 
     fn probe_drivers(&self) -> Result<()> {

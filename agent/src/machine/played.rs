@@ -28,7 +28,7 @@ use crate::machine::clock::Moment;
 use crate::machine::hardware::Hardware;
 use crate::machine::net::{Announcer, ArpRules, HeldAddress, Link, Mac, Net};
 use crate::machine::network::Network;
-use crate::machine::sysfs::{Bdf, Function, Unbound};
+use crate::machine::sysfs::{Bdf, Function, Translated, Unbound};
 
 /// The interface that stays, with the service address.
 pub const STAYS: Mac = [2, 0, 0, 0, 0, 1];
@@ -372,6 +372,19 @@ impl Hardware for Machine {
             bail!("it has a driver already");
         }
         (inside.driver, inside.dma) = (true, false);
+        Ok(())
+    }
+
+    /// No IOMMU is played.
+    fn translated(&self, _: &Path) -> Result<Option<Translated>> {
+        Ok(None)
+    }
+
+    fn pass_through(&self, _: &Translated) -> Result<()> {
+        Ok(())
+    }
+
+    fn translate_again(&self, _: &Translated) -> Result<()> {
         Ok(())
     }
 

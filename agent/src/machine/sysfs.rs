@@ -95,6 +95,45 @@ pub fn probe_drivers() -> Result<()> {
     Ok(())
 }
 
+/// An IOMMU group whose DMA was translated, and is not now; [`Translated::translate_again`] is the undo.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Translated {
+    /// The function for whose sake it was done.
+    function: PathBuf,
+    /// How its group was translated (`DMA`, `DMA-FQ`).
+    how: String,
+}
+
+/// Where an IOMMU group's kind is written (Documentation/ABI/testing/sysfs-kernel-iommu_groups). It can be changed only while no
+/// function of the group has a driver.
+const GROUP_TYPE: &str = "iommu_group/type";
+/// DMA goes where it says, untranslated.
+const IDENTITY: &str = "identity";
+
+/// How a function's DMA is translated; nothing where no IOMMU does that.
+pub fn translated(function: &Path) -> Result<Option<Translated>> {
+    let path = function.join(GROUP_TYPE);
+    match fs::read_to_string(&path) {
+        Ok(how) if how.trim() == IDENTITY => Ok(None),
+        Ok(how) => Ok(Some(Translated { function: function.to_owned(), how: how.trim().to_owned() })),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+impl Translated {
+    /// Has the function's DMA go where it says. It has no driver.
+    pub fn pass_through(&self) -> Result<()> {
+        write(&self.function.join(GROUP_TYPE), IDENTITY)
+    }
+
+    /// As it was. The function is stopped first: whoever had it gave it addresses that mean something else now.
+    pub fn translate_again(&self) -> Result<()> {
+        stop_function(&self.function)?;
+        write(&self.function.join(GROUP_TYPE), &self.how)
+    }
+}
+
 /// Offset of the command register, and its bus-master bit (PCI Local Bus Specification 3.0, section 6.2.2).
 const PCI_COMMAND: u64 = 0x04;
 const PCI_COMMAND_MASTER: u8 = 1 << 2;

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::machine::net::{ArpRules, Mac};
 use crate::machine::rewrite::rewrite;
-use crate::machine::sysfs::{Bdf, Unbound};
+use crate::machine::sysfs::{Bdf, Translated, Unbound};
 use crate::recovery::journal::boot_id;
 
 /// Where it is.
@@ -95,6 +95,9 @@ pub struct Pages {
     /// The interface that an update under way takes from its driver: written before it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub granted: Option<Granted>,
+    /// The interface's IOMMU group, which passes its DMA through for the successor's sake, and how it was before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub translated: Option<Translated>,
     /// What it takes to go on with an update whose successor serves. Written in its trial, before nobody serves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub crossing: Option<Crossing>,
@@ -229,6 +232,7 @@ mod tests {
             files: vec![(1 << 21, 4096)],
             arp_rules: vec![([2, 0, 0, 0, 0, 9], ArpRules::strict())],
             granted: None,
+            translated: None,
             crossing: None,
         };
         let first =

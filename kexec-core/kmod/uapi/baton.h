@@ -289,6 +289,17 @@ struct baton_ioapic {
 	__u64 pa;
 };
 
+/*
+ * BATON_IOC_IOMMU_OFF: switches off the translation of DMA by every IOMMU that this kernel has set up, as kexec does:
+ * what its tables say lies in memory that gets another owner. There is no way back: for a kernel that leaves, whose
+ * own devices are stopped. (Remapped interrupts stay remapped.) Nothing happens where no IOMMU is in use.
+ * EBUSY: another CPU is online, which may use a device.
+ */
+struct baton_iommu {
+	__u32 size;
+	__u32 reserved;
+};
+
 #define BATON_IOC(nr)			_IO(0xBA, nr)
 #define BATON_IOC_INFO			BATON_IOC(0x00)
 #define BATON_IOC_CPU_INFO		BATON_IOC(0x01)
@@ -312,5 +323,6 @@ struct baton_ioapic {
 #define BATON_IOC_END			BATON_IOC(0x80)
 #define BATON_IOC_SLEEP_TYPE		BATON_IOC(0x81)
 #define BATON_IOC_IOAPIC_MASK		BATON_IOC(0x82)
+#define BATON_IOC_IOMMU_OFF		BATON_IOC(0x83)
 
 #endif

@@ -15,6 +15,7 @@ mod watch;
 pub use self::resumed::Found;
 
 use std::collections::BTreeSet;
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -263,8 +264,10 @@ impl<'k> Hands<'k> {
             let hardware = self.kernel.hardware.clone();
             let (_, folder) = hardware.function_of(&link.name)?;
             // Some drivers wait for their device, and some devices never answer.
+            let function = folder.clone();
             self.unbound = within(self.until, "take the driver off the interface", move || hardware.unbind(&folder))?;
             self.note_granted(self.unbound.clone())?;
+            self.pass_through(&function)?;
         }
         Ok(())
     }
@@ -272,6 +275,26 @@ impl<'k> Hands<'k> {
     fn note_granted(&self, unbound: Option<sysfs::Unbound>) -> Result<()> {
         let granted = self.target.nic.as_ref().map(|nic| Granted { mac: nic.mac, bdf: nic.bdf, unbound });
         self.kernel.ledger.change(|pages| pages.granted = granted)
+    }
+
+    /// The successor knows of no IOMMU: what it tells a device to write goes where it says. Written down before it is done.
+    fn pass_through(&self, function: &Path) -> Result<()> {
+        let hardware = self.kernel.hardware.clone();
+        let Some(translated) = hardware.translated(function)? else { return Ok(()) };
+        self.kernel.ledger.change(|pages| pages.translated = Some(translated.clone()))?;
+        within(self.until, "have the IOMMU pass the interface's DMA through", move || {
+            hardware.pass_through(&translated)
+        })
+    }
+
+    /// The undo of [`Hands::pass_through`].
+    fn translate_again(&self) -> Result<()> {
+        let hardware = self.kernel.hardware.clone();
+        let Some(translated) = self.kernel.ledger.pages().translated else { return Ok(()) };
+        within(self.until, "have the IOMMU translate the interface's DMA again", move || {
+            hardware.translate_again(&translated)
+        })?;
+        self.kernel.ledger.change(|pages| pages.translated = None)
     }
 
     /// Clients that send to the interface that goes are sent to the one that stays.
@@ -306,6 +329,7 @@ impl<'k> Hands<'k> {
         let Kernel { netlink, hardware, .. } = self.kernel;
         let mut link = netlink.find(granted.mac)?;
         if link.is_none() {
+            self.translate_again()?;
             let (asked, unbound) = (hardware.clone(), self.unbound.clone());
             let let_drivers_look = self.follows;
             within(self.until, "give the interface back to its driver", move || match unbound {
@@ -551,6 +575,10 @@ impl<'k> Hands<'k> {
             if let Err(error) = self.device.mask_ioapic(address.into()) {
                 tracing::error!("the I/O APIC at {address:#x} goes on interrupting: {error}");
             }
+        }
+        // Its tables get another owner with this kernel's memory. What the successor's functions do passes untranslated already.
+        if let Err(error) = self.device.switch_iommu_off() {
+            tracing::error!("the IOMMU goes on translating by this kernel's tables: {error}");
         }
         Ok(())
     }
