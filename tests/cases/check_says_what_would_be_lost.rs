@@ -132,13 +132,6 @@ const LOSSES: [Loss; 18] = [
         &["b0"],
     ),
     loss("huge pages", "echo 8 > /proc/sys/vm/nr_hugepages", "echo 0 > /proc/sys/vm/nr_hugepages", "hugepages", &["8"]),
-    loss(
-        "a CPU offline on purpose",
-        "echo 0 > /sys/devices/system/cpu/cpu1/online",
-        "echo 1 > /sys/devices/system/cpu/cpu1/online",
-        "offline-cpus",
-        &["1"],
-    ),
     // Opened and petted by a program that lives on; `V` is the magic close.
     loss(
         "an armed watchdog",

@@ -514,7 +514,7 @@ mod tests {
     #[test]
     fn what_is_accepted_has_a_name() {
         let accept = |names: &str| parse(&format!("[update]\naccept = [{names}]")).map(|config| config.update.accept);
-        assert_eq!(accept("\"mounts\", \"offline-cpus\"").unwrap(), [Accept::Mounts, Accept::OfflineCpus]);
+        assert_eq!(accept("\"mounts\", \"dns\"").unwrap(), [Accept::Mounts, Accept::Dns]);
         let error = accept("\"all\"").unwrap_err().to_string();
         assert!(error.contains("`all`") && error.contains("`mounts`") && error.contains("`sysctls`"), "{error}");
     }

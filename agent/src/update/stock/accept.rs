@@ -35,8 +35,6 @@ pub enum Accept {
     Memory,
     /// Pools of huge pages.
     Hugepages,
-    /// CPUs that are offline on purpose.
-    OfflineCpus,
     /// CPUs that are isolated.
     Isolation,
     /// NUMA nodes.

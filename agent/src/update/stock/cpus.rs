@@ -1,6 +1,7 @@
 //! CPUs, NUMA nodes, clocks, translation of DMA and interrupts, and what the machine itself runs on.
 
 use kexec_core::cpus::parse_cpu_list;
+use kexec_core::firmware::affinity;
 
 use super::accept::Accept;
 use super::item::{Item, counted, listed};
@@ -19,6 +20,8 @@ pub struct Seen {
     pub isolated: Vec<u32>,
     /// NUMA nodes that have CPUs or memory.
     pub nodes: Vec<String>,
+    /// Whether the firmware's tables say which they are.
+    pub nodes_in_tables: bool,
     /// What time is counted by.
     pub clocksource: Option<String>,
     /// IOMMUs that are in use.
@@ -82,6 +85,10 @@ pub fn read(world: &dyn World) -> Seen {
                 format!("node {node} (CPUs {})", if list.is_empty() { "none" } else { &list })
             })
             .collect(),
+        nodes_in_tables: {
+            let table = |name: &str| world.bytes(&format!("/sys/firmware/acpi/tables/{name}")).ok();
+            !affinity(table("SRAT"), table("SLIT")).is_empty()
+        },
         clocksource: world.text("/sys/devices/system/clocksource/clocksource0/current_clocksource"),
         iommus: world.names("/sys/class/iommu"),
         domains,
@@ -137,13 +144,7 @@ fn offline(seen: &Seen) -> Item {
         Some(off @ ("off" | "forceoff")) => format!(" (second threads are switched off: {off})"),
         _ => String::new(),
     };
-    Item::asks(
-        CHECK,
-        Accept::OfflineCpus,
-        format!("CPU {}{why}", numbers(&offline)),
-        "CPUs are offline on purpose, and the successor brings all of them online",
-        "bring them online",
-    )
+    Item::fine(CHECK, format!("CPU {}{why}: offline in the successor, too", numbers(&offline)))
 }
 
 fn isolation(seen: &Seen) -> Item {
@@ -165,11 +166,15 @@ fn numa(seen: &Seen) -> Item {
     if seen.nodes.len() < 2 {
         return Item::fine(CHECK, "one node");
     }
+    if seen.nodes_in_tables {
+        return Item::fine(CHECK, format!("{}, in the successor, too", listed(&seen.nodes)));
+    }
     Item::asks(
         CHECK,
         Accept::Numa,
         listed(&seen.nodes),
-        "NUMA nodes do not cross: the successor has one node with all CPUs and all memory until a reboot",
+        "these NUMA nodes are in no table (SRAT) that could be handed on: the successor has one node with all CPUs and all memory until \
+         a reboot",
         "",
     )
 }
@@ -199,14 +204,28 @@ fn iommu(seen: &Seen) -> Item {
     }
     if seen.remapping {
         found = format!("{found}{}interrupts are remapped", if found.is_empty() { "" } else { ", " });
+        return Item::forbids(
+            CHECK,
+            found,
+            "the IOMMU lets through only interrupts that are in this kernel's table: those of the successor's devices are blocked",
+            "boot this kernel with intremap=off on its command line; its IOMMU may go on translating",
+        );
+    }
+    let protects = seen.domains.iter().any(|domain| domain != "identity");
+    if !protects {
+        return Item::comes_back(
+            CHECK,
+            found,
+            "the IOMMU passes DMA through, and is switched off when this kernel leaves: the successor has none until a reboot",
+        );
     }
     Item::asks(
         CHECK,
         Accept::Iommu,
         found,
-        "the IOMMU knows this kernel's tables only: what the successor's devices write or interrupt is blocked, or goes astray when \
-         the tables' memory gets a new owner",
-        "boot this kernel with intel_iommu=off (or amd_iommu=off) and intremap=off",
+        "the IOMMU keeps devices from memory that is not theirs, and is switched off when this kernel leaves: the successor has none \
+         until a reboot",
+        "boot this kernel with iommu=pt",
     )
 }
 
@@ -251,12 +270,14 @@ mod tests {
 
     #[test]
     fn cpus_that_are_offline_on_purpose_are_named() {
-        let item = only(&plain().file("/sys/devices/system/cpu/online", "0,2-3\n"));
-        assert_eq!((item.found.as_str(), item.weight), ("CPU 1", Weight::Asks(Accept::OfflineCpus)));
+        let offline = |world: &Played| of(world).into_iter().find(|item| item.check == "offline cpus").unwrap();
+        let item = offline(&plain().file("/sys/devices/system/cpu/online", "0,2-3\n"));
+        assert_eq!((item.found.as_str(), item.weight), ("CPU 1: offline in the successor, too", Weight::Fine));
         let nosmt = plain()
             .file("/sys/devices/system/cpu/online", "0-1\n")
             .file("/sys/devices/system/cpu/smt/control", "forceoff\n");
-        assert_eq!(only(&nosmt).found, "CPU 2, 3 (second threads are switched off: forceoff)");
+        let found = "CPU 2, 3 (second threads are switched off: forceoff): offline in the successor, too";
+        assert_eq!(offline(&nosmt).found, found);
         let holes = plain()
             .file("/sys/devices/system/cpu/present", "0-1,4-5\n")
             .file("/sys/devices/system/cpu/online", "0-1,4-5\n");
@@ -276,6 +297,12 @@ mod tests {
         let item = only(&two);
         assert_eq!(item.found, "node 0 (CPUs 0-1), node 1 (CPUs 2-3)");
         assert!(item.cause.contains("NUMA"));
+        // 36 bytes of header, and the sum is right.
+        let mut srat = *b"SRAT\x24\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+        srat[9] = srat.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte));
+        let mut two = two;
+        two.files.insert("/sys/firmware/acpi/tables/SRAT".into(), srat.to_vec());
+        assert!(of(&two).iter().all(|item| item.weight == Weight::Fine), "they cross by their table");
         for clock in ["kvm-clock", "hpet", "acpi_pm"] {
             let path = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
             assert_eq!(only(&plain().file(path, clock)).weight, Weight::Asks(Accept::Clock));
@@ -291,11 +318,13 @@ mod tests {
             .file("/proc/interrupts", "  24:   0   IR-PCI-MSIX-0000:00:03.0   0-edge   virtio1\n");
         let item = only(&translating);
         assert_eq!(item.found, "dmar0 (domains: DMA-FQ), interrupts are remapped");
-        let told = format!("{} {}", item.cause, item.advice);
-        assert!(told.contains("IOMMU") && told.contains("intel_iommu=off") && told.contains("intremap=off"), "{told}");
+        assert!(item.weight == Weight::Forbids && item.advice.contains("intremap=off"), "{item:?}");
+        let item =
+            only(&translating.file("/proc/interrupts", "  24:   0   PCI-MSIX-0000:00:03.0   0-edge   virtio1\n"));
+        assert_eq!((item.found.as_str(), item.weight), ("dmar0 (domains: DMA-FQ)", Weight::Asks(Accept::Iommu)));
         let passing =
             plain().file("/sys/class/iommu/dmar0/devices/x", "").file("/sys/kernel/iommu_groups/0/type", "identity\n");
-        assert_eq!(only(&passing).weight, Weight::Asks(Accept::Iommu));
+        assert_eq!(only(&passing).weight, Weight::ComesBack);
     }
 
     #[test]

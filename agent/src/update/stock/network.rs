@@ -13,9 +13,6 @@ use crate::machine::nft::Table;
 use crate::machine::sysfs::{Bdf, bdf_name, parse_bdf};
 use crate::machine::world::World;
 
-/// Whether the module gives a function to a successor that lies behind a bridge (one root bus for each bus number).
-const BEHIND_BRIDGES: bool = true;
-
 /// The PCI function of a configured interface.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Function {
@@ -23,8 +20,9 @@ pub struct Function {
     pub bdf: Bdf,
     /// PCI segment.
     pub segment: u16,
-    /// How many bridges are above it.
-    pub bridges: usize,
+    /// Other functions of its IOMMU group that have a driver, where that group's DMA is translated: the IOMMU tells none of a group apart,
+    /// and how it treats a group can be changed only while nobody drives it.
+    pub shares_translation: Vec<String>,
     /// Whether it has MSI or MSI-X: the successor has no other interrupts. Nothing when that cannot be read.
     pub msi: Option<bool>,
 }
@@ -106,15 +104,28 @@ fn ruleset(world: &dyn World) -> Ruleset {
 fn function(world: &dyn World, bdf: Bdf) -> Option<Function> {
     let name = world.names("/sys/bus/pci/devices").into_iter().find(|name| parse_bdf(name) == Some(bdf))?;
     let folder = format!("/sys/bus/pci/devices/{name}");
-    // ../../../devices/pci0000:00/0000:00:02.0/0000:02:00.0: a part for each function on the way.
-    let way = world.link(&folder).unwrap_or_default();
-    let on_the_way = way.split('/').filter(|part| parse_bdf(part).is_some()).count();
     Some(Function {
         bdf,
         segment: u16::from_str_radix(name.split(':').next()?, 16).ok()?,
-        bridges: on_the_way.saturating_sub(1),
+        shares_translation: shares_translation(world, &name),
         msi: world.bytes(&format!("{folder}/config")).ok().and_then(|config| has_msi(&config)),
     })
+}
+
+fn shares_translation(world: &dyn World, name: &str) -> Vec<String> {
+    const BRIDGE_CLASS: &str = "0x06";
+    let group = format!("/sys/bus/pci/devices/{name}/iommu_group");
+    if world.text(&format!("{group}/type")).is_none_or(|kind| kind == "identity") {
+        return Vec::new();
+    }
+    let device = |other: &String| format!("/sys/bus/pci/devices/{other}");
+    // The driver of a bridge has no DMA, and the kernel does not count it.
+    let is_driven = |other: &String| {
+        let bridge =
+            world.text(&format!("{}/class", device(other))).is_some_and(|class| class.starts_with(BRIDGE_CLASS));
+        !bridge && world.exists(&format!("{}/driver", device(other)))
+    };
+    world.names(&format!("{group}/devices")).into_iter().filter(|other| other != name && is_driven(other)).collect()
 }
 
 /// Whether a function's configuration space lists MSI (5) or MSI-X (0x11) among its capabilities (PCI Local Bus Specification 3.0,
@@ -225,11 +236,11 @@ fn interfaces(network: &Network, seen: &Seen, asked: &Asked<'_>) -> Vec<Item> {
             if function.segment != 0 && asked.facts.hops == 0 {
                 refuse(name.clone(), "it is in another PCI segment than 0", "configure an interface of segment 0");
             }
-            if function.bridges > 0 && !BEHIND_BRIDGES {
+            if !function.shares_translation.is_empty() {
                 refuse(
-                    name.clone(),
-                    "it lies behind a PCI bridge, which the successor does not see",
-                    "configure an interface of the root bus (libvirt: type='pci' with bus='0x00')",
+                    format!("{name} is in one IOMMU group with {}", listed(&function.shares_translation)),
+                    "its DMA has to pass untranslated, which can be set only while no function of its group has a driver",
+                    "boot this kernel with iommu=pt, or take the drivers of the others off",
                 );
             }
             if function.msi == Some(false) {
@@ -560,7 +571,7 @@ mod tests {
     }
 
     #[test]
-    fn functions_behind_bridges_in_other_segments_and_without_msi_are_named() {
+    fn functions_in_other_segments_and_without_msi_are_named_and_those_behind_bridges_are_not() {
         let mut facts = Facts::default();
         facts.nics.insert(MACS[0], 0x0200);
         facts.nics.insert(MACS[1], 0x0018);
@@ -572,11 +583,37 @@ mod tests {
         let items = of(&world, &config(), &facts);
         let told: Vec<&str> =
             items.iter().filter(|i| i.weight == Weight::Forbids).map(|i| i.cause.split(',').next().unwrap()).collect();
-        let mut expected = vec!["it is in another PCI segment than 0", "it has neither MSI-X nor MSI"];
-        if !BEHIND_BRIDGES {
-            expected.insert(0, "it lies behind a PCI bridge");
-        }
-        assert_eq!(told, expected);
+        assert_eq!(told, ["it is in another PCI segment than 0", "it has neither MSI-X nor MSI"]);
+    }
+
+    #[test]
+    fn a_translated_function_is_alone_in_its_group_but_for_bridges() {
+        let mut facts = Facts::default();
+        facts.nics.insert(MACS[0], 0x0018);
+        facts.nics.insert(MACS[1], 0x0020);
+        let group = "/sys/bus/pci/devices/0000:00:03.0/iommu_group";
+        let world = |kind: &str, class: &str| {
+            Played { network: lab(), ..Played::default() }
+                .linked("/sys/bus/pci/devices/0000:00:03.0", "../../../devices/pci0000:00/0000:00:03.0")
+                .linked("/sys/bus/pci/devices/0000:00:03.1", "../../../devices/pci0000:00/0000:00:03.1")
+                .linked("/sys/bus/pci/devices/0000:00:04.0", "../../../devices/pci0000:00/0000:00:04.0")
+                .file(&format!("{group}/type"), kind)
+                .file(&format!("{group}/devices/0000:00:03.0/class"), "0x020000")
+                .file(&format!("{group}/devices/0000:00:03.1/class"), class)
+                .file("/sys/bus/pci/devices/0000:00:03.1/class", class)
+                .file("/sys/bus/pci/devices/0000:00:03.1/driver/module", "")
+        };
+        let told = |world: &Played| {
+            let items = of(world, &config(), &facts);
+            let forbids = items.into_iter().filter(|item| item.weight == Weight::Forbids);
+            forbids.map(|item| item.found).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            told(&world("DMA-FQ", "0x010000")),
+            ["52:54:00:00:00:01 (0000:00:03.0) is in one IOMMU group with 0000:00:03.1"]
+        );
+        assert_eq!(told(&world("DMA-FQ", "0x060400")), [""; 0], "a bridge");
+        assert_eq!(told(&world("identity", "0x010000")), [""; 0], "passed through");
     }
 
     #[test]
