@@ -40,7 +40,7 @@ macro_rules! on_service_nic {
     };
 }
 
-const LOSSES: [Loss; 18] = [
+const LOSSES: [Loss; 17] = [
     loss(
         "a file system on virtio-blk",
         "mkdir -p /mnt/a && mount -t ext4 /dev/vda /mnt/a && echo x > /mnt/a/x",
