@@ -3,6 +3,7 @@
  * What the files of baton.ko know of each other. The contract with user space is uapi/baton.h.
  *
  * Lock order: baton_lock -> cpu_hotplug_lock, or -> i_rwsem of a memfd -> folio lock. pci_rescan_remove_lock is alone.
+ * Devices' locks and the rtnl lock are taken by a thread that has none of these.
  * BATON_IOC_DOORBELL_RING takes none: it lies on the path that is measured.
  */
 #ifndef _BATON_H
@@ -94,6 +95,11 @@ baton_call_fn baton_doorbell_open, baton_doorbell_ring, baton_doorbell_connect, 
 
 /* jump.c, pci.c */
 baton_call_fn baton_yield, baton_pci_add, baton_pci_remove;
+
+/* hibernate.c */
+bool baton_functions_frozen(u32 instance);
+void baton_frozen_close(const struct baton_file *file);
+baton_call_fn baton_pci_freeze, baton_pci_restore;
 
 /* platform.c */
 void baton_platform_init(void);

@@ -7,7 +7,8 @@
  *
  * 1. CREATE gives it an id, never used again while the module is loaded: a stale id can only meet ENOENT.
  * 2. UPDATE changes state and image.
- * 3. DESTROY gives back its memory; EBUSY, and nothing done, while a CPU is recorded there or its memory is in use.
+ * 3. DESTROY gives back its memory; EBUSY, and nothing done, while a CPU is recorded there, a PCI function is frozen
+ *    for it, or its memory is in use.
  * BATON_SELF stands for the kernel that shows the list. It is not created, so not destroyed either.
  */
 #include <linux/capability.h>
@@ -125,7 +126,7 @@ int baton_instance_destroy(struct baton_call *call)
 	label = find_label(arg->id);
 	if (!label)
 		return -ENOENT;
-	if (baton_cpus_recorded(label->id))
+	if (baton_cpus_recorded(label->id) || baton_functions_frozen(label->id))
 		return -EBUSY;
 	ret = baton_memory_give_back_all(label->id);
 	if (ret)

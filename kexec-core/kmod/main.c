@@ -8,7 +8,8 @@
  * 1. A caller with CAP_SYS_ADMIN and, as for kexec, CAP_SYS_BOOT opens /dev/baton and creates an instance.
  * 2. Memory objects and CPUs are taken out of this kernel and accounted to it.
  * 3. Doorbells, panic notices and mappings of memory are files: they end with their file, also when its owner dies.
- * 4. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may
+ * 4. A frozen PCI function is restored with its file, unless the instance that it was frozen for has a CPU.
+ * 5. Instances, memory objects, CPU records and PCI roots do not end with a file. The daemon that made them may
  *    crash, be restarted, and find them in /proc/multikernel. Each holds a reference on the module.
  * Unhappy path: every call either does all of what it says or none of it.
  */
@@ -86,6 +87,8 @@ static const struct baton_op baton_ops[] = {
 	OP(YIELD, baton_yield, baton_yield, ident_pa, true),
 	OP(PCI_ADD, baton_pci_add, baton_pci, functions, true),
 	OP(PCI_REMOVE, baton_pci_remove, baton_pci, domain, true),
+	OP(PCI_FREEZE, baton_pci_freeze, baton_pci_function, bdf, true),
+	OP(PCI_RESTORE, baton_pci_restore, baton_pci_function, bdf, true),
 	OP(PANIC_NOTICE, baton_panic_notice_set, baton_panic_notice, value, true),
 	OP(END, baton_end, baton_end, how, true),
 	OP(SLEEP_TYPE, baton_sleep_type, baton_sleep_type, type_b, false),
@@ -141,6 +144,7 @@ static int baton_close(struct inode *inode, struct file *file)
 {
 	struct baton_file *open = file->private_data;
 
+	baton_frozen_close(open);
 	if (open->has_notice)
 		baton_panic_notice_clear();
 	if (open->bell.eventfd)

@@ -10,6 +10,7 @@
  *     --pci ECAM BDF       a function to show through a root of ours (the kernel booted with pci=off)
  *     --behind BDF BDF     a bridge, and a function behind it
  *     --panic PA           last of all: panic, with a notice into the word at PA
+ *     --hibernate WHAT...  only tests/hibernate.c, which says what
  *     --lockdown           last of all: lock the kernel down and see every changing call refused
  * RESERVED is tested where the kernel was booted with crashkernel= and nothing is loaded there.
  */
@@ -121,7 +122,7 @@ static void *map(uint64_t start, uint64_t len)
 	return at;
 }
 
-static int cpu(unsigned long cmd, uint32_t instance, uint32_t apic_id, uint32_t how, uint64_t start_pa)
+int cpu(unsigned long cmd, uint32_t instance, uint32_t apic_id, uint32_t how, uint64_t start_pa)
 {
 	struct baton_cpu arg = {
 		.size = sizeof(arg), .instance = instance, .apic_id = apic_id, .how = how, .start_pa = start_pa
@@ -143,7 +144,7 @@ static int write_file(const char *path, const char *text)
 	return ret;
 }
 
-static int set_online(uint32_t number, bool online)
+int set_online(uint32_t number, bool online)
 {
 	char path[64];
 
@@ -151,7 +152,7 @@ static int set_online(uint32_t number, bool online)
 	return write_file(path, online ? "1" : "0");
 }
 
-static uint32_t apic_id_of(uint32_t number, uint32_t *flags)
+uint32_t apic_id_of(uint32_t number, uint32_t *flags)
 {
 	struct baton_cpu_info arg = { .size = sizeof(arg), .cpu = number };
 
@@ -1131,6 +1132,9 @@ static void print_layout(void)
 	AT(baton_yield, table_pa), AT(baton_yield, ident_pa), AT(baton_yield, away_tsc);
 	SIZE(baton_pci), AT(baton_pci, domain), AT(baton_pci, ecam_pa), AT(baton_pci, bus_end);
 	AT(baton_pci, functions), AT(baton_pci, bdf);
+	SIZE(baton_pci_function), AT(baton_pci_function, instance), AT(baton_pci_function, domain);
+	AT(baton_pci_function, bdf), AT(baton_pci_function, how), AT(baton_pci_function, devices);
+	AT(baton_pci_function, obstacle), AT(baton_pci_function, error), AT(baton_pci_function, device);
 	SIZE(baton_panic_notice), AT(baton_panic_notice, apic_id), AT(baton_panic_notice, vector);
 	AT(baton_panic_notice, reserved), AT(baton_panic_notice, pa), AT(baton_panic_notice, value);
 	SIZE(baton_end), AT(baton_end, how), SIZE(baton_ioapic), AT(baton_ioapic, reserved), AT(baton_ioapic, pa);
@@ -1146,6 +1150,12 @@ int main(int argc, char **argv)
 	int not_ours_count = 0;
 
 	setvbuf(stdout, NULL, _IOLBF, 0);
+	if (argc > 1 && !strcmp(argv[1], "--hibernate")) {
+		device = open(BATON_DEVICE, O_RDWR | O_CLOEXEC);
+		if (device < 0)
+			return fprintf(stderr, "selftest: %s: %s\n", BATON_DEVICE, strerror(errno)), 2;
+		return hibernate(argc - 2, argv + 2), failures ? 1 : 0;
+	}
 	for (int i = 1; i < argc; i++) {
 		if (!strcmp(argv[i], "--layout"))
 			return print_layout(), 0;
@@ -1186,6 +1196,7 @@ int main(int argc, char **argv)
 	test_cpus();
 	test_yield();
 	test_pci(ecam, bdf, bridge, behind);
+	test_functions();
 	test_platform();
 	test_rights();
 	test_unload("unload: the device is open", EAGAIN);

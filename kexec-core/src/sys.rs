@@ -52,6 +52,13 @@ pub const ALL_NUMBERS: &[(&str, u64)] = &[
     ("CPU_RECORD", CPU_RECORD as u64),
     ("CPU_START", CPU_START as u64),
     ("CPU_FENCE", CPU_FENCE as u64),
+    ("FREEZE_LOOK", FREEZE_LOOK as u64),
+    ("OBSTACLE_NONE", OBSTACLE_NONE as u64),
+    ("OBSTACLE_BRIDGE", OBSTACLE_BRIDGE as u64),
+    ("OBSTACLE_NO_CALLBACKS", OBSTACLE_NO_CALLBACKS as u64),
+    ("OBSTACLE_INTX", OBSTACLE_INTX as u64),
+    ("OBSTACLE_FAILED", OBSTACLE_FAILED as u64),
+    ("OBSTACLE_MASTER", OBSTACLE_MASTER as u64),
     ("END_MACHINE", END_MACHINE as u64),
     ("END_ALONE", END_ALONE as u64),
 ];
@@ -86,6 +93,21 @@ pub const CPU_RECORD: u32 = 0;
 pub const CPU_START: u32 = 1;
 /// `BATON_CPU_FENCE`.
 pub const CPU_FENCE: u32 = 2;
+
+/// `BATON_FREEZE_LOOK`.
+pub const FREEZE_LOOK: u32 = 1 << 0;
+/// `BATON_OBSTACLE_NONE`.
+pub const OBSTACLE_NONE: u32 = 0;
+/// `BATON_OBSTACLE_BRIDGE`.
+pub const OBSTACLE_BRIDGE: u32 = 1;
+/// `BATON_OBSTACLE_NO_CALLBACKS`.
+pub const OBSTACLE_NO_CALLBACKS: u32 = 2;
+/// `BATON_OBSTACLE_INTX`.
+pub const OBSTACLE_INTX: u32 = 3;
+/// `BATON_OBSTACLE_FAILED`.
+pub const OBSTACLE_FAILED: u32 = 4;
+/// `BATON_OBSTACLE_MASTER`.
+pub const OBSTACLE_MASTER: u32 = 5;
 
 /// `BATON_END_MACHINE`.
 pub const END_MACHINE: u32 = 0;
@@ -165,6 +187,8 @@ messages! {
     Yield = "baton_yield" { reserved: u32, entry_pa: u64, arg_pa: u64, table_pa: u64, ident_pa: u64, away_tsc: u64 }
     /// `struct baton_pci`.
     Pci = "baton_pci" { domain: u32, ecam_pa: u64, bus_end: u32, functions: u32, bdf: [u16; PCI_MAX] }
+    /// `struct baton_pci_function`.
+    PciFunction = "baton_pci_function" { instance: u32, domain: u32, bdf: u32, how: u32, devices: u32, obstacle: u32, error: u32, device: [u8; NAME_LEN] }
     /// `struct baton_panic_notice`.
     PanicNotice = "baton_panic_notice" { apic_id: u32, vector: u32, reserved: u32, pa: u64, value: u64 }
     /// `struct baton_end`.
@@ -188,6 +212,7 @@ const _: () = assert!(size_of::<Cpu>() == 24);
 const _: () = assert!(size_of::<Doorbell>() == 20);
 const _: () = assert!(size_of::<Yield>() == 48);
 const _: () = assert!(size_of::<Pci>() == 24 + 2 * PCI_MAX);
+const _: () = assert!(size_of::<PciFunction>() == 32 + NAME_LEN);
 const _: () = assert!(size_of::<PanicNotice>() == 32);
 const _: () = assert!(size_of::<End>() == 8);
 const _: () = assert!(size_of::<SleepType>() == 20);
@@ -263,6 +288,8 @@ calls! {
     YIELD: Yield = 0x50;
     PCI_ADD: Pci = 0x60;
     PCI_REMOVE: Pci = 0x61;
+    PCI_FREEZE: PciFunction = 0x62;
+    PCI_RESTORE: PciFunction = 0x63;
     PANIC_NOTICE: PanicNotice = 0x70;
     END: End = 0x80;
     SLEEP_TYPE: SleepType = 0x81;

@@ -56,6 +56,10 @@ pub enum DiskBus {
     Virtio,
     /// `nvme0n1`, …; its driver is built into Debian's cloud kernels.
     Nvme,
+    /// `sda`, …, on a controller of its own; drivers `virtio_scsi` and `sd_mod`.
+    Scsi,
+    /// `sda`, …, on a port of the chipset's controller; drivers `ahci` and `sd_mod`.
+    Sata,
 }
 
 /// What is on a disk when its machine starts. Whatever the machine writes is gone with the machine.
@@ -152,14 +156,24 @@ impl Hardware {
         let mut words = Vec::new();
         let mut add = |line: String| words.extend(line.split(' ').map(str::to_owned));
         let platform = if self.iommu.is_some() { ",iommu_platform=on" } else { "" };
+        let mut sata = 0;
         for (index, disk) in self.disks.iter().enumerate() {
             // What is written goes to a file of QEMU's own, without a name: an image can be many machines' at a time.
             let file = file_name(index);
             add(format!("-drive file=/mnt/{file},if=none,id=disk{index},format=raw,snapshot=on"));
-            let place = format!("drive=disk{index},bus=pcie.0,addr={:#x}", FIRST_DISK_SLOT + index);
+            let place = format!("bus=pcie.0,addr={:#x}", FIRST_DISK_SLOT + index);
+            let drive = format!("drive=disk{index}");
             match disk.bus {
-                DiskBus::Virtio => add(format!("-device virtio-blk-pci,disable-legacy=on,{place}{platform}")),
-                DiskBus::Nvme => add(format!("-device nvme,serial=lab{index},{place}")),
+                DiskBus::Virtio => add(format!("-device virtio-blk-pci,disable-legacy=on,{drive},{place}{platform}")),
+                DiskBus::Nvme => add(format!("-device nvme,serial=lab{index},{drive},{place}")),
+                DiskBus::Scsi => {
+                    add(format!("-device virtio-scsi-pci,id=scsi{index},disable-legacy=on,{place}{platform}"));
+                    add(format!("-device scsi-hd,{drive},bus=scsi{index}.0"));
+                }
+                DiskBus::Sata => {
+                    add(format!("-device ide-hd,{drive},bus=ide.{sata}"));
+                    sata += 1;
+                }
             }
         }
         if self.balloon {

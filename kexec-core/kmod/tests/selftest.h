@@ -22,6 +22,12 @@ long meminfo(const char *key);
 uint64_t alloc_anywhere(uint32_t instance, uint64_t len);
 long free_kib(uint32_t instance);
 
+int cpu(unsigned long cmd, uint32_t instance, uint32_t apic_id, uint32_t how, uint64_t start_pa);
+uint32_t apic_id_of(uint32_t number, uint32_t *flags);
+int set_online(uint32_t number, bool online);
+
 void test_memfds(void);
+void test_functions(void);
+void hibernate(int count, char **arguments);
 
 #endif

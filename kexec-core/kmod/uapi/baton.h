@@ -239,6 +239,40 @@ struct baton_pci {
 };
 
 /*
+ * BATON_IOC_PCI_FREEZE: one function, with every device below it, hibernates here, so that another kernel can have it.
+ * What its drivers have made stays (disks, mounts, interfaces, addresses, connections); requests to it wait, interfaces
+ * have no carrier, nothing here touches it, and it cannot be unbound, reset or removed. It is no bus master afterwards.
+ * With LOOK nothing of that is done: it is only said what stands against it, as far as that is known beforehand.
+ * BATON_IOC_PCI_RESTORE: it is this kernel's again, in whatever state the other one has left it; where FREEZE is still
+ * under way, as soon as that has ended. The same happens when
+ * the file that froze it is closed, if no CPU is recorded for the instance then; with one, the function may be in use
+ * there. Some drivers (NVMe) go on by themselves after RESTORE has returned; requests wait for that.
+ *   EOPNOTSUPP: an obstacle; nothing was touched     EIO: a driver's callback failed, or it stays bus master; FREEZE has
+ *   restored all that it had frozen     EBUSY: it is frozen, or about to be; RESTORE: it is about
+ *   to be restored
+ *   ENOENT: no such function or instance; RESTORE: it is not frozen     EINTR: the caller was killed; the work goes on
+ * DESTROY of the instance gives EBUSY while a function is frozen for it.
+ */
+#define BATON_FREEZE_LOOK		(1u << 0)
+#define BATON_OBSTACLE_NONE		0
+#define BATON_OBSTACLE_BRIDGE		1	/* it is one */
+#define BATON_OBSTACLE_NO_CALLBACKS	2	/* a driver cannot hibernate */
+#define BATON_OBSTACLE_INTX		3	/* its driver uses neither MSI nor MSI-X, and another kernel has nothing else */
+#define BATON_OBSTACLE_FAILED		4	/* a driver said `error` */
+#define BATON_OBSTACLE_MASTER		5	/* it does not stop being a bus master */
+struct baton_pci_function {
+	__u32 size;
+	__u32 instance;			/* FREEZE: for whom; LOOK and RESTORE: BATON_SELF */
+	__u32 domain;
+	__u32 bdf;			/* bus << 8 | device << 3 | function */
+	__u32 how;			/* FREEZE: BATON_FREEZE_* */
+	__u32 devices;			/* out: how many there are, the function itself included */
+	__u32 obstacle;			/* out: BATON_OBSTACLE_*, also with EOPNOTSUPP and EIO */
+	__u32 error;			/* out: an errno */
+	char device[BATON_NAME_LEN];	/* out: the name of the device where the obstacle is */
+};
+
+/*
  * BATON_IOC_PANIC_NOTICE: when this kernel panics, write `value` to the 8-aligned word at pa (in a memory
  * object) and ring (apic_id, vector), unless vector is 0; a bell that CONNECT has named for this file (ENOENT).
  * Ends with the file. One per machine (EBUSY).
@@ -319,6 +353,8 @@ struct baton_iommu {
 #define BATON_IOC_YIELD			BATON_IOC(0x50)
 #define BATON_IOC_PCI_ADD		BATON_IOC(0x60)
 #define BATON_IOC_PCI_REMOVE		BATON_IOC(0x61)
+#define BATON_IOC_PCI_FREEZE		BATON_IOC(0x62)
+#define BATON_IOC_PCI_RESTORE		BATON_IOC(0x63)
 #define BATON_IOC_PANIC_NOTICE		BATON_IOC(0x70)
 #define BATON_IOC_END			BATON_IOC(0x80)
 #define BATON_IOC_SLEEP_TYPE		BATON_IOC(0x81)
