@@ -173,6 +173,16 @@ pub enum DeviceError {
         /// EINVAL, ERANGE, EOPNOTSUPP or EBUSY.
         errno: Errno,
     },
+    /// A PCI function that cannot hibernate, or did not.
+    #[error("PCI function {function} cannot be {what} another kernel: {why}")]
+    Hibernation {
+        /// Which.
+        function: String,
+        /// `given to` or `taken back from`.
+        what: &'static str,
+        /// What stands against it, and what to do.
+        why: Obstacle,
+    },
     /// Anything else.
     #[error("{call} {subject}: {errno}")]
     Other {
@@ -198,7 +208,7 @@ impl DeviceError {
             | Unknown { .. }
             | Text { .. } => Blame::Operator,
             Busy { .. } | NoMemory { .. } | NoSuch { .. } | Exists { .. } | File { .. } => Blame::Circumstances,
-            Unsupported { .. } | Other { .. } => Blame::Machine,
+            Unsupported { .. } | Other { .. } | Hibernation { .. } => Blame::Machine,
             Refused { .. } => Blame::Bug,
         }
     }
@@ -379,6 +389,63 @@ impl PciFunction {
     }
 }
 
+/// Why a PCI function cannot be frozen for another kernel. What is displayed names the driver and says who must act.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// It is a bridge.
+    #[error("it is a bridge, and bridges stay as they are; name a function behind it")]
+    Bridge,
+    /// A driver lacks what hibernation needs.
+    #[error(
+        "{driver}, the driver of {device}, cannot hibernate; give the device another driver, or take it out of the configuration"
+    )]
+    NoCallbacks {
+        /// The device's name: the function itself, or what is below it.
+        device: String,
+        /// Its driver's name, as far as sysfs tells.
+        driver: String,
+    },
+    /// No message interrupts.
+    #[error(
+        "{driver} runs it with neither MSI-X nor MSI, and another kernel has no other interrupts (is pci=nomsi on the command line?)"
+    )]
+    Intx {
+        /// Its driver's name.
+        driver: String,
+    },
+    /// A driver's callback said no.
+    #[error("{driver}, the driver of {device}, said {errno}; see this kernel's log for why")]
+    Failed {
+        /// The device's name.
+        device: String,
+        /// Its driver's name.
+        driver: String,
+        /// What it said.
+        errno: Errno,
+    },
+    /// Bus mastership cannot be taken away from it.
+    #[error("it goes on being a bus master, so it could write into memory of another kernel: the device is broken")]
+    Master,
+    /// Something that a newer module knows.
+    #[error("the module has a reason that this program does not know ({0}): install both from one release")]
+    Unknown(u32),
+}
+
+/// A PCI function of this kernel, wherever its driver sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Placed {
+    /// PCI domain (segment).
+    pub domain: u32,
+    /// Bus, device and function in it.
+    pub function: PciFunction,
+}
+
+impl fmt::Display for Placed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:04x}:{}", self.domain, self.function)
+    }
+}
+
 impl Device {
     /// Opens the device; refuses a module of another version, and a kernel under lockdown.
     pub fn open() -> Result<Device, DeviceError> {
@@ -448,6 +515,18 @@ impl Device {
             Err(TryLockError::WouldBlock) => Ok(false),
             Err(TryLockError::Error(error)) => Err(error),
         }
+    }
+
+    /// Another handle of the same open device, for a thread: what ends with it ends with the last of them.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn try_clone(&self) -> io::Result<Device> {
+        let door = match &self.door {
+            Door::Module(file) => Door::Module(file.try_clone()?),
+            Door::Played(module) => Door::Played(module.clone()),
+        };
+        Ok(Device { door })
     }
 
     /// What this kernel is.
@@ -664,6 +743,54 @@ impl Device {
         self.call(sys::PCI_REMOVE, &mut m, || format!("of domain {domain:#x}"))
     }
 
+    /// Says what stands against [`Device::freeze_function`], as far as that is known beforehand. Touches nothing.
+    ///
+    /// # Errors
+    /// [`DeviceError::Hibernation`]: it cannot be frozen. [`DeviceError::Busy`]: it is frozen already.
+    pub fn look_at_function(&self, place: Placed) -> Result<(), DeviceError> {
+        self.hibernate(sys::PCI_FREEZE, SELF, sys::FREEZE_LOOK, place).map(drop)
+    }
+
+    /// A function, with every device below it, hibernates here, so that the instance's kernel can have it. Gives how many devices
+    /// that were. It ends with [`Device::restore_function`]; or with this open device, unless a CPU is recorded for the instance then.
+    ///
+    /// Blocks for as long as its drivers take, which is without end for a device that does not answer.
+    ///
+    /// # Errors
+    /// [`DeviceError::Hibernation`]: it is as it was before.
+    pub fn freeze_function(&self, instance: u32, place: Placed) -> Result<u32, DeviceError> {
+        self.hibernate(sys::PCI_FREEZE, instance, 0, place)
+    }
+
+    /// It is this kernel's again, in whatever state the other one has left it.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoSuch`]: it is not frozen. [`DeviceError::Hibernation`]: it is not frozen any more, but a driver could not make it
+    /// work again.
+    pub fn restore_function(&self, place: Placed) -> Result<(), DeviceError> {
+        self.hibernate(sys::PCI_RESTORE, SELF, 0, place).map(drop)
+    }
+
+    fn hibernate(
+        &self,
+        call: Call<sys::PciFunction>,
+        instance: u32,
+        how: u32,
+        place: Placed,
+    ) -> Result<u32, DeviceError> {
+        let Placed { domain, function } = place;
+        let mut m = sys::PciFunction { instance, how, domain, bdf: function.bdf().into(), ..Default::default() };
+        match self.send(call, &mut m) {
+            Ok(()) => Ok(m.devices),
+            Err(Errno::EOPNOTSUPP | Errno::EIO) if m.obstacle != sys::OBSTACLE_NONE => Err(DeviceError::Hibernation {
+                function: place.to_string(),
+                what: if call.name() == sys::PCI_RESTORE.name() { "taken back from" } else { "given to" },
+                why: Obstacle::of(&m),
+            }),
+            Err(errno) => Err(self.explain(call.name(), format!("of {place}"), errno)),
+        }
+    }
+
     /// When this kernel panics: write `value` to the word at `address`, and ring the bell that was connected. Ends with the device.
     pub fn panic_notice(&self, address: u64, value: u64, bell: Option<Bell>) -> Result<(), DeviceError> {
         let (apic_id, vector) = bell.map_or((0, 0), |b| (b.apic_id, b.vector));
@@ -748,6 +875,30 @@ impl fmt::Display for PciFunction {
     }
 }
 
+impl Obstacle {
+    fn of(m: &sys::PciFunction) -> Obstacle {
+        let len = m.device.iter().position(|&b| b == 0).unwrap_or(m.device.len());
+        let device = String::from_utf8_lossy(&m.device[..len]).into_owned();
+        let driver = driver_of(&device);
+        match m.obstacle {
+            sys::OBSTACLE_BRIDGE => Obstacle::Bridge,
+            sys::OBSTACLE_NO_CALLBACKS => Obstacle::NoCallbacks { device, driver },
+            sys::OBSTACLE_INTX => Obstacle::Intx { driver },
+            sys::OBSTACLE_FAILED => Obstacle::Failed { device, driver, errno: Errno::from_raw(m.error.cast_signed()) },
+            sys::OBSTACLE_MASTER => Obstacle::Master,
+            other => Obstacle::Unknown(other),
+        }
+    }
+}
+
+/// The driver of a device that the module names: of a PCI function, or of what is on the buses below one.
+fn driver_of(device: &str) -> String {
+    let links = ["pci", "virtio", "scsi", "usb"].map(|bus| format!("/sys/bus/{bus}/devices/{device}/driver"));
+    let found = links.iter().find_map(|link| std::fs::read_link(link).ok());
+    let name = found.as_deref().and_then(Path::file_name).map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| "no driver".to_owned())
+}
+
 /// A NUL-terminated field. What may be in it is the module's rule; checked here for the sake of the message.
 fn text<const N: usize>(what: &'static str, text: &str) -> Result<[u8; N], DeviceError> {
     let refuse = |reason: String| DeviceError::Text { what, text: text.to_owned(), reason };
@@ -804,6 +955,23 @@ mod tests {
         for hostile in [0, u64::MAX, 0x1f_0000_0000, 0x100_0000_0001, 0x31_0000_00ff] {
             assert_eq!(Bell::from_word(hostile), None);
         }
+    }
+
+    #[test]
+    fn an_obstacle_names_the_device_and_who_must_act() {
+        let said = |obstacle, error, name: &[u8]| {
+            let mut m = sys::PciFunction { obstacle, error, ..Default::default() };
+            m.device[..name.len()].copy_from_slice(name);
+            let function = Placed { domain: 1, function: PciFunction { bus: 2, device: 3, function: 0 } };
+            let why = Obstacle::of(&m);
+            DeviceError::Hibernation { function: function.to_string(), what: "given to", why }.to_string()
+        };
+        let text = said(sys::OBSTACLE_NO_CALLBACKS, 0, b"ffff:02:03.0");
+        assert!(text.starts_with("PCI function 0001:02:03.0 cannot be given to another kernel"), "{text}");
+        assert!(text.contains("the driver of ffff:02:03.0") && text.contains("another driver"), "{text}");
+        let text = said(sys::OBSTACLE_FAILED, 5, &[b'x'; 32]);
+        assert!(text.contains(&"x".repeat(32)) && text.contains("EIO"), "{text}");
+        assert!(said(99, 0, b"").contains("does not know (99)"));
     }
 
     #[test]
