@@ -98,6 +98,7 @@ baton_call_fn baton_yield, baton_pci_add, baton_pci_remove;
 
 /* hibernate.c */
 bool baton_functions_frozen(u32 instance);
+void baton_frozen_restore_all(void);
 void baton_frozen_close(const struct baton_file *file);
 baton_call_fn baton_pci_freeze, baton_pci_restore;
 

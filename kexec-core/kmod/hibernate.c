@@ -380,6 +380,34 @@ bool baton_functions_frozen(u32 instance)
 	return false;
 }
 
+static void begin_restore(struct baton_frozen *held)
+{
+	lockdep_assert_held(&baton_lock);
+	if (held->state != RESTORING) {
+		held->state = RESTORING;
+		complete(&held->wanted_back);
+	}
+}
+
+/* For a kernel that ends with the machine: device_shutdown() wants the locks. Who never answers is left behind. */
+void baton_frozen_restore_all(void)
+{
+	struct baton_frozen *held;
+	bool over = true;
+
+	while (over) {
+		scoped_guard(mutex, &baton_lock) {
+			held = list_first_entry_or_null(&all_frozen, struct baton_frozen, node);
+			if (!held)
+				return;
+			begin_restore(held);
+			kref_get(&held->users);
+		}
+		over = wait_for_completion_timeout(&held->over, 30 * HZ);
+		kref_put(&held->users, free_frozen);
+	}
+}
+
 /* Where a CPU of the instance is, the other kernel may be using the function: then only RESTORE ends it. */
 void baton_frozen_close(const struct baton_file *file)
 {
@@ -390,10 +418,8 @@ void baton_frozen_close(const struct baton_file *file)
 		if (held->file != file)
 			continue;
 		held->file = NULL;
-		if (!baton_cpus_recorded(held->said.instance) && held->state != RESTORING) {
-			held->state = RESTORING;
-			complete(&held->wanted_back);
-		}
+		if (!baton_cpus_recorded(held->said.instance))
+			begin_restore(held);
 	}
 }
 
@@ -470,11 +496,10 @@ int baton_pci_restore(struct baton_call *call)
 
 	scoped_guard(mutex, &baton_lock) {
 		held = find_frozen(arg);
-		if (!held || held->state == RESTORING)
-			return held ? -EBUSY : -ENOENT;
-		held->state = RESTORING;
+		if (!held)
+			return -ENOENT;
+		begin_restore(held);
 		kref_get(&held->users);
-		complete(&held->wanted_back);
 	}
 	return wait_and_reply(call, held, &held->over);
 }

@@ -42,6 +42,7 @@ static int on_reboot(struct notifier_block *block, unsigned long action, void *c
 {
 	if (!READ_ONCE(ends_alone)) {
 		baton_cpus_stop_given();
+		baton_frozen_restore_all();
 		return NOTIFY_DONE;
 	}
 	pr_emerg("baton: the machine is another kernel's: this one stops here, and nothing else does\n");

@@ -244,12 +244,11 @@ struct baton_pci {
  * have no carrier, nothing here touches it, and it cannot be unbound, reset or removed. It is no bus master afterwards.
  * With LOOK nothing of that is done: it is only said what stands against it, as far as that is known beforehand.
  * BATON_IOC_PCI_RESTORE: it is this kernel's again, in whatever state the other one has left it; where FREEZE is still
- * under way, as soon as that has ended. The same happens when
- * the file that froze it is closed, if no CPU is recorded for the instance then; with one, the function may be in use
- * there. Some drivers (NVMe) go on by themselves after RESTORE has returned; requests wait for that.
+ * under way, as soon as that has ended; again does no harm. The same happens when the file that froze it is closed, if no
+ * CPU is recorded for the instance then (with one, the function may be in use there), and when this kernel ends and the
+ * machine with it (END). Some drivers (NVMe) go on by themselves after RESTORE has returned; requests wait for that.
  *   EOPNOTSUPP: an obstacle; nothing was touched     EIO: a driver's callback failed, or it stays bus master; FREEZE has
- *   restored all that it had frozen     EBUSY: it is frozen, or about to be; RESTORE: it is about
- *   to be restored
+ *   restored all that it had frozen     EBUSY: it is frozen, or about to be
  *   ENOENT: no such function or instance; RESTORE: it is not frozen     EINTR: the caller was killed; the work goes on
  * DESTROY of the instance gives EBUSY while a function is frozen for it.
  */
