@@ -85,6 +85,11 @@ static void hold(int count, char **names, bool with_cpu)
 
 	snprintf(label, sizeof(label), "holder-%d", getpid());
 	is("CREATE", create(label, &id), 0);
+	/* First: with a disk frozen that has requests of this CPU's, it would not go offline (blk_mq_hctx_notify_offline()). */
+	if (with_cpu) {
+		is("offline", set_online(GIVEN, false), 0);
+		is("GIVE", cpu(BATON_IOC_CPU_GIVE, id, apic_id_of(GIVEN, NULL), BATON_CPU_RECORD, 0), 0);
+	}
 	for (int i = 0; i < count; i++) {
 		double began = now();
 
@@ -96,10 +101,6 @@ static void hold(int count, char **names, bool with_cpu)
 		is("LOOK: it is frozen", function(BATON_IOC_PCI_FREEZE, 0, BATON_FREEZE_LOOK, names[i], &arg), EBUSY);
 	}
 	is("DESTROY: functions are frozen for it", destroy(id), EBUSY);
-	if (with_cpu) {
-		is("offline", set_online(GIVEN, false), 0);
-		is("GIVE", cpu(BATON_IOC_CPU_GIVE, id, apic_id_of(GIVEN, NULL), BATON_CPU_RECORD, 0), 0);
-	}
 	printf("HELD\n");
 	if (!fgets(line, sizeof(line), stdin))
 		printf("# nobody says when to restore\n");
