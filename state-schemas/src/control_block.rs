@@ -97,6 +97,9 @@ pub mod words {
     pub const CLOCK_TSC_AT: u64 = WORDS.offset + 0x40;
     /// The wall clock at that moment, in nanoseconds since 1970.
     pub const CLOCK_NS_AT: u64 = WORDS.offset + 0x48;
+    /// The epoch in which the successor has let carried connections go: from then on their peers may have heard of it, and an incumbent
+    /// that takes over again cannot go on with its own. 0: it has not.
+    pub const CONNECTIONS_AT: u64 = WORDS.offset + 0x50;
 
     /// `"BATONCB\0"`.
     pub const MAGIC: u64 = u64::from_le_bytes(*b"BATONCB\0");

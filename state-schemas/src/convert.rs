@@ -15,6 +15,7 @@ use thiserror::Error;
 use crate::checked::Received;
 use crate::codec::{self, CodecError};
 use crate::header::{Frame, HeaderError, Kind};
+use crate::latest::connection::Connection;
 use crate::latest::handover_record::{HandoverRecord, Service};
 use crate::latest::message::{ToIncumbent, ToSuccessor};
 use crate::latest::platform::Platform;
@@ -107,6 +108,7 @@ macro_rules! first_version {
 first_version!(ToSuccessor, Kind::ToSuccessor);
 first_version!(ToIncumbent, Kind::ToIncumbent);
 first_version!(Platform, Kind::Platform);
+first_version!(Connection, Kind::Connection);
 
 impl Payload for HandoverRecord {
     const KIND: Kind = Kind::HandoverRecord;

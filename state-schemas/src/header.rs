@@ -49,6 +49,8 @@ pub enum Kind {
     ToSuccessor = 2,
     /// [`crate::message`], from the successor.
     ToIncumbent = 3,
+    /// [`crate::connection`], in a table of them.
+    Connection = 4,
     /// [`crate::platform`]; carried.
     Platform = FIRST_CARRIED_KIND,
 }

@@ -13,6 +13,14 @@ pub mod handover_record {
     };
 }
 
+/// A connection that crosses.
+pub mod connection {
+    pub use crate::v1::connection::{
+        Agreed, CONGESTION_LIMIT, Connection, ConnectionError, Endpoint, Family, Keepalive, Lengths, NOTE_LIMIT,
+        QUEUE_LIMIT, SERVICE_LIMIT, Scale, Settings, State, Window, mapped,
+    };
+}
+
 /// The machine's own registers.
 pub mod platform {
     pub use crate::v1::platform::{Platform, PlatformError, PowerButton, PowerOff, Register, Reset};
@@ -20,5 +28,5 @@ pub mod platform {
 
 /// The channel's messages.
 pub mod message {
-    pub use crate::v1::message::{ITEM_LIMIT, MessageError, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
+    pub use crate::v1::message::{ITEM_LIMIT, MessageError, PART_LIMIT, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
 }

@@ -4,6 +4,7 @@
 pub mod arena;
 pub mod checked;
 mod codec;
+pub mod connections;
 pub mod control_block;
 pub mod convert;
 pub mod header;
@@ -14,4 +15,4 @@ pub mod v2;
 
 pub use codec::CodecError;
 pub use convert::{Payload, PayloadError};
-pub use latest::{handover_record, message, platform};
+pub use latest::{connection, handover_record, message, platform};

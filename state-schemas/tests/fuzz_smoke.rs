@@ -31,6 +31,11 @@ fn messages() {
 }
 
 #[test]
+fn connections() {
+    run("connections", entries::connections);
+}
+
+#[test]
 fn arena_page() {
     run("arena_page", entries::arena_page);
 }
@@ -38,6 +43,8 @@ fn arena_page() {
 /// The corpus leads past the first checks.
 #[test]
 fn the_corpus_holds_what_is_believed() {
+    let table = include_bytes!("../fuzz/corpus/connections/two");
+    assert_eq!(state_schemas::connections::read(table).unwrap().len(), 2);
     let received = HandoverRecord::from_frame(include_bytes!("../fuzz/corpus/record/frame_v2")).unwrap();
     let region = received.alleged().grant.region;
     assert!(received.check(&region).is_ok());

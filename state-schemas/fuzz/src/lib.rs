@@ -5,6 +5,7 @@
 use state_schemas::Payload;
 use state_schemas::arena::{ArenaHeader, HEADER_LEN};
 use state_schemas::checked::Check;
+use state_schemas::connections;
 use state_schemas::handover_record::HandoverRecord;
 use state_schemas::header::{FIRST_CARRIED_KIND, Frame, Kind};
 use state_schemas::message::{MessageError, ToIncumbent, ToSuccessor};
@@ -100,4 +101,21 @@ pub fn arena_page(bytes: &[u8]) {
             assert!(header.root.get() < header.top.get());
         }
     }
+}
+
+/// A table of connections.
+pub fn connections(bytes: &[u8]) {
+    let read = |bytes: &[u8]| {
+        let Ok(all) = connections::read(bytes) else { return };
+        let mut again = Vec::new();
+        for (index, (connection, bytes)) in all.iter().enumerate() {
+            // What is restored is what was counted.
+            assert_eq!(Some(connection.lengths), bytes.lengths());
+            connections::append(&mut again, index, connection.clone(), bytes)
+                .expect("what was believed can be written");
+        }
+        assert_eq!(connections::read(&again).expect("it was just written"), all);
+    };
+    read(bytes);
+    read(&Frame { kind: Kind::Connection as u16, version: 1, payload: bytes }.to_bytes());
 }

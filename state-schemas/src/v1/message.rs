@@ -22,6 +22,7 @@ use thiserror::Error;
 
 use super::record::{PhaseMark, Program};
 use crate::checked::Check;
+use crate::connections::TABLE_LIMIT;
 
 /// Words of the incumbent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,6 +70,17 @@ pub enum ToSuccessor {
     Ping {
         /// To be sent back. Of its sender's own choice: another one than in earlier pings.
         nonce: u64,
+    },
+    /// 10: a part of the table of connections ([`crate::connections`]), for the next `Activate`. The first part, with `at` 0, begins a
+    /// table anew. Nothing but one of no bytes, which asks whether the successor takes such a table at all, is sent in the trial: a
+    /// successor that is older than this word ends there, and not in the blackout.
+    Connections {
+        /// Where in the table this part begins, in bytes.
+        at: u64,
+        /// Bytes of the whole table.
+        total: u64,
+        /// The part.
+        bytes: Vec<u8>,
     },
 }
 
@@ -128,6 +140,11 @@ pub enum ToIncumbent {
         /// From the ping.
         nonce: u64,
     },
+    /// 10: the answer to a part of the table of connections.
+    ConnectionsTaken {
+        /// Bytes of the table that are here.
+        have: u64,
+    },
 }
 
 /// Why a message is not believed.
@@ -153,6 +170,18 @@ pub enum MessageError {
         count: usize,
         /// Most allowed.
         limit: usize,
+    },
+    /// A part of a table that does not lie in it, or a table that is too long.
+    #[error("bytes {at} to {at} + {len} of a table of {total} bytes, which may have {limit}")]
+    Part {
+        /// Where it begins.
+        at: u64,
+        /// Its length.
+        len: usize,
+        /// The table's.
+        total: u64,
+        /// Most allowed.
+        limit: u64,
     },
 }
 
@@ -205,6 +234,8 @@ impl std::fmt::Display for Text {
 }
 /// Most items in a message.
 pub const ITEM_LIMIT: usize = 1024;
+/// Most bytes of a table in one message: it fits the channel.
+pub const PART_LIMIT: usize = 15 << 10;
 
 fn short(what: &'static str, text: &str) -> Result<(), MessageError> {
     if text.len() <= TEXT_LIMIT {
@@ -220,6 +251,16 @@ fn few(what: &'static str, count: usize) -> Result<(), MessageError> {
     Err(MessageError::TooMany { what, count, limit: ITEM_LIMIT })
 }
 
+fn part(at: u64, total: u64, len: usize) -> Result<(), MessageError> {
+    if len > PART_LIMIT {
+        return Err(MessageError::TooMany { what: "bytes of a table", count: len, limit: PART_LIMIT });
+    }
+    match at.checked_add(len as u64) {
+        Some(end) if end <= total && total <= TABLE_LIMIT => Ok(()),
+        _ => Err(MessageError::Part { at, len, total, limit: TABLE_LIMIT }),
+    }
+}
+
 impl Check for ToSuccessor {
     type Against = ();
     type Error = MessageError;
@@ -231,6 +272,7 @@ impl Check for ToSuccessor {
                 timeline.iter().try_for_each(|mark| short("phase name", &mark.phase))
             }
             ToSuccessor::Abort { reason } => short("reason", reason.as_str()),
+            &ToSuccessor::Connections { at, total, ref bytes } => part(at, total, bytes.len()),
             ToSuccessor::StandBy
             | ToSuccessor::CheckHealth
             | ToSuccessor::Activate { .. }
@@ -267,7 +309,8 @@ impl Check for ToIncumbent {
             | ToIncumbent::CpuReleased { .. }
             | ToIncumbent::StoodDown { .. }
             | ToIncumbent::Committed
-            | ToIncumbent::Pong { .. } => Ok(()),
+            | ToIncumbent::Pong { .. }
+            | ToIncumbent::ConnectionsTaken { .. } => Ok(()),
         }
     }
 }

@@ -10,6 +10,8 @@ use crate::samples;
 use crate::table::table_of;
 use serde::Serialize;
 use state_schemas::Payload;
+use state_schemas::connection::Connection;
+use state_schemas::connections::{self, Bytes};
 use state_schemas::handover_record::{Arena, HandoverRecord};
 use state_schemas::header::{Frame, HEADER_LEN};
 use state_schemas::platform::Platform;
@@ -115,6 +117,25 @@ fn the_platform_of_version_1() {
     let mut without = record;
     without.carry::<Platform>(None).unwrap();
     assert_eq!(without.carried, [samples::stranger().to_bytes()]);
+}
+
+/// The frames, and a table with both and the bytes of one.
+#[test]
+fn the_connections_of_version_1() {
+    let (one, other) = (samples::connection(), samples::connection_mapped());
+    check(1, "connection", &one, &one);
+    check(1, "connection_mapped", &other, &other);
+    let mut table = Vec::new();
+    connections::append(&mut table, 0, one.clone(), &samples::connection_bytes()).unwrap();
+    connections::append(&mut table, 1, other.clone(), &Bytes::default()).unwrap();
+    compare("v1/connections.bin", &table);
+    let read = connections::read(&table).unwrap();
+    assert_eq!((read[0].0.lengths, &read[0].1), (one.lengths, &samples::connection_bytes()));
+    let with_crc = |connection: &Connection, crc| Connection { bytes_crc: crc, ..connection.clone() };
+    assert_eq!(read[0].0, with_crc(&one, read[0].0.bytes_crc));
+    assert_eq!(read[1], (with_crc(&other, 0), Bytes::default()));
+    // 3 received bytes and a FIN before the next number; 3 that the peer has not acknowledged.
+    assert_eq!((one.receive_first(), one.send_first()), (1_000_000, 4));
 }
 
 #[test]

@@ -4,10 +4,13 @@ use crate::samples;
 use proptest::prelude::*;
 use proptest::sample::Index;
 use state_schemas::arena::ArenaHeader;
+use state_schemas::checked::Check;
+use state_schemas::connection::{Connection, ConnectionError, State};
+use state_schemas::connections::{self, Bytes, TABLE_LIMIT, TableError};
 use state_schemas::convert::PayloadError;
 use state_schemas::handover_record::{HandoverRecord, Kho, PhaseMark, PhysRange, RecordError, Service};
 use state_schemas::header::{FRAME_LIMIT, Frame, HEADER_LEN, HeaderError, Kind};
-use state_schemas::message::{MessageError, ToIncumbent, ToSuccessor};
+use state_schemas::message::{MessageError, PART_LIMIT, ToIncumbent, ToSuccessor};
 use state_schemas::{CodecError, Payload};
 
 /// A frame whose header and CRC are right, around any payload: a liar computes checksums, too.
@@ -26,6 +29,10 @@ fn read_all(bytes: &[u8]) {
     if let Ok(message) = ToIncumbent::from_frame(bytes) {
         let _ = message.check(&());
     }
+    if let Ok(connection) = Connection::from_frame(bytes) {
+        let _ = connection.check(&());
+    }
+    let _ = connections::read(bytes);
 }
 
 proptest! {
@@ -37,7 +44,7 @@ proptest! {
     }
 
     #[test]
-    fn any_payload_in_a_correct_frame(kind in 0u16..5, version in 0u32..3, payload in proptest::collection::vec(any::<u8>(), 0..300)) {
+    fn any_payload_in_a_correct_frame(kind in 0u16..6, version in 0u32..3, payload in proptest::collection::vec(any::<u8>(), 0..300)) {
         read_all(&Frame { kind, version, payload: &payload }.to_bytes());
     }
 
@@ -66,6 +73,35 @@ proptest! {
         let at = at.index(frame.len());
         frame[at] ^= 1 << bit;
         prop_assert!(Frame::read(&frame).is_err());
+    }
+
+    #[test]
+    fn a_changed_table_is_refused_or_means_something_else(
+        changes in proptest::collection::vec((any::<Index>(), any::<u8>()), 1..4),
+        cut in any::<Index>(),
+        cuts in any::<bool>(),
+        reframe in any::<bool>(),
+    ) {
+        let mut payload = Frame::read(&samples::connection().to_frame(1).unwrap()).unwrap().payload.to_vec();
+        let mut table = table();
+        let target = if reframe { &mut payload } else { &mut table };
+        for (at, value) in changes {
+            let at = at.index(target.len());
+            target[at] = value;
+        }
+        if cuts {
+            target.truncate(cut.index(target.len()));
+        }
+        if reframe {
+            // A liar computes the frame's CRC; the bytes behind it are what they are.
+            table = framed(Kind::Connection, 1, &payload);
+            table.extend_from_slice(b"noteget$1x");
+        }
+        if let Ok(all) = connections::read(&table) {
+            for (connection, bytes) in all {
+                prop_assert_eq!(Some(connection.lengths), bytes.lengths());
+            }
+        }
     }
 
     #[test]
@@ -238,4 +274,90 @@ fn each_lie_in_a_record_has_its_name() {
     assert!(bounds(refusal(&|r| r.carried = vec![samples::stranger().to_bytes(); 17])));
     assert!(bounds(carried(Frame { kind: 16, version: 1, payload: &[0; 64 << 10] }.to_bytes())));
     assert!(matches!(refusal(&|r| r.services[0].name = "a\nb".into()), RecordError::Text { .. }));
+}
+
+fn table() -> Vec<u8> {
+    let mut table = Vec::new();
+    connections::append(&mut table, 0, samples::connection(), &samples::connection_bytes()).unwrap();
+    connections::append(&mut table, 1, samples::connection_mapped(), &Bytes::default()).unwrap();
+    table
+}
+
+#[test]
+fn each_lie_in_a_connection_has_its_name() {
+    use state_schemas::handover_record::Ip;
+    let refusal = |lie: &dyn Fn(&mut Connection)| {
+        let mut connection = samples::connection();
+        lie(&mut connection);
+        Connection::from_frame(&connection.to_frame(1).unwrap()).unwrap().check(&()).unwrap_err()
+    };
+    let bounds = |error| matches!(error, ConnectionError::Bounds { .. });
+    let address = |error| matches!(error, ConnectionError::Address { .. });
+    let name = |error| matches!(error, ConnectionError::Name { .. });
+    assert!(name(refusal(&|c| c.service.clear())));
+    assert!(name(refusal(&|c| c.service = "x".repeat(65))));
+    assert!(name(refusal(&|c| c.service = "a\nb".into())));
+    assert!(name(refusal(&|c| c.settings.congestion = "x".repeat(16))));
+    assert!(address(refusal(&|c| c.local.address = Ip::V6([1; 16]))));
+    assert!(address(refusal(&|c| c.peer.address = Ip::V4([0; 4]))));
+    assert!(address(refusal(&|c| c.peer.address = Ip::V4([224, 0, 0, 1]))));
+    let link_local = Ip::V6([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+    let wide = Ip::V6([0x20; 16]);
+    let six = |c: &mut Connection, local, peer| {
+        *c = samples::connection_mapped();
+        (c.local.address, c.peer.address) = (local, peer);
+    };
+    assert!(address(refusal(&|c| six(c, link_local, wide))));
+    assert!(address(refusal(&|c| six(c, wide, Ip::V6([0xff; 16])))));
+    assert_eq!(refusal(&|c| six(c, wide, samples::connection_mapped().peer.address)), ConnectionError::Mixed);
+    assert!(bounds(refusal(&|c| c.peer.port = 0)));
+    assert!(bounds(refusal(&|c| c.lengths.received = (32 << 20) + 1)));
+    assert!(bounds(refusal(&|c| c.lengths.note = u32::MAX)));
+    assert!(bounds(refusal(&|c| c.agreed.segment = 87)));
+    assert!(bounds(refusal(&|c| c.agreed.scale.as_mut().unwrap().receive = 15)));
+    assert!(bounds(refusal(&|c| c.window.send = c.window.send_most + 1)));
+    assert!(bounds(refusal(&|c| c.window.receive = u32::MAX)));
+    assert!(bounds(refusal(&|c| c.settings.keepalive.idle_s = 0)));
+    assert!(bounds(refusal(&|c| c.settings.keepalive.count = 128)));
+    assert!(bounds(refusal(&|c| c.settings.user_timeout_ms = u32::MAX)));
+    assert!(bounds(refusal(&|c| c.settings.send_buffer = Some(0))));
+    assert_eq!(refusal(&|c| c.state = State::FinWait2), ConnectionError::Unsent(3));
+}
+
+#[test]
+fn each_lie_about_a_table_has_its_name() {
+    let whole = table();
+    assert_eq!(connections::read(&[]).unwrap(), []);
+    let first = Frame::length(&whole).unwrap();
+    let refusal = |bytes: &[u8]| connections::read(bytes).unwrap_err();
+    assert!(matches!(refusal(&whole[..first + 9]), TableError::Short { index: 0, counted: 10, have: 9 }));
+    assert!(matches!(refusal(&whole[..whole.len() - 1]), TableError::Frame { index: 1, .. }));
+    let mut changed = whole.clone();
+    changed[first] ^= 1;
+    assert!(matches!(refusal(&changed), TableError::Crc { index: 0, .. }));
+    assert!(matches!(refusal(&[whole.clone(), vec![0]].concat()), TableError::Frame { index: 2, .. }));
+    assert!(matches!(
+        refusal(&ToSuccessor::StandBy.to_frame(1).unwrap()),
+        TableError::Frame { source: PayloadError::Kind { found: 2, .. }, .. }
+    ));
+    // The writer refuses what the reader would, and leaves the table as it was.
+    let mut table = whole.clone();
+    let long = Bytes { note: vec![0; (32 << 20) + 1], ..Bytes::default() };
+    let refused = connections::append(&mut table, 2, samples::connection(), &long);
+    assert!(matches!(refused, Err(TableError::Connection { index: 2, .. })));
+    assert_eq!(table, whole);
+    let mut table = vec![0; TABLE_LIMIT as usize];
+    let refused = connections::append(&mut table, 2, samples::connection(), &Bytes::default());
+    assert!(matches!(refused, Err(TableError::TooMuch { .. })));
+}
+
+#[test]
+fn a_part_lies_in_its_table() {
+    let refused = |at, total, len| ToSuccessor::Connections { at, total, bytes: vec![0; len] }.check(&()).err();
+    assert_eq!(refused(0, 0, 0), None);
+    assert_eq!(refused(3, 9, 6), None);
+    assert!(matches!(refused(3, 9, 7), Some(MessageError::Part { .. })));
+    assert!(matches!(refused(u64::MAX, 9, 1), Some(MessageError::Part { .. })));
+    assert!(matches!(refused(0, TABLE_LIMIT + 1, 1), Some(MessageError::Part { .. })));
+    assert!(matches!(refused(0, TABLE_LIMIT, PART_LIMIT + 1), Some(MessageError::TooMany { .. })));
 }

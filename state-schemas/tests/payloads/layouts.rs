@@ -64,6 +64,7 @@ fn control_words() -> Rows {
         ("boot mark", words::BOOT_MARK_AT, 8),
         ("clock tsc", words::CLOCK_TSC_AT, 8),
         ("clock ns", words::CLOCK_NS_AT, 8),
+        ("connections", words::CONNECTIONS_AT, 8),
     ]
 }
 

@@ -1,5 +1,9 @@
 //! The values whose bytes are golden: every field and every variant is in one of them.
 
+use state_schemas::connection::{
+    Agreed, Connection, Endpoint, Family, Keepalive, Lengths, Scale, Settings, State, Window,
+};
+use state_schemas::connections::Bytes;
 use state_schemas::handover_record::*;
 use state_schemas::header::{FIRST_CARRIED_KIND, Frame};
 use state_schemas::message::{ToIncumbent, ToSuccessor};
@@ -154,6 +158,7 @@ pub fn to_successor() -> Vec<ToSuccessor> {
         ToSuccessor::LastCpu { apic_id: 0 },
         ToSuccessor::Abort { reason: "the operator asked".into() },
         ToSuccessor::Ping { nonce: u64::MAX },
+        ToSuccessor::Connections { at: 3, total: 9, bytes: vec![1, 2, 3] },
     ]
 }
 
@@ -172,5 +177,66 @@ pub fn to_incumbent() -> Vec<ToIncumbent> {
         ToIncumbent::Committed,
         ToIncumbent::Failed { what: "activate".into(), cause: "address in use".into() },
         ToIncumbent::Pong { nonce: u64::MAX },
+        ToIncumbent::ConnectionsTaken { have: 6 },
     ]
+}
+
+pub fn connection() -> Connection {
+    Connection {
+        service: "kv".into(),
+        family: Family::V4,
+        local: Endpoint { address: Ip::V4([10, 77, 0, 10]), port: 6379 },
+        peer: Endpoint { address: Ip::V4([10, 77, 0, 1]), port: 40_000 },
+        state: State::CloseWait,
+        tsc: 0x1122_3344_5566_7788,
+        receive_next: 1_000_004,
+        write_next: 7,
+        window: Window { updated_by: 999_990, send: 64_256, send_most: 64_256, receive: 65_280, told_at: 1_000_004 },
+        agreed: Agreed {
+            segment: 1460,
+            scale: Some(Scale { send: 7, receive: 8 }),
+            selective: true,
+            timestamp: Some(0x1234_5679),
+        },
+        settings: Settings {
+            nonblocking: true,
+            no_delay: true,
+            cork: false,
+            reuse_address: true,
+            reuse_port: false,
+            keepalive: Keepalive { on: true, idle_s: 60, interval_s: 5, count: 3 },
+            user_timeout_ms: 30_000,
+            unsent_low: 0,
+            linger_s: Some(2),
+            send_buffer: Some(1 << 20),
+            receive_buffer: None,
+            tos: 0x10,
+            traffic_class: 0,
+            mark: 9,
+            priority: 6,
+            congestion: "cubic".into(),
+        },
+        lengths: Lengths { note: 4, received: 3, unacknowledged: 2, unsent: 1 },
+        bytes_crc: 0x0bad_cafe,
+    }
+}
+
+/// An IPv4 peer of an IPv6 socket, with nothing that can be left out.
+pub fn connection_mapped() -> Connection {
+    let mapped = |last| Ip::V6([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, 10, 77, 0, last]);
+    let bare = connection();
+    Connection {
+        family: Family::V6,
+        local: Endpoint { address: mapped(10), port: 6379 },
+        peer: Endpoint { address: mapped(1), port: 40_001 },
+        state: State::Established,
+        agreed: Agreed { segment: 536, scale: None, selective: false, timestamp: None },
+        settings: Settings { linger_s: None, send_buffer: None, ..bare.settings },
+        lengths: Lengths { note: 0, received: 0, unacknowledged: 0, unsent: 0 },
+        ..bare
+    }
+}
+
+pub fn connection_bytes() -> Bytes {
+    Bytes { note: b"note".into(), received: b"get".into(), unacknowledged: b"$1".into(), unsent: b"x".into() }
 }
