@@ -1,8 +1,9 @@
 //! What is said to the other kernel fits the channel, whatever the machine's size.
 //!
 //! A message has at most [`MESSAGE_LIMIT`] bytes. Two of them carry lists: `Commit` the steps so far, which are shortened until they fit
-//! ([`commit`]), and `Standing` the services' names, which are counted when the plan is made ([`standing`]). All others are shorter than
-//! two [`Text`](state_schemas::message::Text)s.
+//! ([`commit`]), and `Standing` the services' names, which are counted when the plan is made ([`standing`]). `Connections` is a part
+//! of a table, cut so that it fits ([`PART_LIMIT`](state_schemas::message::PART_LIMIT)). All others are shorter than two
+//! [`Text`](state_schemas::message::Text)s.
 
 use std::collections::BTreeMap;
 

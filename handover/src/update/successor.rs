@@ -70,6 +70,15 @@ pub enum Order {
         /// APIC id of the incumbent's last CPU.
         last: u32,
     },
+    /// Keep this part of the table of connections until the services are activated; a part at 0 begins anew.
+    TakeConnections {
+        /// Where in the table it begins.
+        at: u64,
+        /// Bytes of the whole table.
+        total: u64,
+        /// The part.
+        bytes: Vec<u8>,
+    },
     /// It is so already, or (a ping) there is nothing to do: answer this.
     Repeat(ToIncumbent),
 }
@@ -83,6 +92,8 @@ pub enum Answer {
     AnsweringSince(u64),
     /// Number of the CPU in this kernel; `OnlineCpu` only.
     Online(u32),
+    /// Bytes of the table of connections that are here; `TakeConnections` only.
+    Have(u64),
     /// Anything else that was done.
     Done,
     /// It was not done.
@@ -235,6 +246,10 @@ impl Successor {
                 true => at(&[Committed], Order::Drain { last: apic_id }),
                 false => no_such_cpu(apic_id),
             },
+            ToSuccessor::Connections { at: from, total, ref bytes } => {
+                let bytes = bytes.clone();
+                at(&[Standing], Order::TakeConnections { at: from, total, bytes })
+            }
             ToSuccessor::Abort { .. } => Err(Unheard::Unsaid { what }),
             ToSuccessor::Ping { nonce } => again(ToIncumbent::Pong { nonce }),
         }
@@ -258,6 +273,7 @@ impl Successor {
                 self.since = tsc;
                 ToIncumbent::Activated { epoch, tsc }
             }
+            (Order::TakeConnections { .. }, Answer::Have(have)) => ToIncumbent::ConnectionsTaken { have },
             (&Order::OnlineCpu { apic_id }, Answer::Online(cpu)) => {
                 self.away.retain(|&id| id != apic_id);
                 self.here.push((apic_id, cpu));
@@ -315,6 +331,7 @@ impl Order {
             Order::StandDown { .. } => "stand down",
             Order::Commit { .. } => "commit",
             Order::Drain { .. } => "drain",
+            Order::TakeConnections { .. } => "take connections",
             Order::Repeat(_) => "answer again",
         }
     }
@@ -331,6 +348,7 @@ pub fn name(word: &ToSuccessor) -> &'static str {
         ToSuccessor::StandDown { .. } => "stand down",
         ToSuccessor::Commit { .. } => "commit",
         ToSuccessor::LastCpu { .. } => "last cpu",
+        ToSuccessor::Connections { .. } => "connections",
         ToSuccessor::Abort { .. } => "abort",
         ToSuccessor::Ping { .. } => "ping",
     }

@@ -43,8 +43,13 @@ pub fn good_answer(order: &Order) -> Answer {
         Order::StandBy => Answer::Services(vec!["kv".into()]),
         Order::Activate { .. } => Answer::AnsweringSince(5),
         Order::OnlineCpu { .. } | Order::Drain { .. } => Answer::Online(1),
+        Order::TakeConnections { at, bytes, .. } => Answer::Have(at + bytes.len() as u64),
         _ => Answer::Done,
     }
+}
+
+fn connections(at: u64) -> ToSuccessor {
+    ToSuccessor::Connections { at, total: 9, bytes: vec![1, 2] }
 }
 
 #[test]
@@ -58,6 +63,7 @@ fn word_by_word_to_the_end() {
     let expected = [
         (ToSuccessor::StandBy, Some(ToIncumbent::Standing { services: vec!["kv".into()] }), Stage::Standing),
         (ToSuccessor::CheckHealth, Some(ToIncumbent::Healthy), Stage::Standing),
+        (connections(3), Some(ToIncumbent::ConnectionsTaken { have: 5 }), Stage::Standing),
         (ToSuccessor::Activate { epoch: 8 }, Some(ToIncumbent::Activated { epoch: 8, tsc: 5 }), Stage::Active),
         (ToSuccessor::CpuParked { apic_id: 1 }, Some(ToIncumbent::CpuOnline { apic_id: 1, cpu: 1 }), Stage::Active),
         (ToSuccessor::ReleaseCpu { apic_id: 1 }, Some(ToIncumbent::CpuReleased { apic_id: 1 }), Stage::Active),
@@ -85,6 +91,14 @@ fn what_does_not_belong_is_refused_and_changes_nothing() {
     assert!(matches!(refused(ToSuccessor::ReleaseCpu { apic_id: 9 }), Unheard::Cpu { apic_id: 9, .. }));
     assert!(matches!(refused(ToSuccessor::Abort { reason: "".into() }), Unheard::Unsaid { what: "abort" }));
     assert!(matches!(refused(ToSuccessor::LastCpu { apic_id: 0 }), Unheard::Stage { .. }));
+    // Its services do not stand by yet; and once they serve, no table counts any more.
+    assert!(matches!(refused(connections(0)), Unheard::Stage { stage: Stage::Born, .. }));
+    let mut active = successor.clone();
+    for word in [ToSuccessor::StandBy, ToSuccessor::Activate { epoch: 8 }] {
+        let order = active.hear(&word).unwrap();
+        active.answer(&order, good_answer(&order)).unwrap();
+    }
+    assert!(matches!(active.hear(&connections(0)), Err(Unheard::Stage { stage: Stage::Active, .. })));
 }
 
 #[test]
@@ -109,6 +123,7 @@ fn word() -> impl Strategy<Value = ToSuccessor> {
         1 => Just(ToSuccessor::Commit { timeline: vec![] }),
         1 => (0u32..4).prop_map(|apic_id| ToSuccessor::LastCpu { apic_id }),
         1 => Just(ToSuccessor::Abort { reason: "".into() }),
+        1 => (0u64..9).prop_map(connections),
         1 => any::<u64>().prop_map(|nonce| ToSuccessor::Ping { nonce }),
     ]
 }

@@ -7,9 +7,10 @@ use handover::update::successor::{Answer, Successor};
 use proptest::prelude::*;
 use state_schemas::Payload;
 use state_schemas::checked::Check;
+use state_schemas::connections::TABLE_LIMIT;
 use state_schemas::control_block::{HANDOVER, SIZE};
 use state_schemas::handover_record::{Cpu, PhaseMark, Program};
-use state_schemas::message::{ITEM_LIMIT, MessageError, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
+use state_schemas::message::{ITEM_LIMIT, MessageError, PART_LIMIT, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
 use state_schemas::shared::Local;
 
 use crate::plans::plan;
@@ -66,6 +67,7 @@ fn every_message_at_its_longest_crosses() {
         ToSuccessor::LastCpu { apic_id: u32::MAX },
         ToSuccessor::Abort { reason: text() },
         ToSuccessor::Ping { nonce: u64::MAX },
+        ToSuccessor::Connections { at: 0, total: TABLE_LIMIT, bytes: vec![255; PART_LIMIT] },
     ] {
         crosses(&word, Side::Incumbent);
     }
@@ -81,6 +83,7 @@ fn every_message_at_its_longest_crosses() {
         ToIncumbent::Committed,
         ToIncumbent::Failed { what: text(), cause: text() },
         ToIncumbent::Pong { nonce: u64::MAX },
+        ToIncumbent::ConnectionsTaken { have: u64::MAX },
     ] {
         crosses(&word, Side::Successor);
     }
