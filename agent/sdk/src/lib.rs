@@ -3,9 +3,11 @@
 pub mod agent_end;
 pub mod ask;
 pub mod client;
+pub mod connections;
 pub mod descriptor;
 mod door;
 pub mod files;
+mod filter;
 pub mod held;
 pub mod mapping;
 pub mod protocol;

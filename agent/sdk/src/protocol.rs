@@ -369,6 +369,24 @@ impl Inbox {
         }
     }
 
+    /// So many bytes that stand behind a message and are none themselves, from a non-blocking socket if they are not here yet; none if not all
+    /// of them have come.
+    ///
+    /// # Errors
+    /// The socket's, and a peer that has closed.
+    pub fn poll_bytes(&mut self, socket: BorrowedFd<'_>, len: usize) -> Result<Option<Vec<u8>>, Error> {
+        while self.bytes.len() < len {
+            let mut buffer = [0; 16 << 10];
+            match recv_with_fd(socket, &mut buffer) {
+                Ok((0, _)) => return Err(Error::Closed),
+                Ok((len, descriptor)) => self.push(&buffer[..len], descriptor)?,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(Some(self.bytes.drain(..len).collect()))
+    }
+
     /// The descriptor that came beside the message just read.
     ///
     /// # Errors
@@ -459,6 +477,27 @@ pub fn receive<T: DeserializeOwned>(
     loop {
         if let Some(message) = inbox.poll(socket)? {
             return Ok(message);
+        }
+        if !wait_until(socket, PollFlags::POLLIN, deadline)? {
+            return Err(Error::TimedOut(patience.unwrap_or_default()));
+        }
+    }
+}
+
+/// So many bytes that stand behind a message ([`Inbox::poll_bytes`]), waiting for them.
+///
+/// # Errors
+/// As [`Inbox::poll_bytes`]; or not all of them in time.
+pub fn receive_bytes(
+    socket: BorrowedFd<'_>,
+    inbox: &mut Inbox,
+    len: usize,
+    patience: Option<Duration>,
+) -> Result<Vec<u8>, Error> {
+    let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
+    loop {
+        if let Some(bytes) = inbox.poll_bytes(socket, len)? {
+            return Ok(bytes);
         }
         if !wait_until(socket, PollFlags::POLLIN, deadline)? {
             return Err(Error::TimedOut(patience.unwrap_or_default()));

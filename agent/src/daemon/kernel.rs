@@ -31,6 +31,7 @@ use crate::recovery::ledger::{self, Ledger};
 use crate::services::access::Access;
 use crate::services::arenas::{Arena, Piece};
 use crate::services::coming::Admitted;
+use crate::services::connections::Connections;
 use crate::services::files::Store;
 use crate::services::{Admission, Land, Services, holders};
 use crate::takeover::birth::Birth;
@@ -132,6 +133,8 @@ pub struct Kernel {
     pub access: Access,
     /// The files that programs keep.
     pub files: Store,
+    /// The connections that cross.
+    pub connections: Connections,
     /// What a batond that comes after this one must know.
     pub ledger: Arc<Ledger>,
     /// Where the journal of updates is.
@@ -181,6 +184,7 @@ impl Kernel {
             services,
             access,
             files,
+            connections: Connections::default(),
             ledger,
             journal: JOURNAL.into(),
             birth,

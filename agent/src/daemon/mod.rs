@@ -106,6 +106,7 @@ async fn serve(kernel: Arc<Kernel>, args: &Args) -> Result<()> {
     crate::services::files::server::start(kernel.clone())?;
     crate::services::files::notify::start(kernel.clone())?;
     crate::services::resize::start(kernel.clone())?;
+    crate::services::connections::server::start(kernel.clone())?;
     button::watch(kernel.clone())?;
     let signals = Signals::listen()?;
     supervised::tell(&[sd_notify::NotifyState::Ready]);

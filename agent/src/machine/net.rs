@@ -136,7 +136,7 @@ impl HeldAddress {
 }
 
 /// Which ARP requests an interface answers: `/proc/sys/net/ipv4/conf/IF/arp_ignore`, open.
-struct ArpAnswers {
+pub struct ArpAnswers {
     file: File,
     before: String,
 }
@@ -152,13 +152,21 @@ impl ArpAnswers {
         Ok(ArpAnswers { file, before })
     }
 
+    /// From now on the link answers no ARP request, until [`ArpAnswers::restore`].
+    pub fn none_from(link: &Link) -> Result<ArpAnswers> {
+        let answers = ArpAnswers::of(link)?;
+        answers.set(ArpAnswers::NONE)?;
+        Ok(answers)
+    }
+
     fn set(&self, value: &str) -> Result<()> {
         // At the start each time: anywhere else the kernel takes a number, says nothing and leaves all as it was
         // (Documentation/admin-guide/sysctl/kernel.rst, `sysctl_writes_strict`).
         self.file.write_all_at(value.as_bytes(), 0).with_context(|| format!("cannot set arp_ignore to {value}"))
     }
 
-    fn restore(&self) -> Result<()> {
+    /// Those that it answered before.
+    pub fn restore(&self) -> Result<()> {
         self.set(self.before.trim())
     }
 }

@@ -13,6 +13,7 @@ pub mod access;
 mod answers;
 pub mod arenas;
 pub mod coming;
+pub mod connections;
 pub mod files;
 pub mod holders;
 pub mod resize;
@@ -259,6 +260,11 @@ impl Services {
     /// Whether there is an arena of this service, and nobody who is connected for it.
     pub fn has_left_arena(&self, name: &str) -> bool {
         self.inner.lock().slots.get(name).is_some_and(|slot| slot.arena.is_some() && !slot.is_connected())
+    }
+
+    /// Whose a service is that has connected; nothing if there is none, or nobody knows.
+    pub fn owner(&self, name: &str) -> Option<u32> {
+        self.inner.lock().slots.get(name)?.owner
     }
 
     /// Where all arenas lie.

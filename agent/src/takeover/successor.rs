@@ -30,7 +30,7 @@ use state_schemas::shared::SharedMemory;
 use crate::daemon::control::{ServiceState, Stage};
 use crate::daemon::kernel::Kernel;
 use crate::machine::clock::Moment;
-use crate::machine::net::{Announcer, Link};
+use crate::machine::net::{Announcer, ArpAnswers, Link};
 use crate::machine::pci;
 use crate::services::arenas::Arena;
 use crate::takeover::birth::{Birth, range};
@@ -147,7 +147,10 @@ impl<'k> Heir<'k> {
             let Some(answer) = answer else { continue };
             self.line.send(&answer)?;
             match answer {
-                ToIncumbent::Activated { .. } => self.unsettled = self.settle_address().err(),
+                ToIncumbent::Activated { .. } => {
+                    self.unsettled = self.settle_address().err();
+                    self.kernel.connections.settle();
+                }
                 ToIncumbent::Committed => self.start_programs(),
                 ToIncumbent::Failed { what, cause } => tracing::error!("cannot {what}: {cause}"),
                 _ => {}
@@ -188,6 +191,9 @@ impl<'k> Heir<'k> {
                 }
                 Ok(Answer::Done)
             }
+            Order::TakeConnections { at, total, bytes } => {
+                Ok(Answer::Have(self.kernel.connections.arrive(*at, *total, bytes)?))
+            }
             Order::Repeat(_) => Ok(Answer::Done),
             Order::Drain { .. } => bail!("this is not one order among others"),
         }
@@ -214,11 +220,16 @@ impl<'k> Heir<'k> {
             bail!("epoch {epoch} is not the current one");
         }
         self.set_clock_again();
+        let quiet = self.restore_connections(epoch)?;
+        let restored = tsc();
         self.kernel.services.activate(epoch, self.cutover_deadline())?;
         let serving = tsc();
         if let Some(address) = &self.address {
             if !address.reserved {
                 self.kernel.netlink.add(&address.link, address.cidr)?;
+            }
+            if let Some(quiet) = quiet {
+                quiet.restore()?;
             }
             address.announcer.announce()?;
         }
@@ -226,9 +237,33 @@ impl<'k> Heir<'k> {
         self.device.set_end(End::Machine)?;
         self.serves = true;
         self.kernel.state().facts.epoch = epoch;
-        self.timeline.add("successor: services", started, serving);
+        self.timeline.add("successor: connections", started, restored);
+        self.timeline.add("successor: services", restored, serving);
         self.timeline.add("successor: address", serving, announced);
         Ok(Answer::AnsweringSince(announced))
+    }
+
+    /// The sockets of connections that cross stand before the address is announced: a kernel that has the address and not yet the socket
+    /// answers RST. They need the address, so where it is not reserved beforehand it is given to the interface here, which answers no ARP
+    /// request for it until what is given back says so.
+    fn restore_connections(&self, epoch: u64) -> Result<Option<ArpAnswers>> {
+        let connections = &self.kernel.connections;
+        if !connections.have_arrived() {
+            return Ok(None);
+        }
+        let quiet = match &self.address {
+            Some(address) if !address.reserved => {
+                let quiet = ArpAnswers::none_from(&address.link)?;
+                self.kernel.netlink.add(&address.link, address.cidr)?;
+                Some(quiet)
+            }
+            _ => None,
+        };
+        let restored = connections.restore(self.birth.record.clock.tsc_khz)?;
+        // From here on their peers may hear of this kernel.
+        self.birth.control.store(words::CONNECTIONS_AT, epoch);
+        connections.let_go(restored)?;
+        Ok(quiet)
     }
 
     /// The incumbent's wall clock may have been set since the record was written, and the TSC's rate, by which this kernel went on from

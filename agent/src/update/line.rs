@@ -261,14 +261,24 @@ impl Line<Incumbent> {
         answer: impl Fn(ToIncumbent) -> Option<T>,
     ) -> Result<T> {
         self.send(message)?;
-        match self.receive_unless(patience, called_off).with_context(|| format!("no answer to {message:?}"))? {
+        match self.receive_unless(patience, called_off).with_context(|| format!("no answer to {}", told(message)))? {
             ToIncumbent::Failed { what, cause } => {
                 Err(Unanswered::Refused { what: what.into(), cause: cause.into() }.into())
             }
             other => {
                 let shown = format!("{other:?}");
-                answer(other).with_context(|| format!("the successor answered {message:?} with {shown}"))
+                answer(other).with_context(|| format!("the successor answered {} with {shown}", told(message)))
             }
         }
+    }
+}
+
+/// A message, for people: without the bytes of a table.
+fn told(message: &ToSuccessor) -> String {
+    match message {
+        ToSuccessor::Connections { at, total, bytes } => {
+            format!("{} bytes at {at} of a table of {total}", bytes.len())
+        }
+        other => format!("{other:?}"),
     }
 }

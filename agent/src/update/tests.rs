@@ -65,6 +65,7 @@ fn name(word: &ToSuccessor) -> &'static str {
         ToSuccessor::LastCpu { .. } => "last cpu",
         ToSuccessor::Abort { .. } => "abort",
         ToSuccessor::Ping { .. } => "ping",
+        ToSuccessor::Connections { .. } => "connections",
     }
 }
 
@@ -120,6 +121,9 @@ impl Partner {
                     ToSuccessor::StandDown { epoch } => ToIncumbent::StoodDown { epoch },
                     ToSuccessor::Commit { .. } => ToIncumbent::Committed,
                     ToSuccessor::Ping { nonce } => ToIncumbent::Pong { nonce },
+                    ToSuccessor::Connections { at, bytes, .. } => {
+                        ToIncumbent::ConnectionsTaken { have: at + bytes.len() as u64 }
+                    }
                     ToSuccessor::LastCpu { .. } | ToSuccessor::Abort { .. } => continue,
                 };
                 channel.send(&answer).unwrap();

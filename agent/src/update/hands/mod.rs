@@ -71,6 +71,14 @@ struct Placed {
     line: Line<Incumbent>,
 }
 
+/// How much of the table of connections the successor has.
+fn taken(answer: ToIncumbent) -> Option<u64> {
+    match answer {
+        ToIncumbent::ConnectionsTaken { have } => Some(have),
+        _ => None,
+    }
+}
+
 /// The hands.
 pub struct Hands<'k> {
     kernel: &'k Kernel,
@@ -428,6 +436,12 @@ impl<'k> Hands<'k> {
         if let Some(missing) = expected.into_iter().chain(keeping).find(|name| !standing.contains(name)) {
             bail!("service {missing} does not stand by in the successor (standing: {})", standing.join(", "));
         }
+        if self.kernel.connections.are_wanted() {
+            // Asked now, so that one which is too old for it ends here and not in the blackout.
+            let none = ToSuccessor::Connections { at: 0, total: 0, bytes: Vec::new() };
+            self.ask(&none, taken)
+                .context("connections that services keep: is the successor's Baton older than this one?")?;
+        }
         Ok(())
     }
 
@@ -467,15 +481,29 @@ impl<'k> Hands<'k> {
     fn freeze(&mut self) -> Result<()> {
         let services = &self.kernel.services;
         services.all_serve(&self.listed, self.epoch())?;
-        self.sealed = services.freeze(self.epoch(), self.until)?.into_keys().collect();
+        self.kernel.connections.open();
+        let frozen = services.freeze(self.epoch(), self.until);
+        self.kernel.connections.close();
+        self.sealed = frozen?.into_keys().collect();
         self.kernel.files.freeze(self.device, &services.ranges(), self.until)
     }
 
-    /// Every arena that the successor was told of has its receipt.
+    /// Every arena that the successor was told of has its receipt; and it is told of the connections.
     fn seal(&mut self) -> Result<()> {
-        match self.listed.iter().find(|crossing| !self.sealed.contains(&crossing.name)) {
-            Some(open) => bail!("the arena of service {} is not sealed", open.name),
-            None => Ok(()),
+        if let Some(open) = self.listed.iter().find(|crossing| !self.sealed.contains(&crossing.name)) {
+            bail!("the arena of service {} is not sealed", open.name);
+        }
+        let connections = &self.kernel.connections;
+        connections.tell(|part| self.ask(&part, taken))
+    }
+
+    /// Connections that were held go on, unless the successor has let them go: their peers may have heard things of it that this kernel
+    /// does not know.
+    fn let_connections_go(&self) {
+        let theirs = self.placed.as_ref().map_or(0, |placed| placed.line.memory().load(words::CONNECTIONS_AT));
+        match theirs {
+            0 => self.kernel.connections.go_on(),
+            _ => self.kernel.connections.forget(),
         }
     }
 
@@ -487,6 +515,8 @@ impl<'k> Hands<'k> {
         // Each of these is done whatever becomes of the others. Programs first: nobody waits for an answer of theirs.
         let ended = self.device.set_end(End::Machine).map_err(Into::into);
         let programs = self.kernel.files.resume();
+        // Before the services: what they write must be heard.
+        self.let_connections_go();
         let resumed = self.kernel.services.unfreeze(epoch, self.until);
         let started = self.kernel.files.await_started(self.until);
         self.kernel.state().facts.epoch = epoch;
@@ -538,10 +568,15 @@ impl<'k> Hands<'k> {
 
     /// Takes the service address off this kernel's interface.
     fn drop_address(&mut self) -> Result<()> {
-        let Some(held) = &self.address else { return Ok(()) };
-        if let Err(error) = self.kernel.netlink.drop_held(held) {
+        let dropped = self.address.as_ref().map_or(Ok(()), |held| self.kernel.netlink.drop_held(held));
+        if let Err(error) = &dropped {
             // The update need not fail for it: no ARP request for this address is answered here any more, dropped or not.
             tracing::warn!("{error:#}");
+        }
+        // As long as this kernel has the address, what still comes here for a connection must find its socket, which loses it: without one
+        // it would be answered with a RST.
+        if dropped.is_ok() {
+            self.kernel.connections.forget();
         }
         Ok(())
     }
