@@ -1,8 +1,8 @@
 //! An update under load, and the same back: the successor has all CPUs and the machine's memory, nothing that was
-//! acknowledged is lost, the service's memory is the same memory, and no kernel has anything to complain about.
+//! acknowledged is lost, the service's memory is the same memory, its clients keep their connections, and no kernel has anything to complain about.
 
 use anyhow::Result;
-use baton_tests::clients::Clients;
+use baton_tests::clients::{Clients, Quiet};
 use baton_tests::console::{self, NO_WX};
 use baton_tests::{NEW, OLD, kernel, open, snapshot, upgrade};
 use demos::story::stage::Shape;
@@ -15,12 +15,16 @@ fn from_the_old_kernel_to_the_new_one_and_back_under_load() -> Result<()> {
     assert_eq!(first.online, "0-3");
     let arena = snapshot::arena_of_service(&stage.guest())?;
     let clients = Clients::start(stage, 200)?;
+    let mut quiet = Quiet::connect(stage)?;
 
     for (hop, series) in (1u32..).zip([NEW, OLD]) {
         let release = &kernel(series).release;
         let status = upgrade(stage, series, &[])?;
         let serving = clients.await_more(50);
         serving.unwrap_or_else(|why| panic!("after the update to {release}: {why}\n{}", stage.machine.logs(60)));
+
+        let asked = quiet.ask();
+        asked.unwrap_or_else(|why| panic!("in {release}: {why:#}\n{}", stage.machine.logs(60)));
 
         assert_eq!(
             (&status.kernel_release, status.role.to_string().as_str(), status.hops),
@@ -54,6 +58,8 @@ fn from_the_old_kernel_to_the_new_one_and_back_under_load() -> Result<()> {
 
     let report = clients.finish()?;
     assert!(report.is_clean(), "{report:?}");
+    let connections = report.connections;
+    assert_eq!((connections.kept, connections.reset, connections.timed_out), (4, 0, 0), "every connection survives");
     eprintln!("{} writes acknowledged, none lost; {:?}", report.acknowledged, report.connections);
 
     let machine = &stage.machine;

@@ -56,6 +56,37 @@ impl Clients {
     }
 }
 
+/// A client that says little: one connection, made before whatever the test does, with half a request on it all the time.
+pub struct Quiet {
+    socket: std::net::TcpStream,
+}
+
+impl Quiet {
+    /// Connects, and begins a request.
+    pub fn connect(stage: &Stage) -> Result<Quiet> {
+        let socket = within(stage.machine.door(), || std::net::TcpStream::connect(service()))??;
+        socket.set_read_timeout(Some(READ_BACK))?;
+        let mut quiet = Quiet { socket };
+        quiet.finish_request("PI")?;
+        Ok(quiet)
+    }
+
+    /// Ends the request that was begun before, hears its answer, and begins the next.
+    pub fn ask(&mut self) -> Result<()> {
+        use std::io::Read;
+        self.finish_request("NG\r\n")?;
+        let mut answer = [0; 7];
+        self.socket.read_exact(&mut answer).context("the connection made before the update gives no answer")?;
+        anyhow::ensure!(&answer == b"+PONG\r\n", "it answered {:?}", String::from_utf8_lossy(&answer));
+        self.finish_request("PI")
+    }
+
+    fn finish_request(&mut self, text: &str) -> Result<()> {
+        use std::io::Write;
+        self.socket.write_all(text.as_bytes()).context("the connection made before the update")
+    }
+}
+
 fn within<T: Send + 'static>(door: &demos::lab::Door, work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
     let thread = door.spawn("clients", work)?;
     Ok(thread.join().map_err(|_| anyhow!("panicked")).context("a client's thread")??)

@@ -15,6 +15,8 @@ use super::resp::{Limits, Parser, Reply};
 pub const OUTPUT_PAUSE: usize = 256 << 10;
 /// A buffer that grew beyond this is given back once empty.
 const KEEP: usize = 64 << 10;
+/// The first byte of a note: grows with every change that an older reader would misread.
+const NOTE_VERSION: u8 = 1;
 
 /// Where a connection stands after some work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,6 +61,35 @@ impl Connection {
             closing: false,
             peer_closed: false,
         }
+    }
+
+    /// What is known of it beside its socket, between two requests: what it sent and is not executed, and what it is owed.
+    #[must_use]
+    pub fn note(&self) -> Vec<u8> {
+        let (input, output) = (&self.input[self.taken..], &self.output[self.sent..]);
+        let flags = u8::from(self.closing) | u8::from(self.peer_closed) << 1;
+        let mut note = vec![NOTE_VERSION, flags];
+        note.extend_from_slice(&(input.len() as u64).to_le_bytes());
+        note.extend_from_slice(input);
+        note.extend_from_slice(output);
+        note
+    }
+
+    /// A client that was served on the kernel before, with the [`Connection::note`] of there.
+    ///
+    /// # Errors
+    /// The note is none of this version.
+    pub fn resume(socket: TcpStream, note: &[u8]) -> io::Result<Self> {
+        let none = || io::Error::new(io::ErrorKind::InvalidData, format!("{} bytes are no client's note", note.len()));
+        let Some((&[NOTE_VERSION, flags, ref len @ ..], rest)) = note.split_first_chunk::<10>() else {
+            return Err(none());
+        };
+        let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| none())?;
+        let (input, output) = rest.split_at_checked(len).ok_or_else(none)?;
+        let mut client = Self::new(socket);
+        (client.input, client.output) = (input.to_vec(), output.to_vec());
+        (client.closing, client.peer_closed) = (flags & 1 != 0, flags & 2 != 0);
+        Ok(client)
     }
 
     /// The poll says that there is something to read (or an end).
@@ -156,5 +187,31 @@ impl Connection {
             self.output = Vec::new();
         }
         Ok(true)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_note_tells_all_that_is_between_two_requests() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let socket = || TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let mut client = Connection::new(socket());
+        client.input = b"done*1\r\n$4\r\nPI".to_vec();
+        client.taken = 4;
+        client.output = b"+OK\r\n+OK\r\n".to_vec();
+        client.sent = 5;
+        client.peer_closed = true;
+        let again = Connection::resume(socket(), &client.note()).unwrap();
+        assert_eq!((again.input.as_slice(), again.taken), (&b"*1\r\n$4\r\nPI"[..], 0));
+        assert_eq!((again.output.as_slice(), again.sent), (&b"+OK\r\n"[..], 0));
+        assert_eq!((again.closing, again.peer_closed, again.readable), (false, true, true));
+        for none in
+            [&b""[..], &[2; 20], &[1, 0, 5, 0, 0, 0, 0, 0, 0, 0, 1], &[1, 0, 255, 255, 255, 255, 255, 255, 255, 255]]
+        {
+            assert!(Connection::resume(socket(), none).is_err(), "{none:?}");
+        }
     }
 }

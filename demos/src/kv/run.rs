@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 
 use baton_sdk::client::{Client, Order};
+use baton_sdk::connections::Carrier;
 use baton_sdk::held::Held;
 use baton_sdk::mapping::Arena;
 use baton_sdk::protocol::Hello;
@@ -70,11 +71,12 @@ pub fn under_agent(options: &Options) -> Result<(), Error> {
         // Then the first clients wait a little longer; nothing else hangs on it.
         let _ = writeln!(io::stderr(), "{NAME}: the rehearsal failed: {error}");
     }
+    let mut carrier = Carry::begin(options);
     agent.ready()?;
     while let Some(order) = agent.wait(None)? {
         match order {
             Order::StandBy => {}
-            Order::Serve(held) => match serve(&mut server, &mut agent, &mut arena, held) {
+            Order::Serve(held) => match serve(&mut server, &mut agent, &mut arena, &mut carrier, held) {
                 Ok(After::Frozen) => {}
                 Ok(After::Stopped) => break,
                 Err(error) => {
@@ -92,14 +94,21 @@ pub fn under_agent(options: &Options) -> Result<(), Error> {
 }
 
 /// From the order to serve to the report of being frozen.
-fn serve(server: &mut Server, agent: &mut Client, arena: &mut Arena, held: Held) -> Result<After, Error> {
+fn serve(
+    server: &mut Server,
+    agent: &mut Client,
+    arena: &mut Arena,
+    carry: &mut Carry,
+    held: Held,
+) -> Result<After, Error> {
     let (mut store, seal) = open(arena.memory(&held), &held)?;
+    carry.bring(server)?;
     server.begin(held.epoch)?;
     agent.activated(&held, store.len()?, seal)?;
     // Looked for first: one that came with the order to serve has left the socket already, and no readiness will tell of it.
     let order = loop {
         match agent.poll_order()? {
-            Some(Order::AgentIsBack) => {}
+            Some(Order::AgentIsBack) => carry.begin_again(),
             Some(order) => break order,
             None => while server.turn(&mut store, None)? != Turn::Control {},
         }
@@ -108,12 +117,70 @@ fn serve(server: &mut Server, agent: &mut Client, arena: &mut Arena, held: Held)
     let items = store.len()?;
     match order {
         Order::Freeze { .. } => {
+            carry.take(server);
             agent.frozen(held, items, seal_word(receipt))?;
             Ok(After::Frozen)
         }
         // Told to leave: sealed all the same, so that a successor may attach.
         _ => Ok(After::Stopped),
     }
+}
+
+/// The way of the clients' connections to the next kernel.
+struct Carry {
+    carrier: Carrier,
+    /// The agent knows that this service keeps its connections.
+    enlisted: bool,
+    /// They were given to it, and not taken back yet.
+    given: bool,
+}
+
+impl Carry {
+    fn begin(options: &Options) -> Carry {
+        let socket = options.socket.with_file_name("connections.sock");
+        let mut carry = Carry { carrier: Carrier::at(&socket, NAME), enlisted: false, given: false };
+        carry.begin_again();
+        carry
+    }
+
+    fn begin_again(&mut self) {
+        let begun = self.carrier.begin();
+        if let Err(error) = &begun {
+            complain(&format!("clients will have to connect again after an update: {error}"));
+        }
+        self.enlisted = begun.is_ok();
+    }
+
+    /// Before anything is answered: what came from the kernel before, or stays after all.
+    fn bring(&mut self, server: &mut Server) -> Result<(), Error> {
+        if std::mem::take(&mut self.given) {
+            // One that could not be held is not held.
+            if let Err(error) = server.stay() {
+                complain(&format!("the listener was not held: {error}"));
+            }
+        } else if self.enlisted {
+            server.adopt(self.carrier.sockets()?)?;
+        }
+        Ok(())
+    }
+
+    /// No request is under way. Clients that cannot be given away connect again; that is no reason not to freeze.
+    fn take(&mut self, server: &mut Server) {
+        if !self.enlisted {
+            return;
+        }
+        self.given = true;
+        match server.keep(&self.carrier) {
+            Ok(None) => {}
+            Ok(Some((left, why))) => complain(&format!("{left} clients stay behind: {why}")),
+            Err(error) => complain(&format!("clients stay behind: {error}")),
+        }
+    }
+}
+
+/// Nobody may be reading.
+fn complain(what: &str) {
+    let _ = writeln!(io::stderr(), "{NAME}: {what}");
 }
 
 /// What comes after serving.

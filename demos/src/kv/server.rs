@@ -12,6 +12,7 @@ use std::net::{SocketAddr, UdpSocket as StdUdpSocket};
 use std::os::fd::RawFd;
 use std::time::Duration;
 
+use baton_sdk::connections::{Carried, Carrier, hold, release};
 use handover::arena::Store;
 use mio::event::Event;
 use mio::net::{TcpListener, UdpSocket};
@@ -133,6 +134,46 @@ impl Server {
         Ok(())
     }
 
+    /// Gives all clients to the agent, to be served on the next kernel, with those that wait to be accepted. Whoever comes from now on is
+    /// neither let in nor refused. To be called between two turns; gives how many stay behind, and why the first of them does.
+    ///
+    /// # Errors
+    /// The agent's, or the listener's. Nobody is lost by it here.
+    pub fn keep(&mut self, carrier: &Carrier) -> Result<Option<(usize, String)>, baton_sdk::Error> {
+        hold(&self.listener)?;
+        self.accepting = true;
+        while self.accepting {
+            self.accept();
+        }
+        let notes: Vec<Vec<u8>> = self.clients.iter().flatten().map(Connection::note).collect();
+        let sockets = self.clients.iter().flatten().map(|client| &client.socket);
+        let kept = carrier.keep(sockets.zip(notes.iter().map(Vec::as_slice)))?;
+        let mut left = kept.into_iter().filter_map(Result::err);
+        Ok(left.next().map(|first| (1 + left.count(), first.0)))
+    }
+
+    /// Clients that were served on the kernel before.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2), or a note that is none.
+    pub fn adopt(&mut self, carried: Vec<Carried>) -> io::Result<()> {
+        for Carried { socket, note } in carried {
+            let socket = std::net::TcpStream::from(socket);
+            socket.set_nonblocking(true)?;
+            let client = Connection::resume(mio::net::TcpStream::from_std(socket), &note)?;
+            self.seat(client)?;
+        }
+        Ok(())
+    }
+
+    /// The clients stay: new ones are let in again.
+    ///
+    /// # Errors
+    /// As setsockopt(2).
+    pub fn stay(&mut self) -> io::Result<()> {
+        release(&self.listener)
+    }
+
     /// One turn. Waits up to `patience` when there is nothing to do.
     ///
     /// # Errors
@@ -250,13 +291,18 @@ impl Server {
             return io::Write::write(&mut socket, &words).map(drop);
         }
         socket.set_nodelay(true)?;
+        self.seat(Connection::new(socket))
+    }
+
+    fn seat(&mut self, mut client: Connection) -> io::Result<()> {
         let index = self.clients.iter().position(Option::is_none).unwrap_or(self.clients.len());
-        self.poll.registry().register(&mut socket, Token(index), Interest::READABLE | Interest::WRITABLE)?;
+        let wanted = Interest::READABLE | Interest::WRITABLE;
+        self.poll.registry().register(&mut client.socket, Token(index), wanted)?;
         if index == self.clients.len() {
             self.clients.push(None);
             self.queued.push(false);
         }
-        self.clients[index] = Some(Connection::new(socket));
+        self.clients[index] = Some(client);
         self.facts.clients += 1;
         self.enqueue(index);
         Ok(())
