@@ -1,15 +1,15 @@
-//! The module stays small enough to be read in one sitting: at most 2530 lines of C.
+//! The module stays small enough to be read in one sitting: at most 2600 lines of C.
 //! Everything in it runs with the kernel's rights and is in nobody's tree but ours; what can be done in user space belongs there.
 //!
 //! The limit was 2000 until devices hibernated (`hibernate.c`): the callbacks by which a driver gives its device up and takes it
 //! back with all that it has made of it are reached from within the kernel only. What user space had instead, unbinding, destroys
-//! mounts, addresses and connections.
+//! mounts, addresses and connections. (And an IOMMU is switched off on leaving by a kernel's own call.)
 
 use std::fs;
 use std::path::Path;
 
 /// The first count that is too many is one more.
-const LIMIT: usize = 2530;
+const LIMIT: usize = 2600;
 
 /// Sources of the module itself: not its test program, which is no part of it, and not `uapi/`, which is the contract.
 fn sources() -> Vec<(String, usize)> {
@@ -29,7 +29,7 @@ fn sources() -> Vec<(String, usize)> {
 }
 
 #[test]
-fn the_module_has_at_most_2530_lines_of_c() {
+fn the_module_has_at_most_2600_lines_of_c() {
     let sources = sources();
     let total: usize = sources.iter().map(|(_, lines)| lines).sum();
     assert!(sources.iter().any(|(name, _)| name == "main.c"), "the module's sources are not where they were");
