@@ -213,12 +213,13 @@ impl<M: SharedMemory> Channel<M> {
         Ok(Channel { memory, out, sent, inn, taken, broken: None })
     }
 
-    /// Sends a message. It can be taken as soon as this returns; ring the doorbell then.
+    /// Sends a message, in the oldest version that can say it: the other side may be older. It can be taken as soon as this returns;
+    /// ring the doorbell then.
     ///
     /// # Errors
     /// If there is no room now, the message is too long, or the other side broke the ring.
     pub fn send<T: Payload>(&mut self, message: &T) -> Result<(), ChannelError> {
-        self.send_bytes(&message.to_frame(T::VERSION)?)
+        self.send_bytes(&message.to_frame(message.least_version())?)
     }
 
     /// Takes the next message, if there is one.

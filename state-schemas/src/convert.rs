@@ -68,6 +68,11 @@ pub trait Payload: Sized {
     /// Its newest version.
     const VERSION: u32;
 
+    /// The oldest version that has words for this value. What has a reader of unknown age is written in this one.
+    fn least_version(&self) -> u32 {
+        Self::VERSION
+    }
+
     /// The frame, in a version that the reader knows.
     ///
     /// # Errors
@@ -105,8 +110,48 @@ macro_rules! first_version {
     };
 }
 
-first_version!(ToSuccessor, Kind::ToSuccessor);
-first_version!(ToIncumbent, Kind::ToIncumbent);
+/// Messages: version 2 has more words, and says the others as version 1 does.
+macro_rules! words {
+    ($type:ty, $kind:expr) => {
+        impl Payload for $type {
+            const KIND: Kind = $kind;
+            const VERSION: u32 = 2;
+
+            fn least_version(&self) -> u32 {
+                self.since()
+            }
+
+            fn to_frame(&self, version: u32) -> Result<Vec<u8>, PayloadError> {
+                match version {
+                    1 | 2 if version >= self.since() => Ok(write(Self::KIND, version, &codec::encode(self)?)),
+                    1 | 2 => Err(later(Self::KIND, version, self.since())),
+                    found => Err(unknown::<Self>(found)),
+                }
+            }
+
+            fn from_frame(bytes: &[u8]) -> Result<Received<Self>, PayloadError> {
+                let frame = expect::<Self>(bytes)?;
+                match frame.version {
+                    version @ (1 | 2) => {
+                        let word: Self = codec::decode(frame.payload)?;
+                        match word.since() {
+                            since if since > version => Err(later(Self::KIND, version, since)),
+                            _ => Ok(Received::new(word)),
+                        }
+                    }
+                    found => Err(unknown::<Self>(found)),
+                }
+            }
+        }
+    };
+}
+
+fn later(kind: Kind, to: u32, since: u32) -> PayloadError {
+    PayloadError::Down { kind, to, what: format!("a word of version {since}") }
+}
+
+words!(ToSuccessor, Kind::ToSuccessor);
+words!(ToIncumbent, Kind::ToIncumbent);
 first_version!(Platform, Kind::Platform);
 first_version!(Connection, Kind::Connection);
 

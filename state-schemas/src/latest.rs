@@ -28,5 +28,8 @@ pub mod platform {
 
 /// The channel's messages.
 pub mod message {
-    pub use crate::v1::message::{ITEM_LIMIT, MessageError, PART_LIMIT, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
+    pub use crate::v1::message::{
+        Attached, Counted, Ending, Examination, ITEM_LIMIT, LiveUpdate, MessageError, PART_LIMIT, TEXT_LIMIT, Text,
+        ToIncumbent, ToSuccessor,
+    };
 }

@@ -62,7 +62,7 @@ fn fits(word: &ToSuccessor) -> bool {
 
 /// Bytes on the channel. What no frame can hold is longer than any message.
 fn len<T: Payload>(message: &T) -> u64 {
-    message.to_frame(T::VERSION).map_or(u64::MAX, |frame| frame.len() as u64)
+    message.to_frame(message.least_version()).map_or(u64::MAX, |frame| frame.len() as u64)
 }
 
 /// One step for each name, its number apart, in the order in which each name came first.

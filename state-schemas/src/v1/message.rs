@@ -14,6 +14,12 @@
 //! ```
 //! Backwards: `ReleaseCpu` is answered by `CpuReleased`, `StandDown` by `StoodDown`. Anything may be answered by `Failed`.
 //!
+//! In a trial that is taken back afterwards the incumbent asks, once the services stand by, how the successor came up (`Examine`,
+//! answered by `Examined`), and has the operator's checks run there (`RunCheck`, answered by `CheckEnded`).
+//!
+//! Words are only ever added, at the end, so there is one type for all versions: each word says since which version it is there, and
+//! is written in that one ([`Payload::least_version`](crate::Payload::least_version)). A reader of an older version never meets it.
+//!
 //! A word that has been obeyed may come again, from an agent that follows one that died: it gets the same answer again. Such an agent
 //! sends `Ping` first. Answers that it finds before the `Pong` with its nonce were meant for the one that died.
 
@@ -71,7 +77,16 @@ pub enum ToSuccessor {
         /// To be sent back. Of its sender's own choice: another one than in earlier pings.
         nonce: u64,
     },
-    /// 10: a part of the table of connections ([`crate::connections`]), for the next `Activate`. The first part, with `at` 0, begins a
+    /// 10, since version 2: say what you found of the machine when you came up.
+    Examine,
+    /// 11, since version 2: run this command by a shell, and say how it ended.
+    RunCheck {
+        /// The command. One that is cut is another command: whoever asks has seen to it that it fits.
+        command: Text,
+        /// How long it may run, in milliseconds; then it is killed, with all that it has started.
+        limit_ms: u32,
+    },
+    /// 12, since version 2: a part of the table of connections ([`crate::connections`]), for the next `Activate`. The first part, with `at` 0, begins a
     /// table anew. Nothing but one of no bytes, which asks whether the successor takes such a table at all, is sent in the trial: a
     /// successor that is older than this word ends there, and not in the blackout.
     Connections {
@@ -140,11 +155,146 @@ pub enum ToIncumbent {
         /// From the ping.
         nonce: u64,
     },
-    /// 10: the answer to a part of the table of connections.
+    /// 10, since version 2: the answer to [`ToSuccessor::Examine`].
+    Examined {
+        /// What it found.
+        examination: Examination,
+    },
+    /// 11, since version 2: the answer to [`ToSuccessor::RunCheck`].
+    CheckEnded {
+        /// How.
+        ending: Ending,
+        /// The end of what it wrote, standard output and error; control characters spelled out.
+        output: Text,
+        /// How long it took, in milliseconds.
+        took_ms: u32,
+    },
+    /// 12, since version 2: the answer to a part of the table of connections.
     ConnectionsTaken {
         /// Bytes of the table that are here.
         have: u64,
     },
+}
+
+/// How a successor came up, in its own words. What it says of its kernel's log, the incumbent reads for itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Examination {
+    /// APIC ids of the CPUs that are online there.
+    pub cpus: Vec<u32>,
+    /// What the TSC read ...
+    pub tsc: u64,
+    /// ... when its wall clock showed this, in nanoseconds since 1970.
+    pub unix_ns: u64,
+    /// `/proc/sys/kernel/tainted`.
+    pub taint: u64,
+    /// The services that it was told of, in the order of the record.
+    pub services: Vec<Attached>,
+    /// Modules of its initrd's list, and those that are not loaded.
+    pub modules: Counted,
+    /// PCI functions that it was given, and those that have no driver.
+    pub functions: Counted,
+    /// What became of the kernel's Live Update Orchestrator.
+    pub live_update: LiveUpdate,
+}
+
+/// How many of something there are, and which of them are not as they should be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counted {
+    /// How many there are in all.
+    pub count: u32,
+    /// Names, with what is wrong.
+    pub wrong: Vec<Text>,
+}
+
+/// A service and its arena in the successor.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Attached {
+    /// Its name.
+    pub name: Text,
+    /// How it is.
+    pub state: Text,
+    /// Kind of the state that the service there reads; 0 if it has not come.
+    pub schema_kind: u32,
+    /// And its version.
+    pub schema_version: u32,
+    /// Bytes of its arena that were mapped read-only there, and begin with an arena's header.
+    pub mapped: u64,
+    /// Why they could not be, or what is wrong with the header; empty when nothing is.
+    pub trouble: Text,
+}
+
+/// A kernel's Live Update Orchestrator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum LiveUpdate {
+    /// 0: it has none.
+    Absent,
+    /// 1: its device was opened, and what was handed over to it was read.
+    Opened,
+}
+
+/// How a check's command ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ending {
+    /// 0: by itself.
+    Exited {
+        /// Its exit code; 0 is good.
+        code: u32,
+    },
+    /// 1: by a signal that nobody here sent.
+    Killed {
+        /// Which.
+        signal: u32,
+    },
+    /// 2: it did not end in time, and was killed.
+    TimedOut,
+    /// 3: it could not be started.
+    NotStarted {
+        /// Why not.
+        cause: Text,
+    },
+}
+
+impl ToSuccessor {
+    /// The version in which this word came.
+    pub fn since(&self) -> u32 {
+        match self {
+            ToSuccessor::Examine | ToSuccessor::RunCheck { .. } | ToSuccessor::Connections { .. } => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl ToIncumbent {
+    /// The version in which this word came.
+    pub fn since(&self) -> u32 {
+        match self {
+            ToIncumbent::Examined { .. } | ToIncumbent::CheckEnded { .. } | ToIncumbent::ConnectionsTaken { .. } => 2,
+            _ => 1,
+        }
+    }
+}
+
+impl Counted {
+    fn check(&self, what: &'static str) -> Result<(), MessageError> {
+        few(what, self.wrong.len())?;
+        self.wrong.iter().try_for_each(|text| short(what, text.as_str()))
+    }
+}
+
+impl Examination {
+    fn check(&self) -> Result<(), MessageError> {
+        if self.cpus.len() > CPU_LIMIT {
+            return Err(MessageError::TooMany { what: "CPUs", count: self.cpus.len(), limit: CPU_LIMIT });
+        }
+        few("services", self.services.len())?;
+        for service in &self.services {
+            short("service name", service.name.as_str())?;
+            short("state of a service", service.state.as_str())?;
+            short("trouble of a service", service.trouble.as_str())?;
+        }
+        self.modules.check("modules")?;
+        self.functions.check("functions")
+    }
 }
 
 /// Why a message is not believed.
@@ -234,6 +384,8 @@ impl std::fmt::Display for Text {
 }
 /// Most items in a message.
 pub const ITEM_LIMIT: usize = 1024;
+/// Most CPUs in a message.
+const CPU_LIMIT: usize = 4096;
 /// Most bytes of a table in one message: it fits the channel.
 pub const PART_LIMIT: usize = 15 << 10;
 
@@ -280,7 +432,9 @@ impl Check for ToSuccessor {
             | ToSuccessor::ReleaseCpu { .. }
             | ToSuccessor::StandDown { .. }
             | ToSuccessor::LastCpu { .. }
+            | ToSuccessor::Examine
             | ToSuccessor::Ping { .. } => Ok(()),
+            ToSuccessor::RunCheck { command, .. } => short("command", command.as_str()),
         }
     }
 }
@@ -302,6 +456,13 @@ impl Check for ToIncumbent {
             ToIncumbent::Failed { what, cause } => {
                 short("what failed", what.as_str())?;
                 short("cause", cause.as_str())
+            }
+            ToIncumbent::Examined { examination } => examination.check(),
+            ToIncumbent::CheckEnded { ending, output, .. } => {
+                if let Ending::NotStarted { cause } = ending {
+                    short("cause", cause.as_str())?;
+                }
+                short("output", output.as_str())
             }
             ToIncumbent::Healthy
             | ToIncumbent::Activated { .. }

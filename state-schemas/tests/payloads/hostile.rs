@@ -161,14 +161,14 @@ fn each_lie_about_a_frame_has_its_name() {
     assert!(matches!(Frame::read(&with(32, &[1])), Err(HeaderError::Crc { .. })));
     assert!(matches!(ToIncumbent::from_frame(&frame), Err(PayloadError::Kind { found: 2, .. })));
     assert!(matches!(
-        ToSuccessor::from_frame(&framed(Kind::ToSuccessor, 2, &[0; 4])),
-        Err(PayloadError::Version { found: 2, newest: 1, .. })
+        ToSuccessor::from_frame(&framed(Kind::ToSuccessor, 3, &[0; 4])),
+        Err(PayloadError::Version { found: 3, newest: 2, .. })
     ));
     assert!(matches!(
         ToSuccessor::from_frame(&framed(Kind::ToSuccessor, 1, &[0; 5])),
         Err(PayloadError::Codec(CodecError::Trailing { consumed: 4, len: 5 }))
     ));
-    assert!(matches!(ToSuccessor::StandBy.to_frame(2), Err(PayloadError::Version { found: 2, .. })));
+    assert!(matches!(ToSuccessor::StandBy.to_frame(3), Err(PayloadError::Version { found: 3, .. })));
 }
 
 #[test]

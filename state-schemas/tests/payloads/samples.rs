@@ -6,7 +6,7 @@ use state_schemas::connection::{
 use state_schemas::connections::Bytes;
 use state_schemas::handover_record::*;
 use state_schemas::header::{FIRST_CARRIED_KIND, Frame};
-use state_schemas::message::{ToIncumbent, ToSuccessor};
+use state_schemas::message::{Attached, Counted, Ending, Examination, LiveUpdate, ToIncumbent, ToSuccessor};
 use state_schemas::platform::{Platform, PowerButton, PowerOff, Register, Reset};
 use state_schemas::v1;
 
@@ -158,6 +158,8 @@ pub fn to_successor() -> Vec<ToSuccessor> {
         ToSuccessor::LastCpu { apic_id: 0 },
         ToSuccessor::Abort { reason: "the operator asked".into() },
         ToSuccessor::Ping { nonce: u64::MAX },
+        ToSuccessor::Examine,
+        ToSuccessor::RunCheck { command: "redis-cli ping".into(), limit_ms: 30_000 },
         ToSuccessor::Connections { at: 3, total: 9, bytes: vec![1, 2, 3] },
     ]
 }
@@ -177,6 +179,33 @@ pub fn to_incumbent() -> Vec<ToIncumbent> {
         ToIncumbent::Committed,
         ToIncumbent::Failed { what: "activate".into(), cause: "address in use".into() },
         ToIncumbent::Pong { nonce: u64::MAX },
+        ToIncumbent::Examined {
+            examination: Examination {
+                cpus: vec![3, 1],
+                tsc: 99,
+                unix_ns: 1_795_000_000_000_000_000,
+                taint: 0x1000,
+                services: vec![Attached {
+                    name: "kv".into(),
+                    state: "standby".into(),
+                    schema_kind: 1,
+                    schema_version: 2,
+                    mapped: 64 << 20,
+                    trouble: "".into(),
+                }],
+                modules: Counted { count: 4, wrong: vec!["virtio_net".into()] },
+                functions: Counted { count: 1, wrong: vec![] },
+                live_update: LiveUpdate::Opened,
+            },
+        },
+        ToIncumbent::CheckEnded { ending: Ending::Exited { code: 1 }, output: "no".into(), took_ms: 12 },
+        ToIncumbent::CheckEnded { ending: Ending::Killed { signal: 9 }, output: "".into(), took_ms: 0 },
+        ToIncumbent::CheckEnded { ending: Ending::TimedOut, output: "half".into(), took_ms: 30_000 },
+        ToIncumbent::CheckEnded {
+            ending: Ending::NotStarted { cause: "no shell".into() },
+            output: "".into(),
+            took_ms: 0,
+        },
         ToIncumbent::ConnectionsTaken { have: 6 },
     ]
 }
