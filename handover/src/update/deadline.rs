@@ -27,15 +27,19 @@ pub enum Share {
     Address,
     /// Watching the successor serve.
     Watch,
+    /// The checks of a trial that is taken back.
+    Checks,
 }
 
 impl Share {
     /// Which deadline a step of the script has.
     pub fn of(phase: Phase, effect: &Effect) -> Share {
         match (phase, effect) {
-            (Phase::Probation, Effect::OfflineCpu { cpu } | Effect::ParkCpu { cpu } | Effect::HandCpu { cpu }) => {
-                Share::Cpu(cpu.apic_id)
-            }
+            (
+                Phase::Probation | Phase::Trial,
+                Effect::OfflineCpu { cpu } | Effect::ParkCpu { cpu } | Effect::HandCpu { cpu },
+            ) => Share::Cpu(cpu.apic_id),
+            (_, Effect::RunChecks) => Share::Checks,
             (Phase::Probation, Effect::DropAddress) => Share::Address,
             (Phase::Probation, Effect::Watch { .. }) => Share::Watch,
             (phase, _) => Share::Phase(phase),
@@ -55,7 +59,10 @@ pub struct Deadlines {
     pub trial: Duration,
     /// [`Phase::Cutover`], and again the way back from it.
     pub cutover: Duration,
-    /// [`Phase::Probation`]: each CPU that moves, and the service address.
+    /// The checks of a trial that is taken back, and the time for which it is watched. Nothing in an update, which has none.
+    #[serde(default, skip_serializing_if = "Duration::is_zero")]
+    pub checks: Duration,
+    /// Each CPU that moves (in [`Phase::Probation`], or in a trial that is taken back), and the service address.
     pub per_cpu: Duration,
     /// [`Effect::Watch`]: its period, and time for the last answer. Not there in journals of before there was a watch.
     #[serde(default, skip_serializing_if = "Duration::is_zero")]
@@ -74,6 +81,7 @@ impl Deadlines {
             Share::Phase(Phase::Granted) => self.granted,
             Share::Phase(Phase::Booting) => self.booting,
             Share::Phase(Phase::Trial) => self.trial,
+            Share::Checks => self.checks,
             Share::Phase(Phase::Cutover) => self.cutover,
             Share::Phase(Phase::Probation) | Share::Cpu(_) | Share::Address => self.per_cpu,
             Share::Watch => self.watch,

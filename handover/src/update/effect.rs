@@ -44,6 +44,9 @@ pub enum Effect {
     StandBy,
     /// Ask the successor how it is.
     CheckHealth,
+    /// Only in a trial that is taken back: make its checks, and watch the candidate for as long as was asked for. A check that fails is
+    /// a failure of the successor's.
+    RunChecks,
     /// Have the services finish what they do and fall silent.
     Freeze,
     /// Check that every arena is sealed.
@@ -179,6 +182,7 @@ impl Effect {
             Effect::AwaitHello
             | Effect::StandBy
             | Effect::CheckHealth
+            | Effect::RunChecks
             | Effect::Activate { .. }
             | Effect::HandCpu { .. }
             | Effect::Watch { .. }
@@ -216,6 +220,7 @@ impl Effect {
             Effect::AwaitHello => "await hello",
             Effect::StandBy => "stand by",
             Effect::CheckHealth => "check health",
+            Effect::RunChecks => "run checks",
             Effect::Freeze => "freeze",
             Effect::Seal => "seal",
             Effect::ReleaseAddress => "release address",

@@ -9,6 +9,8 @@
 //! 2. An undo that fails is reported, and the others are done all the same.
 //! 3. Only what would do harm after that failure is not tried ([`Effect::forbids`]): memory that a device or a CPU may still
 //!    write is not given back. It is reported as kept.
+//!
+//! A trial that is taken back ([`Goal::Canary`]) needs no help for that: the candidate is fenced first, whatever the trial has shown.
 
 use std::time::Duration;
 
@@ -488,6 +490,9 @@ impl Update {
     }
 
     fn turn(&mut self, now: Duration, cause: Option<Cause>) -> Next {
+        if self.plan.goal == Goal::Canary {
+            self.fence_candidate_first();
+        }
         self.state = State::Back { cause, phase: self.phase, undoing: Effect::ReadLastWords };
         self.back(now)
     }
@@ -578,6 +583,16 @@ impl Update {
         }
         rest.extend(first.into_iter().chain(fence));
         self.undo = rest;
+    }
+
+    /// The candidate of a trial serves nobody, so nothing is asked of it: it is stopped, its last words are read, and then its CPUs are
+    /// taken from where the fence has left them.
+    fn fence_candidate_first(&mut self) {
+        let (first, rest): (Vec<Effect>, Vec<Effect>) = std::mem::take(&mut self.undo)
+            .into_iter()
+            .filter(|undo| !undo.needs_successor())
+            .partition(|undo| matches!(undo, Effect::Fence { .. } | Effect::ReadLastWords));
+        self.undo = rest.into_iter().chain(first).collect();
     }
 
     fn end(&mut self) -> Next {

@@ -24,7 +24,7 @@ use super::sizes::{self, CPU_LIMIT};
 pub enum Goal {
     /// All the way.
     Upgrade,
-    /// To the end of the trial, and back.
+    /// To the end of the trial, and back. The CPUs that follow the spare one ([`Cpus::others`]) are those that the candidate is lent.
     Canary,
 }
 
@@ -158,6 +158,11 @@ impl Plan {
             (Trial, Effect::CheckHealth),
         ]);
         if self.goal == Goal::Canary {
+            for &Moving { cpu, .. } in self.cpus.others.iter().filter(|moving| moving.online) {
+                let lent = [Effect::OfflineCpu { cpu }, Effect::ParkCpu { cpu }, Effect::HandCpu { cpu }];
+                script.extend(lent.map(|effect| (Trial, effect)));
+            }
+            script.push((Trial, Effect::RunChecks));
             return script;
         }
         script.extend([

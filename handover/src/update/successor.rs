@@ -12,7 +12,7 @@
 //! have died before it read the answer, and the one that follows asks again.
 
 use state_schemas::handover_record::{HandoverRecord, PhaseMark};
-use state_schemas::message::{ToIncumbent, ToSuccessor};
+use state_schemas::message::{Ending, Examination, Text, ToIncumbent, ToSuccessor};
 use thiserror::Error;
 
 /// How far the successor has come.
@@ -39,6 +39,15 @@ pub enum Order {
     StandBy,
     /// See whether all is well.
     CheckHealth,
+    /// Look at this kernel as it has come up.
+    Examine,
+    /// Have a shell run this command.
+    RunCheck {
+        /// The command.
+        command: String,
+        /// How long it may run, in milliseconds.
+        limit_ms: u32,
+    },
     /// Unseal the arenas for this epoch, take the address, answer clients.
     Activate {
         /// This kernel's epoch.
@@ -94,6 +103,17 @@ pub enum Answer {
     Online(u32),
     /// Bytes of the table of connections that are here; `TakeConnections` only.
     Have(u64),
+    /// What was found; `Examine` only.
+    Examined(Box<Examination>),
+    /// How a command ended; `RunCheck` only.
+    CheckEnded {
+        /// How.
+        ending: Ending,
+        /// The end of what it wrote.
+        output: Text,
+        /// How long it took, in milliseconds.
+        took_ms: u32,
+    },
     /// Anything else that was done.
     Done,
     /// It was not done.
@@ -213,6 +233,11 @@ impl Successor {
             }
             ToSuccessor::StandBy => at(&[Born], Order::StandBy),
             ToSuccessor::CheckHealth => at(&[Standing, Active], Order::CheckHealth),
+            // Of a trial only: a kernel that serves has better things to do.
+            ToSuccessor::Examine => at(&[Standing], Order::Examine),
+            ToSuccessor::RunCheck { ref command, limit_ms } => {
+                at(&[Standing], Order::RunCheck { command: command.as_str().to_owned(), limit_ms })
+            }
             ToSuccessor::Activate { epoch } => {
                 ours(epoch)?;
                 match self.stage {
@@ -221,9 +246,10 @@ impl Successor {
                 }
             }
             ToSuccessor::CpuParked { apic_id } => match online(apic_id) {
-                Some(cpu) if self.stage == Active => again(ToIncumbent::CpuOnline { apic_id, cpu }),
+                Some(cpu) if [Standing, Active].contains(&self.stage) => again(ToIncumbent::CpuOnline { apic_id, cpu }),
                 None if !self.away.contains(&apic_id) => no_such_cpu(apic_id),
-                _ => at(&[Active], Order::OnlineCpu { apic_id }),
+                // A candidate is lent CPUs for its trial, in which it never serves.
+                _ => at(&[Standing, Active], Order::OnlineCpu { apic_id }),
             },
             ToSuccessor::ReleaseCpu { apic_id } => match online(apic_id) {
                 None if !self.away.contains(&apic_id) => no_such_cpu(apic_id),
@@ -274,6 +300,10 @@ impl Successor {
                 ToIncumbent::Activated { epoch, tsc }
             }
             (Order::TakeConnections { .. }, Answer::Have(have)) => ToIncumbent::ConnectionsTaken { have },
+            (Order::Examine, Answer::Examined(examination)) => ToIncumbent::Examined { examination: *examination },
+            (Order::RunCheck { .. }, Answer::CheckEnded { ending, output, took_ms }) => {
+                ToIncumbent::CheckEnded { ending, output, took_ms }
+            }
             (&Order::OnlineCpu { apic_id }, Answer::Online(cpu)) => {
                 self.away.retain(|&id| id != apic_id);
                 self.here.push((apic_id, cpu));
@@ -325,6 +355,8 @@ impl Order {
         match self {
             Order::StandBy => "stand by",
             Order::CheckHealth => "check health",
+            Order::Examine => "examine",
+            Order::RunCheck { .. } => "run check",
             Order::Activate { .. } => "activate",
             Order::OnlineCpu { .. } => "online cpu",
             Order::OfflineCpu { .. } => "offline cpu",
@@ -342,6 +374,8 @@ pub fn name(word: &ToSuccessor) -> &'static str {
     match word {
         ToSuccessor::StandBy => "stand by",
         ToSuccessor::CheckHealth => "check health",
+        ToSuccessor::Examine => "examine",
+        ToSuccessor::RunCheck { .. } => "run check",
         ToSuccessor::Activate { .. } => "activate",
         ToSuccessor::CpuParked { .. } => "cpu parked",
         ToSuccessor::ReleaseCpu { .. } => "release cpu",

@@ -120,9 +120,19 @@ fn a_canary_comes_back() {
 /// Whatever goes wrong once before the commit, everything comes back: for every effect, and so for every k of n CPUs.
 #[test]
 fn one_failure_at_each_point_is_undone() {
-    let plan = plan(5, Goal::Upgrade);
+    one_failure_is_undone(&plan(5, Goal::Upgrade));
+}
+
+/// The same of a trial, up to its last check.
+#[test]
+fn one_failure_at_each_point_of_a_trial_is_undone() {
+    one_failure_is_undone(&plan(5, Goal::Canary));
+}
+
+fn one_failure_is_undone(plan: &Plan) {
     let script = plan.script();
-    let commit = script.iter().position(|(_, effect)| *effect == Effect::Commit).unwrap();
+    // A trial has none: it turns back at any point.
+    let commit = script.iter().position(|(_, effect)| *effect == Effect::Commit).unwrap_or(script.len());
     let fates = [
         Fate::Failed,
         Fate::UnknownDone,
@@ -141,7 +151,7 @@ fn one_failure_at_each_point_is_undone() {
             if at == commit && fate == Fate::DoneCalledOff {
                 continue; // too late: see `what_is_called_off_turns_back_at_each_step`
             }
-            let (_, outcome, _) = run(&plan, |number, effect, world| {
+            let (_, outcome, _) = run(plan, |number, effect, world| {
                 let fate = if number == at { fate } else { Fate::Done };
                 assert!(number != at || *effect == *doing);
                 // A successor that is late does at the worst moment what it was told.

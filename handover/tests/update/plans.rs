@@ -15,6 +15,7 @@ pub const DEADLINES: Deadlines = Deadlines {
     granted: Duration::from_secs(60),
     booting: Duration::from_secs(120),
     trial: Duration::from_secs(60),
+    checks: Duration::ZERO,
     cutover: Duration::from_secs(5),
     per_cpu: Duration::from_secs(20),
     watch: Duration::ZERO,
@@ -47,7 +48,11 @@ pub fn plan(cpus: u32, goal: Goal) -> Plan {
         },
         devices: true,
         probation: if is_watched { watched(cpus) } else { ProbationPolicy::CommitAtOnce },
-        deadlines: Deadlines { watch: Duration::from_secs(if is_watched { 35 } else { 0 }), ..DEADLINES },
+        deadlines: Deadlines {
+            watch: Duration::from_secs(if is_watched { 35 } else { 0 }),
+            checks: Duration::from_secs(if goal == Goal::Canary { 90 } else { 0 }),
+            ..DEADLINES
+        },
     }
 }
 
@@ -82,6 +87,26 @@ fn the_script_can_be_read_before_it_is_taken() {
 }
 
 #[test]
+fn a_trial_ends_with_its_checks() {
+    let script: Vec<_> =
+        plan(3, Goal::Canary).script().iter().map(|(phase, effect)| format!("{phase}: {}", effect.name())).collect();
+    assert_eq!(
+        script[3..],
+        [
+            "booting: place image",
+            "booting: start cpu",
+            "booting: await hello",
+            "trial: stand by",
+            "trial: check health",
+            "trial: offline cpu",
+            "trial: park cpu",
+            "trial: hand cpu over",
+            "trial: run checks",
+        ]
+    );
+}
+
+#[test]
 fn phases_of_every_script_follow_each_other() {
     for cpus in 2..9 {
         for goal in [Goal::Upgrade, Goal::Canary] {
@@ -91,7 +116,9 @@ fn phases_of_every_script_follow_each_other() {
                 matches!(effect, Effect::ParkCpu { .. } | Effect::StartCpu { .. } | Effect::YieldLastCpu { .. })
             };
             let each_cpu_once = script.iter().filter(|(_, effect)| goes_over(effect)).count();
-            assert_eq!(each_cpu_once, if goal == Goal::Upgrade { cpus as usize } else { 1 });
+            // A candidate is not given the last one, nor one that is offline.
+            let offline = usize::from(cpus >= 5);
+            assert_eq!(each_cpu_once, if goal == Goal::Upgrade { cpus as usize } else { cpus as usize - 1 - offline });
         }
     }
     assert!(phase::ALL.is_sorted());

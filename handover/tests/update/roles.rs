@@ -3,7 +3,7 @@
 use handover::update::successor::{Answer, Order, Stage, Successor, Unheard};
 use proptest::prelude::*;
 use state_schemas::handover_record::*;
-use state_schemas::message::{ToIncumbent, ToSuccessor};
+use state_schemas::message::{Counted, Ending, Examination, LiveUpdate, ToIncumbent, ToSuccessor};
 
 pub fn record() -> HandoverRecord {
     let range = |start, len| PhysRange { start, len };
@@ -44,12 +44,55 @@ pub fn good_answer(order: &Order) -> Answer {
         Order::Activate { .. } => Answer::AnsweringSince(5),
         Order::OnlineCpu { .. } | Order::Drain { .. } => Answer::Online(1),
         Order::TakeConnections { at, bytes, .. } => Answer::Have(at + bytes.len() as u64),
+        Order::Examine => Answer::Examined(Box::new(examination())),
+        Order::RunCheck { .. } => {
+            Answer::CheckEnded { ending: Ending::Exited { code: 0 }, output: "".into(), took_ms: 1 }
+        }
         _ => Answer::Done,
     }
 }
 
 fn connections(at: u64) -> ToSuccessor {
     ToSuccessor::Connections { at, total: 9, bytes: vec![1, 2] }
+}
+
+fn examination() -> Examination {
+    Examination {
+        cpus: vec![2],
+        tsc: 1,
+        unix_ns: 1,
+        taint: 0,
+        services: vec![],
+        modules: Counted::default(),
+        functions: Counted::default(),
+        live_update: LiveUpdate::Absent,
+    }
+}
+
+#[test]
+fn a_candidate_is_examined_and_lent_cpus_while_its_services_stand_by() {
+    let mut candidate = Successor::new(&record());
+    let check = || ToSuccessor::RunCheck { command: "true".into(), limit_ms: 5 };
+    for word in [ToSuccessor::Examine, check(), ToSuccessor::CpuParked { apic_id: 1 }] {
+        assert!(matches!(candidate.hear(&word), Err(Unheard::Stage { stage: Stage::Born, .. })), "{word:?}");
+    }
+    let mut say = |word: ToSuccessor| {
+        let order = candidate.hear(&word)?;
+        Ok::<_, Unheard>(candidate.answer(&order, good_answer(&order))?.unwrap())
+    };
+    say(ToSuccessor::StandBy).unwrap();
+    for _ in 0..2 {
+        assert_eq!(
+            say(ToSuccessor::CpuParked { apic_id: 1 }).unwrap(),
+            ToIncumbent::CpuOnline { apic_id: 1, cpu: 1 },
+            "also when it is asked again"
+        );
+        assert_eq!(say(ToSuccessor::Examine).unwrap(), ToIncumbent::Examined { examination: examination() });
+        assert!(matches!(say(check()).unwrap(), ToIncumbent::CheckEnded { .. }));
+    }
+    say(ToSuccessor::Activate { epoch: 8 }).unwrap();
+    assert!(matches!(say(ToSuccessor::Examine), Err(Unheard::Stage { stage: Stage::Active, .. })));
+    assert!(matches!(say(check()), Err(Unheard::Stage { stage: Stage::Active, .. })));
 }
 
 #[test]
@@ -125,6 +168,8 @@ fn word() -> impl Strategy<Value = ToSuccessor> {
         1 => Just(ToSuccessor::Abort { reason: "".into() }),
         1 => (0u64..9).prop_map(connections),
         1 => any::<u64>().prop_map(|nonce| ToSuccessor::Ping { nonce }),
+        1 => Just(ToSuccessor::Examine),
+        1 => any::<u32>().prop_map(|limit_ms| ToSuccessor::RunCheck { command: "true".into(), limit_ms }),
     ]
 }
 

@@ -25,6 +25,7 @@ fn word(effect: &Effect, marks: &[PhaseMark]) -> Option<ToSuccessor> {
     Some(match effect {
         Effect::StandBy => ToSuccessor::StandBy,
         Effect::CheckHealth => ToSuccessor::CheckHealth,
+        Effect::RunChecks => ToSuccessor::Examine,
         Effect::Activate { epoch } => ToSuccessor::Activate { epoch: *epoch },
         Effect::HandCpu { cpu } => ToSuccessor::CpuParked { apic_id: cpu.apic_id },
         Effect::Commit => commit(marks),
@@ -111,7 +112,7 @@ fn a_canary_passes_its_trial_and_never_serves() {
 
 #[test]
 fn a_canary_that_fails_says_why() {
-    for failing in [Effect::StandBy, Effect::CheckHealth] {
+    for failing in [Effect::StandBy, Effect::CheckHealth, Effect::RunChecks] {
         let (outcome, _) = Pair::new(&plan(4, Goal::Canary)).run(|effect| *effect == failing);
         let Outcome::RolledBack { cause, left, .. } = outcome else { panic!("{outcome:?}") };
         assert_eq!((cause.blame, left), (Blame::Successor, vec![]));

@@ -235,7 +235,7 @@ impl World {
                 self.move_to(cpu, At::Successor);
                 self.successor = Kernel::Alive;
             }
-            Effect::AwaitHello | Effect::StandBy | Effect::CheckHealth | Effect::ReadLastWords => {}
+            Effect::AwaitHello | Effect::StandBy | Effect::CheckHealth | Effect::RunChecks | Effect::ReadLastWords => {}
             Effect::Freeze => self.frozen = true,
             Effect::Seal => {
                 assert!(self.frozen, "sealed under a running service");
@@ -414,6 +414,7 @@ pub fn asks_successor(effect: &Effect) -> bool {
         Effect::AwaitHello
             | Effect::StandBy
             | Effect::CheckHealth
+            | Effect::RunChecks
             | Effect::Activate { .. }
             | Effect::HandCpu { .. }
             | Effect::Watch { .. }
