@@ -128,12 +128,37 @@ impl fmt::Display for LogTail {
 const PANIC: &str = "Kernel panic - not syncing: ";
 /// How process 1 of our initrds says that it gives up.
 const INIT: &str = "baton-init: ";
+/// All that a kernel complained of: what [`cause_of`] knows how to tell, from a panic down to a warning, each with the function if it
+/// said one. At most `most` of them, in their order.
+///
+/// Only what the kernel itself wrote counts. An oops is several lines that each begin like one, so what follows a complaint of the
+/// same kind within its stack is part of it.
+pub fn complaints(records: &[Record], most: usize) -> Vec<DeathCause> {
+    let kernels = records.iter().filter(|record| record.is_kernels());
+    let said: Vec<(usize, &str)> = kernels.flat_map(|record| record.text.lines()).enumerate().collect();
+    let mut found: Vec<(usize, DeathCause)> = Vec::new();
+    for (n, line) in &said {
+        let Some(kind) = kind_of(line) else { continue };
+        if found.last().is_some_and(|(last, of)| of.kind == kind && n - last < STACK) {
+            continue;
+        }
+        if found.len() == most {
+            break;
+        }
+        let place = rip_after(&said, *n).filter(|_| kind != Kind::Module && kind != Kind::Memory);
+        found.push((*n, DeathCause { kind, what: (*line).to_owned(), place, after: None }));
+    }
+    found.into_iter().map(|(_, complaint)| complaint).collect()
+}
+
 /// What comes before the name of the function, in the kernel (selector 0x10).
 const RIP: &str = "RIP: 0010:";
 /// Functions through which every panic goes: the frame below them is the one that panicked.
 const PANIC_ITSELF: [&str; 6] = ["dump_stack_lvl+", "dump_stack+", "panic+", "vpanic+", "nmi_panic+", "__warn+"];
 /// An oops, and a stack, belong to a cause when they are within so many lines of it.
 const NEAR: usize = 120;
+/// No second complaint of the same kind is told within so many lines: they are those of its registers and its stack.
+const STACK: usize = 12;
 
 /// The gravest thing that a log tells, in the words of the kernel. Only what the kernel itself wrote counts as the kernel's; the agent
 /// and the first program are heard, too, when they say why they end.
@@ -221,7 +246,14 @@ fn kind_of(line: &str) -> Option<Kind> {
         "Loading of unsigned module is rejected",
     ]) {
         Some(Kind::Module)
-    } else if begins(&["WARNING: "]) {
+    } else if begins(&[
+        // Every report of lockdep's begins so, too, but for the next one.
+        "WARNING: ",
+        "INFO: trying to register non-static key",
+        "UBSAN: ",
+        "x86/mm: Found insecure W+X mapping",
+        "x86/mm: Checked W+X mappings: FAILED",
+    ]) {
         Some(Kind::Warning)
     } else {
         None
@@ -359,6 +391,35 @@ mod tests {
         assert_eq!(gave_up(&[(program + 4, other), (program + 4, part)]).as_deref(), Some("no interface appeared"));
         assert_eq!(gave_up(&[(program + 4, ended)]).as_deref(), Some("the control block cannot be read: no magic"));
         assert_eq!(gave_up(&[(4, ended)]), None, "the kernel does not speak for it");
+    }
+
+    #[test]
+    fn each_complaint_of_the_kernels_own_is_told_once() {
+        let told = |lines: &[(u8, &str)], most| {
+            complaints(&log(lines), most).iter().map(ToString::to_string).collect::<Vec<_>>()
+        };
+        let program = 8;
+        let lines = [
+            (6, "Speculative Return Stack Overflow: WARNING: See https://kernel.org/"),
+            (program, "WARNING: from a program"),
+            (4, "WARNING: CPU: 0 PID: 1 at mm/slub.c:7 kfree+0x1/0x2"),
+            (4, "RIP: 0010:kfree+0x1/0x2"),
+            (4, "WARNING: possible circular locking dependency detected"),
+            (1, "BUG: unable to handle page fault for address: 0"),
+            (1, "Oops: Oops: 0002 [#1] PREEMPT SMP PTI"),
+            (6, "x86/mm: Checked W+X mappings: passed, no W+X pages found."),
+            (4, "UBSAN: array-index-out-of-bounds in a.c:1"),
+        ];
+        assert_eq!(
+            told(&lines, 9),
+            [
+                "its kernel warned: WARNING: CPU: 0 PID: 1 at mm/slub.c:7 kfree+0x1/0x2, in kfree+0x1/0x2",
+                "its kernel had a fault: BUG: unable to handle page fault for address: 0",
+                "its kernel warned: UBSAN: array-index-out-of-bounds in a.c:1",
+            ]
+        );
+        assert_eq!(told(&lines, 1).len(), 1);
+        assert!(told(&[(6, "smp: Brought up 1 node, 1 CPU"), (3, "mce: no")], 9).is_empty());
     }
 
     #[test]
