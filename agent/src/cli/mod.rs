@@ -2,6 +2,7 @@
 //!
 //! Results go to stdout (a table for people, one JSON object with `--json`), progress and errors to stderr.
 
+mod canary;
 mod cancel;
 mod check;
 mod config;
@@ -48,7 +49,9 @@ pub struct Cli {
 enum Verb {
     /// Replace the running kernel.
     Upgrade(upgrade::UpgradeArgs),
-    /// Call off the update that runs: it is undone, if it can still be.
+    /// Try a kernel beside the running one, check it, and take everything back.
+    Canary(canary::CanaryArgs),
+    /// Call off the update or the trial that runs: it is undone, if it can still be.
     Cancel,
     /// The new kernel, which is on probation, stays: there is no way back from here.
     Commit,
@@ -134,6 +137,10 @@ fn dispatch(cli: Cli) -> Result<ExitCode, Failure> {
             };
             interrupt::heed(&cli.socket);
             upgrade::run(cli.json, ask(&Request::Upgrade(wish))?)
+        }
+        Verb::Canary(args) => {
+            interrupt::heed(&cli.socket);
+            canary::run(cli.json, ask(&Request::Canary(args.into()))?)
         }
         Verb::Cancel => cancel::run(cli.json, &ask(&Request::Cancel)?),
         Verb::Commit => probation::run(cli.json, &ask(&Request::Commit)?),

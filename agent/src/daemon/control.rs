@@ -16,6 +16,7 @@ use crate::daemon::outcome::{Class, Failure};
 use crate::daemon::successor_log::Log;
 use crate::update::stock::accept::Accept;
 use crate::update::timeline::{Span, Zero};
+use crate::update::trial::{Trial, report::Report};
 
 /// The agent's socket.
 pub const SOCKET: &str = "/run/baton/control.sock";
@@ -67,6 +68,15 @@ impl Upgrade {
     }
 }
 
+/// What a trial is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Canary {
+    /// The candidate, as an update would boot it.
+    pub candidate: Upgrade,
+    /// What is done with it.
+    pub trial: Trial,
+}
+
 /// What `baton` asks for.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "request")]
@@ -75,6 +85,8 @@ pub enum Request {
     Status,
     /// Replace the kernel.
     Upgrade(Upgrade),
+    /// Boot a kernel beside this one, check it, and take everything back.
+    Canary(Canary),
     /// Whether an upgrade would be started, and why not; touches nothing.
     Check(Upgrade),
     /// Undo the update that runs, if it can still be undone.
@@ -133,7 +145,9 @@ pub enum Reply {
         /// What was measured so far.
         timeline: Vec<Span>,
     },
-    /// The update was not begun: these are the checks, and some of them refuse.
+    /// A trial has ended: what it showed.
+    Tried(Box<Report>),
+    /// The update, or the trial, was not begun: these are the checks, and some of them refuse.
     Refused {
         /// All, in order.
         findings: Vec<Finding>,
@@ -207,7 +221,7 @@ impl fmt::Display for Role {
     }
 }
 
-/// How far an update is, as `baton status` tells it: a phase, or one of three ends that are none.
+/// How far an update is, as `baton status` tells it: a phase, or one of four ends that are none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Stage {
@@ -216,6 +230,9 @@ pub enum Stage {
     /// This kernel goes on.
     #[serde(rename = "rolled back")]
     RolledBack,
+    /// Only a trial was asked for. The candidate passed it, and everything was taken back.
+    #[serde(rename = "trial passed")]
+    TrialPassed,
     /// As a successor, this kernel could not go on.
     Failed,
     /// In the middle of it, or (drained) at its good end.
@@ -229,6 +246,7 @@ impl fmt::Display for Stage {
             Stage::In(phase) => phase.fmt(f),
             Stage::Committed => f.pad("committed"),
             Stage::RolledBack => f.pad("rolled back"),
+            Stage::TrialPassed => f.pad("trial passed"),
             Stage::Failed => f.pad("failed"),
         }
     }
@@ -373,6 +391,7 @@ mod tests {
             (Stage::In(Phase::Drained), "\"drained\""),
             (Stage::Committed, "\"committed\""),
             (Stage::RolledBack, "\"rolled back\""),
+            (Stage::TrialPassed, "\"trial passed\""),
             (Stage::Failed, "\"failed\""),
         ];
         for (stage, text) in stages {

@@ -239,7 +239,8 @@ fn answer(kernel: &Kernel, line: Line) -> Result<()> {
                 Ok(log) => Reply::Log(Box::new(log)),
                 Err(error) => Reply::Failed(Failure::from_error(&error)),
             },
-            Request::Upgrade(wish) => upgrade::run(kernel, &wish, &replies),
+            Request::Upgrade(wish) => upgrade::run(kernel, &wish, None, &replies),
+            Request::Canary(canary) => upgrade::run(kernel, &canary.candidate, Some(&canary.trial), &replies),
         };
         // The asker may have left; what was done stays done.
         let _ = replies.send(last);

@@ -22,6 +22,8 @@ pub enum Class {
     Unreachable = 6,
     /// The connection ended before the outcome was known.
     Unknown = 7,
+    /// The candidate of a trial (`baton canary`) failed it; everything was given back.
+    TrialFailed = 8,
 }
 
 impl Class {
@@ -73,10 +75,10 @@ mod tests {
     /// The table for people is made of these classes: each with its code, its name in JSON, and its comment above.
     #[test]
     fn the_documents_have_each_class() {
-        use Class::{Busy, Failed, Precondition, RolledBack, Unknown, Unreachable, Usage};
+        use Class::{Busy, Failed, Precondition, RolledBack, TrialFailed, Unknown, Unreachable, Usage};
         let source = include_str!("outcome.rs");
         let readme = include_str!("../../README.md");
-        for class in [Failed, Usage, Precondition, RolledBack, Busy, Unreachable, Unknown] {
+        for class in [Failed, Usage, Precondition, RolledBack, Busy, Unreachable, Unknown, TrialFailed] {
             let line = format!("    {class:?} = {},\n", class.exit_code());
             let comment = source[..source.find(&line).unwrap()].trim_end().rsplit("/// ").next().unwrap();
             let name = serde_json::to_value(class).unwrap();

@@ -4,3 +4,4 @@ pub mod birth;
 pub mod button;
 pub mod home;
 pub mod successor;
+pub mod trial;

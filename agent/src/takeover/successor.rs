@@ -3,6 +3,7 @@
 //! ```text
 //! attach ─► clock ─► arenas ─► interface ─► Hello ─┬─ StandBy ──► Standing
 //!                                                  ├─ CheckHealth ► Healthy
+//!                                                  ├─ (Examine ─► Examined, RunCheck ─► CheckEnded)   a trial that is taken back
 //!                                                  ├─ Activate ─► services, address ─► Activated     the blackout ends
 //!                                                  ├─ CpuParked ► online it ─► CpuOnline             undo: ReleaseCpu
 //!                                                  ├─ (StandDown ► services, address ─► StoodDown)   undo of Activate
@@ -34,6 +35,7 @@ use crate::machine::net::{Announcer, ArpAnswers, Link};
 use crate::machine::pci;
 use crate::services::arenas::Arena;
 use crate::takeover::birth::{Birth, range};
+use crate::takeover::trial;
 use crate::update::line::{Line, Successor, Unanswered};
 use crate::update::timeline::{Timeline, tsc};
 
@@ -172,12 +174,23 @@ impl<'k> Heir<'k> {
                 Ok(Answer::Services(services))
             }
             Order::CheckHealth => self.check_health(),
+            Order::Examine => {
+                let found = trial::examine(self.kernel, self.birth, self.device, self.sessions.is_some())?;
+                Ok(Answer::Examined(Box::new(found)))
+            }
+            Order::RunCheck { command, limit_ms } => {
+                let trial::Ran { ending, output, took_ms } =
+                    trial::run(command, Duration::from_millis((*limit_ms).into()));
+                Ok(Answer::CheckEnded { ending, output, took_ms })
+            }
             Order::Activate { epoch } => self.activate(*epoch),
             Order::OnlineCpu { .. } | Order::Commit { .. } if self.unsettled.is_some() => {
                 Err(self.unsettled.take().expect("it was looked at just now"))
             }
             Order::OnlineCpu { apic_id } => {
-                self.kernel.set_phase(Phase::Probation);
+                if self.serves {
+                    self.kernel.set_phase(Phase::Probation);
+                }
                 Ok(Answer::Online(self.online(*apic_id)?))
             }
             Order::OfflineCpu { apic_id } => self.offline(*apic_id),

@@ -6,5 +6,5 @@ use crate::update::plan;
 
 /// All findings, in the order of the checks. What depends on something that was refused is not looked at.
 pub fn findings(kernel: &Kernel, wish: &Upgrade) -> Vec<Finding> {
-    plan::make(kernel, wish).0.into_list()
+    plan::make(kernel, wish, None).0.into_list()
 }

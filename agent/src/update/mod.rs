@@ -10,6 +10,7 @@ pub mod report;
 pub mod setup;
 pub mod stock;
 pub mod timeline;
+pub mod trial;
 pub mod upgrade;
 pub mod versions;
 

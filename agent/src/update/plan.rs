@@ -45,6 +45,7 @@ use crate::update::kho::{self, Spoken};
 use crate::update::stock::accept::Accept;
 use crate::update::stock::item::Item;
 use crate::update::stock::{self, asked::Asked};
+use crate::update::trial::Trial;
 use crate::update::versions;
 use crate::userland::kernels;
 use crate::userland::known_images;
@@ -109,6 +110,10 @@ pub struct Plan {
     pub probation: ProbationPolicy,
     /// In which version the handover record is written: the newest that the successor's agent reads.
     pub record_version: u32,
+    /// It is a trial that is taken back.
+    pub trial: Option<Trial>,
+    /// CPUs beside the spare one that the candidate of a trial gets.
+    pub lent: Vec<CpuFacts>,
 }
 
 /// An interface for the successor.
@@ -122,10 +127,15 @@ pub struct GrantedNic {
     pub bdf: Bdf,
 }
 
-/// Makes every check, in an order in which the first refusal is the most telling one.
-pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
+/// Makes every check, in an order in which the first refusal is the most telling one. With a `trial`, of a candidate that is taken back:
+/// what an update would lose is no matter then.
+pub fn make(kernel: &Kernel, wish: &Upgrade, trial: Option<&Trial>) -> (Findings, Option<Plan>) {
     let mut findings = Findings::default();
+    let mut granted = None;
     let plan = (|| {
+        if let Some(trial) = trial {
+            findings.check("trial", trial.check().map(|()| ((), told(trial))).map_err(Into::into))?;
+        }
         let device = findings.check("module", module(kernel))?;
         findings.check("update", no_update_unfinished(kernel))?;
         let image = findings.check("image", read_image(kernel, &wish.kernel))?;
@@ -137,22 +147,29 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
         let cpus = findings.check("cpus", cpus(kernel, device))?;
         findings.check("journal", journal(cpus.len()));
         let spare = findings.check("spare cpu", spare(&cpus, wish.cpu));
-        let nic = findings.check("network", network(kernel));
+        let nic = findings.check("network", network(kernel, trial.is_some()));
+        granted = nic.iter().flatten().map(|granted| granted.mac).next();
         findings.check("services", services(kernel));
         let arenas = kernel.services.ranges().union(&kernel.files.ranges());
         findings.check("arenas", reservations(&arenas));
-        let record_version = findings.check("agent", agent(kernel, kho));
+        let record_version = findings.check("agent", agent(kernel, kho, trial.is_some()));
         let probation = findings.check("probation", probation(kernel, wish));
         let initrd = initrd?;
         let block_size = device.info().ok()?.memory_block_size;
-        let asked = kernel.config.update.region_mib << 20;
+        let asked = trial.and_then(|trial| trial.memory_mib).unwrap_or(kernel.config.update.region_mib) << 20;
         let region_len =
             findings.check("memory", memory(&parsed, &initrd, &arenas, asked, block_size, kho, &kernel.facts().ram))?;
         let spare = spare?;
         let moves = order_of_moves(&cpus, spare.cpu);
+        let lent = match trial {
+            Some(trial) => findings.check("lent cpus", lent(&moves, trial.cpus))?,
+            None => Vec::new(),
+        };
         let (cmdline, weaker) =
             findings.check("command line", cmdline(kernel, wish, &release, initrd.microcode, &spare, &moves, kho))?;
-        findings.extend(vec![protection(&weaker).finding(&accepted(kernel, wish))]);
+        if trial.is_none() {
+            findings.extend(vec![protection(&weaker).finding(&accepted(kernel, wish))]);
+        }
         let initrd = initrd.bytes;
         let ids: Vec<u32> = moves.iter().map(|(cpu, _)| cpu.apic_id).collect();
         let probation = held_back(probation?, &moves);
@@ -192,9 +209,14 @@ pub fn make(kernel: &Kernel, wish: &Upgrade) -> (Findings, Option<Plan>) {
             spare,
             region_len,
             block_size,
+            trial: trial.cloned(),
+            lent,
         })
     })();
-    findings.extend(stock(kernel, wish));
+    findings.extend(match trial {
+        None => stock(kernel, wish),
+        Some(_) => stock_before_trial(kernel, wish, granted),
+    });
     let plan = plan.filter(|_| !findings.refuse());
     (findings, plan)
 }
@@ -204,6 +226,41 @@ fn stock(kernel: &Kernel, wish: &Upgrade) -> Vec<Finding> {
     let facts = kernel.facts();
     let asked = Asked { config: &kernel.config, facts: &facts, own: std::process::id(), asker: wish.asker };
     stock::take(&Live(&*kernel.netlink), &asked, &accepted(kernel, wish))
+}
+
+/// What this machine would suffer from a candidate that is taken back.
+fn stock_before_trial(kernel: &Kernel, wish: &Upgrade, granted: Option<Mac>) -> Vec<Finding> {
+    let facts = kernel.facts();
+    let asked = Asked { config: &kernel.config, facts: &facts, own: std::process::id(), asker: wish.asker };
+    stock::before_trial(&Live(&*kernel.netlink), &asked, &accepted(kernel, wish), granted)
+}
+
+/// A trial, as the findings have it.
+fn told(trial: &Trial) -> String {
+    let checks = trial.checks.len();
+    let watched = trial.watch_ms as f64 / 1e3;
+    format!(
+        "{} CPUs, {checks} checks of the operator's, watched for {watched} s; taken back whatever it shows",
+        trial.cpus
+    )
+}
+
+/// The CPUs that a candidate gets beside the one on which it boots. All of them can be taken back by force, which the one that the
+/// firmware booted cannot: INIT would reset the machine.
+fn lent(moves: &[(CpuFacts, Move)], cpus: u32) -> Result<(Vec<CpuFacts>, String)> {
+    let can = moves.iter().filter(|(cpu, how)| *how == Move::Ordinary && cpu.online && !cpu.firmware_bsp);
+    let can: Vec<CpuFacts> = can.map(|(cpu, _)| *cpu).collect();
+    let wanted = cpus as usize - 1;
+    if can.len() < wanted {
+        return Err(Failure::precondition(
+            format!("{cpus} CPUs are asked for, and {} can be given to a candidate and be taken back", 1 + can.len()),
+            format!("ask for --cpus {} or less", 1 + can.len()),
+        )
+        .into());
+    }
+    let names: Vec<u32> = can[..wanted].iter().map(|cpu| cpu.cpu).collect();
+    let found = if names.is_empty() { "none beside the spare one".to_owned() } else { format_cpu_list(&names) };
+    Ok((can[..wanted].to_vec(), found))
 }
 
 /// What the operator accepted, for every update and for this one.
@@ -521,7 +578,9 @@ fn spare(cpus: &[CpuFacts], wish: Option<u32>) -> Result<(CpuFacts, String)> {
 }
 
 /// The interface that the successor gets: a configured one that does not hold the service address.
-fn network(kernel: &Kernel) -> Result<(Option<GrantedNic>, String)> {
+///
+/// A candidate that is taken back can do without.
+fn network(kernel: &Kernel, trial: bool) -> Result<(Option<GrantedNic>, String)> {
     let network = &kernel.config.network;
     let Some(service) = network.service_address else {
         return Ok((None, "no service address is configured: none is moved".to_owned()));
@@ -548,6 +607,9 @@ fn network(kernel: &Kernel) -> Result<(Option<GrantedNic>, String)> {
             let found = format!("{} ({}) for the successor", nic.mac, crate::machine::sysfs::bdf_name(*bdf));
             return Ok((Some(granted), found));
         }
+    }
+    if trial {
+        return Ok((None, "no configured interface is free: the candidate runs without one".to_owned()));
     }
     Err(anyhow!(Failure::precondition(
         format!("none of {} configured interfaces is free for the successor", network.nic.len()),
@@ -581,8 +643,19 @@ fn services(kernel: &Kernel) -> Result<((), String)> {
 }
 
 /// The agent that will run on the successor, and whether it can be told all that there is to tell.
-fn agent(kernel: &Kernel, kho: Option<Spoken>) -> Result<(u32, String)> {
-    let (version, found) = versions::agent()?;
+fn agent(kernel: &Kernel, kho: Option<Spoken>, trial: bool) -> Result<(u32, String)> {
+    /// The messages in which a candidate can be asked how it is.
+    const TRIAL_WORDS: u32 = 2;
+    let ((version, words), found) = versions::agent()?;
+    if trial && words < TRIAL_WORDS {
+        return Err(Failure::precondition(
+            format!(
+                "the candidate's agent knows messages of version {words}, a trial needs those of version {TRIAL_WORDS}"
+            ),
+            "install baton, batond and baton-init of this batond's release, or a newer one",
+        )
+        .into());
+    }
     let carried = kernel.birth.as_ref().map_or(0, |birth| birth.record.carried.len());
     // What version 1 has no words for: `state_schemas::convert` would refuse it, when the successor has its memory already.
     let unsayable = [

@@ -160,7 +160,8 @@ impl<'a> Report<'a> {
         }
         let (stage, left) = match outcome {
             Outcome::Committed { left } => (Stage::Committed, left),
-            Outcome::RolledBack { left, .. } | Outcome::TrialPassed { left } => (Stage::RolledBack, left),
+            Outcome::RolledBack { left, .. } => (Stage::RolledBack, left),
+            Outcome::TrialPassed { left } => (Stage::TrialPassed, left),
         };
         self.kernel.set_stage(stage);
         self.kernel.note(|update| {

@@ -66,6 +66,8 @@ fn name(word: &ToSuccessor) -> &'static str {
         ToSuccessor::Abort { .. } => "abort",
         ToSuccessor::Ping { .. } => "ping",
         ToSuccessor::Connections { .. } => "connections",
+        ToSuccessor::Examine => "examine",
+        ToSuccessor::RunCheck { .. } => "run check",
     }
 }
 
@@ -124,7 +126,11 @@ impl Partner {
                     ToSuccessor::Connections { at, bytes, .. } => {
                         ToIncumbent::ConnectionsTaken { have: at + bytes.len() as u64 }
                     }
-                    ToSuccessor::LastCpu { .. } | ToSuccessor::Abort { .. } => continue,
+                    // Nobody is tried here: this partner is an update's.
+                    ToSuccessor::LastCpu { .. }
+                    | ToSuccessor::Abort { .. }
+                    | ToSuccessor::Examine
+                    | ToSuccessor::RunCheck { .. } => continue,
                 };
                 channel.send(&answer).unwrap();
             }
@@ -166,6 +172,8 @@ impl Scene {
             },
         };
         let plan = Plan {
+            trial: None,
+            lent: Vec::new(),
             target,
             image: bzimage::with_payload(b"", 0),
             initrd: vec![0; 4096],
@@ -191,6 +199,7 @@ impl Scene {
             devices: true,
             probation: ProbationPolicy::CommitAtOnce,
             deadlines: Deadlines {
+                checks: Duration::ZERO,
                 granted: long,
                 booting: long,
                 trial: long,

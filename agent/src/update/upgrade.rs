@@ -35,9 +35,13 @@ use crate::daemon::kernel::Kernel;
 use crate::daemon::outcome::{Class, Failure};
 use crate::machine::facts::Facts;
 use crate::recovery::journal::boot_id;
+use crate::update::hands::trial::{is_candidates_fault, time_for};
 use crate::update::hands::{self, Found, Hands};
 use crate::update::plan::{self, Plan, Target};
 use crate::update::report::Report;
+use crate::update::trial::report::{Candidate, Report as Tried, Returned, Verdict};
+use crate::update::trial::{Trial, judge};
+use crate::userland::kernels;
 
 /// Each effect is carried out, and its outcome decides on the next, until there is none.
 pub(super) fn drive(update: &mut Update, first: Next, hands: &mut Hands<'_>, report: &mut Report<'_>) -> Outcome {
@@ -70,8 +74,8 @@ pub(super) fn drive(update: &mut Update, first: Next, hands: &mut Hands<'_>, rep
     }
 }
 
-/// Makes an update, telling `replies` how it goes; gives the last word.
-pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) -> Reply {
+/// Makes an update, or only a `trial`, telling `replies` how it goes; gives the last word.
+pub fn run(kernel: &Kernel, wish: &Upgrade, trial: Option<&Trial>, replies: &UnboundedSender<Reply>) -> Reply {
     let _held = match kernel.updating.try_lock() {
         Ok(held) => held,
         Err(TryLockError::Poisoned(held)) => held.into_inner(),
@@ -85,27 +89,68 @@ pub fn run(kernel: &Kernel, wish: &Upgrade, replies: &UnboundedSender<Reply>) ->
     };
     // The wish to call an earlier update off does not hold for this one.
     kernel.called_off.store(false, Ordering::SeqCst);
-    let (findings, plan) = plan::make(kernel, wish);
+    let (findings, plan) = plan::make(kernel, wish, trial);
     let Some(plan) = plan else {
         return match findings.refuse() {
             true => Reply::Refused { findings: findings.into_list() },
             false => Reply::Failed(Failure::new(Class::Failed, "no plan could be made", "see batond's log")),
         };
     };
-    Reply::Failed(make(kernel, &plan, replies).unwrap_or_else(|error| Failure::from_error(&error)))
+    make(kernel, &plan, replies).unwrap_or_else(|error| Reply::Failed(Failure::from_error(&error)))
 }
 
-/// The failure in which the update ended. (One that succeeds takes this kernel's last CPU with it.)
-fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Failure> {
+/// The failure in which the update ended, or what the trial has shown. (An update that succeeds takes this kernel's last CPU with it.)
+fn make(kernel: &Kernel, plan: &Plan, replies: &UnboundedSender<Reply>) -> Result<Reply> {
     let id = new_id()?;
     let mut update = Update::new(steps(id, plan, kernel)?);
     let mut report = Report::open(kernel, update.plan(), &plan.target.release, replies)?;
     let mut hands = Hands::new(kernel, plan, id)?;
     // A ledger that still tells of an earlier update would mislead a batond that recovers this one.
     kernel.ledger.change(|pages| (pages.crossing, pages.granted) = (None, None))?;
+    let online = online(kernel)?;
     let first = update.step(report.now(), Event::Begin)?;
     let outcome = drive(&mut update, first, &mut hands, &mut report);
-    Ok(ended(kernel, &mut update, outcome, &hands, &mut report))
+    let failure = ended(kernel, &mut update, outcome.clone(), &hands, &mut report);
+    let Some(trial) = &plan.trial else { return Ok(Reply::Failed(failure)) };
+    let still_there = kernels::others(&*kernel.hardware)?.iter().any(|instance| instance.id == hands.seen.instance);
+    let returned =
+        Returned { cpus: self::online(kernel)? == online, memory: !still_there && keeps_no_memory(&outcome) };
+    Ok(match tried(trial, &outcome, &hands, &plan.target.release, returned) {
+        Some(report) => Reply::Tried(Box::new(report)),
+        None => Reply::Failed(failure),
+    })
+}
+
+/// APIC ids of the CPUs that are online.
+fn online(kernel: &Kernel) -> Result<Vec<u32>> {
+    Ok(kernel.device()?.cpus()?.into_iter().filter(|cpu| cpu.online).map(|cpu| cpu.apic_id).collect())
+}
+
+fn keeps_no_memory(outcome: &Outcome) -> bool {
+    let (Outcome::TrialPassed { left } | Outcome::RolledBack { left, .. } | Outcome::Committed { left }) = outcome;
+    !left.iter().any(|left| matches!(left.effect, Effect::GiveBackMemory | Effect::DestroyInstance))
+}
+
+/// What a trial has shown; nothing if it was broken off by the operator or failed for a reason of this kernel's own, which is told as
+/// the failure that it is.
+fn tried(trial: &Trial, outcome: &Outcome, hands: &Hands<'_>, release: &str, returned: Returned) -> Option<Tried> {
+    let cause = match outcome {
+        Outcome::TrialPassed { .. } => None,
+        Outcome::RolledBack { cause, phase, .. } if is_candidates_fault(cause) => {
+            Some(told(*phase, cause, hands.last_words.as_deref()))
+        }
+        Outcome::RolledBack { .. } | Outcome::Committed { .. } => return None,
+    };
+    let candidate = Candidate {
+        id: hands.seen.instance,
+        release: release.to_owned(),
+        verdict: if cause.is_none() { Verdict::Pass } else { Verdict::Fail },
+        cause,
+        boot_ms: hands.seen.boot_ms,
+        checks: judge::all(hands.seen.checks.clone(), &trial.checks),
+        dmesg_tail: hands.log.lines.clone(),
+    };
+    Some(Tried::of(candidate, returned))
 }
 
 /// Says who may serve here, now that the update has ended, and what became of it.
@@ -167,24 +212,29 @@ fn steps(id: UpdateId, plan: &Plan, kernel: &Kernel) -> Result<handover::update:
     let cpu = |cpu: &CpuFacts| Cpu { number: cpu.cpu, apic_id: cpu.apic_id };
     let moving = |facts: &CpuFacts| Moving { cpu: cpu(facts), online: facts.online };
     let step = Duration::from_secs(config.step_timeout_s);
+    let boot = Duration::from_secs(config.boot_timeout_s);
     let (last, _) = plan.moves.iter().find(|(_, how)| *how == Move::Yield).context("there is no last CPU")?;
     let plan = handover::update::plan::Plan {
         update: id,
         boot: boot_id()?,
         services: kernel.services.crossings().into_iter().map(|crossing| crossing.name).collect(),
-        goal: Goal::Upgrade,
+        goal: if plan.trial.is_some() { Goal::Canary } else { Goal::Upgrade },
         epoch: plan.target.facts.epoch,
         cpus: Cpus {
             spare: moving(&plan.spare),
-            others: plan.moves.iter().filter(|(_, how)| *how != Move::Yield).map(|(cpu, _)| moving(cpu)).collect(),
+            others: match &plan.trial {
+                None => plan.moves.iter().filter(|(_, how)| *how != Move::Yield).map(|(cpu, _)| moving(cpu)).collect(),
+                Some(_) => plan.lent.iter().map(moving).collect(),
+            },
             last: cpu(last),
         },
         devices: plan.target.nic.is_some(),
         probation: plan.probation,
         deadlines: Deadlines {
             granted: step,
-            booting: Duration::from_secs(config.boot_timeout_s),
+            booting: boot,
             trial: step,
+            checks: plan.trial.as_ref().map_or(Duration::ZERO, |trial| time_for(trial, step)),
             cutover: Duration::from_millis(config.cutover_timeout_ms),
             per_cpu: step,
             watch: match plan.probation {
@@ -217,8 +267,9 @@ fn failure(outcome: Outcome, hands: &Hands<'_>) -> Failure {
             format!("the successor serves and stays, but this kernel could not leave: {}", list(&left)),
             "what this kernel still has is lost to the successor until the machine is restarted",
         ),
+        // Only a trial was asked for, and this is no failure of it: see `tried`.
         Outcome::TrialPassed { left } => {
-            Failure::new(Class::Failed, "the update ended with its trial, which was not asked for", list(&left))
+            Failure::new(Class::Failed, "the trial has passed, and was taken back", list(&left))
         }
     }
 }

@@ -77,29 +77,27 @@ impl Versions {
                 self.control_block
             );
         }
-        // Messages have but one version, so that there is nothing to choose yet.
-        if (self.to_successor, self.to_incumbent) != (successor.to_successor, successor.to_incumbent) {
-            bail!(
-                "the successor's agent reads and writes messages of versions {} and {}, this one {} and {}",
-                successor.to_successor,
-                successor.to_incumbent,
-                self.to_successor,
-                self.to_incumbent
-            );
-        }
+        // Messages need no agreement: each word is said in the version in which it came, and an update needs those of version 1 only.
         Ok(self.handover_record.min(successor.handover_record))
+    }
+
+    /// The newest words that both sides know.
+    pub fn words_with(self, successor: Versions) -> u32 {
+        let ours = self.to_successor.min(self.to_incumbent);
+        ours.min(successor.to_successor).min(successor.to_incumbent)
     }
 }
 
-/// The agent that would be put into the initrd.
-pub fn agent() -> Result<(u32, String)> {
+/// What the agent that would be put into the initrd understands: the version of the record, and that of the messages.
+pub fn agent() -> Result<((u32, u32), String)> {
     let program = mkinitrd::own_program("baton")?;
     let refuse = |error: anyhow::Error| {
         Failure::precondition(format!("{error:#}"), "install baton, batond and baton-init of one release")
     };
     let successor = Versions::of_program(&program).map_err(refuse)?;
     let record = Versions::OURS.record_for(successor).map_err(refuse)?;
-    Ok((record, format!("{} reads handover record version {record}", program.display())))
+    let words = Versions::OURS.words_with(successor);
+    Ok(((record, words), format!("{} reads handover record version {record}", program.display())))
 }
 
 #[cfg(test)]
@@ -122,8 +120,11 @@ mod tests {
         assert_eq!(Versions::OURS.record_for(future).unwrap(), 2);
         let other = Versions { control_block: 2, ..Versions::OURS };
         assert!(Versions::OURS.record_for(other).unwrap_err().to_string().contains("version 2 of the control block"));
-        let other = Versions { to_successor: 2, ..Versions::OURS };
-        assert!(Versions::OURS.record_for(other).unwrap_err().to_string().contains("messages of versions 2 and 1"));
+        // Of messages each knows the other's older words.
+        let other = Versions { to_successor: 9, to_incumbent: 9, ..Versions::OURS };
+        assert_eq!((Versions::OURS.record_for(other).unwrap(), Versions::OURS.words_with(other)), (2, 2));
+        assert_eq!(Versions::OURS.words_with(Versions::FIRST), 1);
+        assert_eq!(Versions::FIRST.words_with(Versions::OURS), 1);
     }
 
     #[test]

@@ -20,7 +20,9 @@ impl Effect {
             Effect::Activate { epoch } => vec![Effect::StandDown { epoch }],
             Effect::ParkCpu { cpu } => vec![Effect::UnparkCpu { cpu }],
             Effect::HandCpu { cpu } => vec![Effect::TakeCpuBack { cpu }],
-            Effect::AwaitHello | Effect::StandBy | Effect::CheckHealth | Effect::RunChecks | Effect::Watch { .. } => vec![],
+            Effect::AwaitHello | Effect::StandBy | Effect::CheckHealth | Effect::RunChecks | Effect::Watch { .. } => {
+                vec![]
+            }
             // What undoes `ReleaseAddress` gives the address back, dropped or not.
             Effect::DropAddress => vec![],
             Effect::Commit | Effect::QuiesceDevices | Effect::YieldLastCpu { .. } => vec![],

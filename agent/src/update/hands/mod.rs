@@ -10,6 +10,7 @@
 mod cpus;
 mod memory;
 mod resumed;
+pub mod trial;
 mod watch;
 
 pub use self::resumed::Found;
@@ -94,6 +95,8 @@ pub struct Hands<'k> {
     pub last_words: Option<String>,
     /// How its log ended.
     pub log: LogTail,
+    /// What was seen of a candidate, in a trial that is taken back.
+    pub seen: trial::Seen,
     id: record::UpdateId,
     /// APIC id of the CPU that the firmware booted: INIT would reset the machine there.
     firmware_bsp: Option<u32>,
@@ -141,6 +144,7 @@ impl<'k> Hands<'k> {
             refusal: None,
             last_words: None,
             log: LogTail::default(),
+            seen: trial::Seen::default(),
             id,
             firmware_bsp: None,
             began: Moment::raw()?,
@@ -163,10 +167,13 @@ impl<'k> Hands<'k> {
     /// Carries an effect out, and says what came of it.
     pub fn carry_out(&mut self, effect: &Effect, until: Instant) -> Event {
         self.until = until;
-        match self.do_it(effect) {
+        let began = Instant::now();
+        let event = match self.do_it(effect) {
             Ok(()) => Event::Done,
             Err(error) => self.what_happened(effect, &error),
-        }
+        };
+        self.note_for_trial(effect, &event, began);
+        event
     }
 
     /// One line for each effect, in the order of `handover::update::effect`.
@@ -180,6 +187,7 @@ impl<'k> Hands<'k> {
             Effect::AwaitHello => self.await_hello(),
             Effect::StandBy => self.stand_by(),
             Effect::CheckHealth => self.check_health(),
+            Effect::RunChecks => self.run_checks(),
             Effect::Freeze => self.freeze(),
             Effect::Seal => self.seal(),
             Effect::ReleaseAddress => self.release_address(),
@@ -423,8 +431,11 @@ impl<'k> Hands<'k> {
 
     /// Lets the successor's services attach and wait.
     fn stand_by(&mut self) -> Result<()> {
-        // Whoever began to serve here from now on would do so unseen by the successor.
-        self.kernel.services.wait();
+        // Whoever began to serve here from now on would do so unseen by the successor. A candidate that is taken back never serves: there a
+        // service that ends and comes again goes on at once.
+        if !self.is_trial() {
+            self.kernel.services.wait();
+        }
         let expected: Vec<String> = self.listed.iter().map(|crossing| crossing.name.clone()).collect();
         let standing = self.ask_on_trial(&ToSuccessor::StandBy, |answer| match answer {
             ToIncumbent::Standing { services } => Some(services),
@@ -455,6 +466,10 @@ impl<'k> Hands<'k> {
             && granted.nic.address.network() == service.network()
         {
             crate::machine::reach::check(granted.nic.address.address, self.until)?;
+        }
+        // No cutover follows a trial that is taken back.
+        if self.is_trial() {
+            return Ok(());
         }
         if let Some(cidr) = network.service_address {
             self.address = Some(self.kernel.netlink.held(cidr)?);

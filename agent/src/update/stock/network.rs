@@ -154,6 +154,25 @@ fn has_msi(config: &[u8]) -> Option<bool> {
     Some(false)
 }
 
+/// Leaves only what lies on one interface, and the interface itself.
+pub fn keep_only(seen: &mut Seen, mac: Mac) {
+    (seen.namespaces, seen.servers, seen.legacy, seen.ipvs) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let Ok(network) = &mut seen.network else { return };
+    let kept: BTreeSet<_> = real(network, mac).into_iter().map(|interface| interface.index).collect();
+    let keeps = |index| kept.contains(&index);
+    network.addresses.retain(|held| keeps(held.index));
+    // A route over several interfaces has none of its own.
+    network.routes.retain(|route| route.index.is_none_or(keeps));
+    network.rules.clear();
+    network.neighbours.retain(|neighbour| keeps(neighbour.index));
+    let masters: BTreeSet<_> =
+        network.interfaces.iter().filter(|of| keeps(of.index)).filter_map(|of| of.master).collect();
+    // And what lies on it, or has it as a part.
+    network
+        .interfaces
+        .retain(|other| keeps(other.index) || other.lower.is_some_and(keeps) || masters.contains(&other.index));
+}
+
 /// Judges.
 pub fn judge(seen: &Seen, asked: &Asked<'_>) -> Vec<Item> {
     let mut items = Vec::new();
@@ -534,6 +553,42 @@ mod tests {
                 (found, &Weight::Asks(accept))
             );
         }
+    }
+
+    /// Before a trial only what the granted interface carries is named: it would not come back.
+    #[test]
+    fn of_one_interface_only_its_own_is_named() {
+        let mut network = lab();
+        network.addresses.push(address(2, "192.0.2.7/24"));
+        network.addresses.push(address(3, "192.0.2.8/24"));
+        network.interfaces[1].mtu = 9000;
+        network.interfaces.push(upper(7, "docker0", "bridge", None));
+        network.interfaces.push(upper(8, "eth1.7", "vlan", Some(3)));
+        let default = Route { destination: None, automatic: false, ..network.routes[0].clone() };
+        network.routes.push(Route { index: Some(2), ..default.clone() });
+        network.rules.push(Rule { v6: false, priority: 100, table: 7, plain: false });
+        network.neighbours.push(Neighbour { index: 2, address: "10.77.0.99".into() });
+        let told = |network: &Network| {
+            let mut facts = Facts::default();
+            facts.nics.extend(MACS.iter().map(|mac| (*mac, 0x10)));
+            let (config, world) = (config(), Played { network: network.clone(), ..Played::default() });
+            let asked = Asked { config: &config, facts: &facts, own: 1, asker: None };
+            let mut seen = read(&world, &asked);
+            keep_only(&mut seen, MACS[1]);
+            let items = judge(&seen, &asked).into_iter().filter(|item| item.weight != Weight::Fine);
+            items.map(|item| format!("{}: {}", item.check, item.found)).collect::<Vec<_>>()
+        };
+        assert_eq!(
+            told(&network),
+            [
+                "interfaces: eth1 (52:54:00:00:00:02) carries eth1.7 (vlan)",
+                "addresses: 192.0.2.8/24 on eth1, eth1.7 (vlan)",
+            ]
+        );
+        network.routes.push(Route { index: Some(3), ..default });
+        network.neighbours[0].index = 3;
+        assert_eq!(told(&network)[2..], ["routes: default on eth1", "neighbours: 10.77.0.99 on eth1"]);
+        assert!(told(&lab()).is_empty(), "{:?}", told(&lab()));
     }
 
     #[test]
