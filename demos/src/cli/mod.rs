@@ -1,5 +1,6 @@
 //! The command line of `cargo demo`: which stories there are, and how their ends become exit codes.
 
+mod canary;
 mod compare;
 mod kho;
 mod lab;
@@ -28,6 +29,8 @@ struct Arguments {
 enum Story {
     /// Updates the kernel of a running machine under load, and says what its clients noticed (the default).
     Upgrade(upgrade::UpgradeArguments),
+    /// Tries kernels beside the one that serves, one that is fit and two that are not, and says what clients noticed.
+    Canary(canary::CanaryArguments),
     /// Measures the silence of a live update beside that of kexec and of a reboot.
     Compare(compare::CompareArguments),
     /// Updates to kernels with kexec handover (KHO), and asks them what they were given (builds such a kernel when there is none).
@@ -48,6 +51,7 @@ pub fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let end = match arguments.story {
         Some(Story::Upgrade(arguments)) => upgrade::run(&arguments),
+        Some(Story::Canary(arguments)) => canary::run(&arguments),
         Some(Story::Compare(arguments)) => compare::run(&arguments),
         Some(Story::Kho(arguments)) => kho::run(&arguments),
         Some(Story::Rollback(arguments)) => rollback::run(&arguments),
