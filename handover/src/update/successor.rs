@@ -160,9 +160,9 @@ pub enum Unheard {
     #[error("{answer:?} is no answer to {order:?}")]
     Answer {
         /// The order.
-        order: Order,
+        order: Box<Order>,
         /// The answer.
-        answer: Answer,
+        answer: Box<Answer>,
     },
 }
 
@@ -334,8 +334,7 @@ impl Successor {
             }
             (order, Answer::Failed(cause)) => ToIncumbent::Failed { what: order.name().into(), cause: cause.into() },
             (order, answer) => {
-                let order = order.clone();
-                return Err(Unheard::Answer { order, answer });
+                return Err(Unheard::Answer { order: Box::new(order.clone()), answer: Box::new(answer) });
             }
         };
         Ok(Some(reply))
