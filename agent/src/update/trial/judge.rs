@@ -326,10 +326,13 @@ mod tests {
         assert_eq!(names, BUILT_IN[3..11]);
     }
 
+    /// The check that it fails, what is said, and what was changed.
+    type Fault<'a> = (&'a str, &'a str, &'a dyn Fn(&mut Examination));
+
     /// Each lie and each fault fails its own check, and no other.
     #[test]
     fn each_fault_fails_its_own_check() {
-        let faults: [(&str, &str, &dyn Fn(&mut Examination)); 15] = [
+        let faults: [Fault<'_>; 15] = [
             ("cpus", "0x1, 0x3 were given, 0x1 are online", &|e| e.cpus = vec![1, 1]),
             ("cpus", "0x1, 0x3, 0x9 are online", &|e| e.cpus.push(9)),
             ("arenas", "does not know it", &|e| e.services[0].name = "vk".into()),
