@@ -123,6 +123,7 @@ fn trap() -> Result<Vec<u8>> {
 }
 
 #[test]
+#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn a_canary_is_taken_back_whatever_it_shows() -> Result<()> {
     let mut shape = Shape::default();
     // What the machine needs on an idle host is 6 s; the trap's service is waited for as long as a step lasts.
