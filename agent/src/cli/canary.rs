@@ -1,13 +1,14 @@
 //! `baton canary`: a kernel is tried beside this one, and everything is taken back.
 
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
 
 use super::output::{complain, print_json, unexpected};
-use super::upgrade::{UpgradeArgs, refused};
+use super::upgrade::{BootArgs, refused};
 use crate::daemon::control::{Canary, Reply};
 use crate::daemon::outcome::{Class, Failure};
 use crate::update::trial::Trial;
@@ -16,8 +17,11 @@ use crate::update::trial::report::{Candidate, CheckVerdict, Report, Verdict};
 /// What a trial is asked for.
 #[derive(Debug, Args)]
 pub struct CanaryArgs {
+    /// The candidate's image (bzImage), such as /boot/vmlinuz-7.3.4+deb13-cloud-amd64.
+    #[arg(long)]
+    kernel: PathBuf,
     #[command(flatten)]
-    candidate: UpgradeArgs,
+    boot: BootArgs,
     /// CPUs that the candidate gets, the one on which it boots included.
     #[arg(long, default_value_t = 1, value_name = "N")]
     cpus: u32,
@@ -25,13 +29,13 @@ pub struct CanaryArgs {
     #[arg(long, value_parser = memory_mib, value_name = "SIZE")]
     memory: Option<u64>,
     /// How long the candidate is watched from its first check on: 90s, 5m, 1h.
-    #[arg(long = "for", value_parser = duration, default_value = "60s", value_name = "TIME")]
+    #[arg(long = "for", value_parser = humantime::parse_duration, default_value = "60s", value_name = "TIME")]
     watch: Duration,
     /// A command that a shell runs in the candidate; exit code 0 is good. May be given more than once.
     #[arg(long = "check", value_name = "CMD", allow_hyphen_values = true)]
     checks: Vec<String>,
     /// How long each of these commands may take.
-    #[arg(long, value_parser = duration, default_value = "30s", value_name = "TIME")]
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "30s", value_name = "TIME")]
     check_limit: Duration,
 }
 
@@ -39,7 +43,7 @@ impl From<CanaryArgs> for Canary {
     fn from(args: CanaryArgs) -> Canary {
         let ms = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         Canary {
-            candidate: args.candidate.into(),
+            candidate: args.boot.wish(&args.kernel),
             trial: Trial {
                 cpus: args.cpus,
                 memory_mib: args.memory,
@@ -49,21 +53,6 @@ impl From<CanaryArgs> for Canary {
             },
         }
     }
-}
-
-/// `90s`, `500ms`, `5m`, `1h`; a number alone is seconds.
-fn duration(text: &str) -> Result<Duration, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let ms: u64 = match unit {
-        "ms" => 1,
-        "" | "s" => 1000,
-        "m" => 60_000,
-        "h" => 3_600_000,
-        _ => return Err("write it as 500ms, 90s, 5m or 1h".to_owned()),
-    };
-    let number: u64 = number.parse().map_err(|error| format!("{number:?}: {error}"))?;
-    number.checked_mul(ms).map(Duration::from_millis).ok_or_else(|| format!("{text} is too long"))
 }
 
 /// `512M`, `2G`; a number alone is MiB.
@@ -151,13 +140,7 @@ mod tests {
     use crate::update::trial::report::{Check, Returned};
 
     #[test]
-    fn times_and_sizes_are_read_or_refused() {
-        let ms = |text| duration(text).map(|time| time.as_millis());
-        assert_eq!((ms("60s"), ms("7"), ms("5m")), (Ok(60_000), Ok(7000), Ok(300_000)));
-        assert_eq!((ms("1h"), ms("500ms"), ms("0")), (Ok(3_600_000), Ok(500), Ok(0)));
-        for bad in ["", "s", "-1s", "1d", "1.5s", "99999999999999999999s", "99999999999999999h"] {
-            assert!(duration(bad).is_err(), "{bad}");
-        }
+    fn sizes_are_read_or_refused() {
         assert_eq!((memory_mib("512M"), memory_mib("2G"), memory_mib("64")), (Ok(512), Ok(2048), Ok(64)));
         for bad in ["", "M", "1T", "18446744073709551615G"] {
             assert!(memory_mib(bad).is_err(), "{bad}");

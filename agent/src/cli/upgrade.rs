@@ -24,6 +24,19 @@ pub struct UpgradeArgs {
     /// where nothing newer is installed.
     #[arg(long, conflicts_with = "kernel")]
     to_newest: bool,
+    #[command(flatten)]
+    boot: BootArgs,
+    /// Watch the new kernel serve for so long (30s, 5m) before it stays; until then everything can be taken back. 0: not at all.
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    probation: Option<Duration>,
+    /// When the probation is over, turn back unless `baton commit` was said.
+    #[arg(long)]
+    require_commit: bool,
+}
+
+/// How a successor is booted, by an upgrade or a trial.
+#[derive(Debug, Args)]
+pub struct BootArgs {
     /// An initrd to which the agent's is appended.
     #[arg(long)]
     initrd: Option<PathBuf>,
@@ -36,15 +49,25 @@ pub struct UpgradeArgs {
     /// The CPU on which the successor boots (Linux's number); default: the last one that may.
     #[arg(long)]
     cpu: Option<u32>,
-    /// Watch the new kernel serve for so long (30s, 5m) before it stays; until then everything can be taken back. 0: not at all.
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
-    probation: Option<Duration>,
-    /// When the probation is over, turn back unless `baton commit` was said.
-    #[arg(long)]
-    require_commit: bool,
     /// What may end or change with this kernel, by name, as `baton check` names it.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     accept: Vec<Accept>,
+}
+
+impl BootArgs {
+    /// This image, booted so.
+    pub fn wish(&self, kernel: &Path) -> Upgrade {
+        // batond has a working directory of its own.
+        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+        Upgrade {
+            initrd: self.initrd.as_deref().map(absolute),
+            cmdline: self.cmdline.clone(),
+            no_inherit: self.no_inherit,
+            cpu: self.cpu,
+            accept: self.accept.clone(),
+            ..Upgrade::of(absolute(kernel))
+        }
+    }
 }
 
 /// What came of looking for the kernel that is meant.
@@ -81,18 +104,7 @@ impl UpgradeArgs {
     }
 
     fn wish(&self, kernel: PathBuf) -> Upgrade {
-        // batond has a working directory of its own.
-        let absolute = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-        Upgrade {
-            initrd: self.initrd.as_deref().map(absolute),
-            cmdline: self.cmdline.clone(),
-            no_inherit: self.no_inherit,
-            cpu: self.cpu,
-            accept: self.accept.clone(),
-            probation: self.probation,
-            require_commit: self.require_commit,
-            ..Upgrade::of(absolute(&kernel))
-        }
+        Upgrade { probation: self.probation, require_commit: self.require_commit, ..self.boot.wish(&kernel) }
     }
 }
 

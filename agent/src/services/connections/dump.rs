@@ -1,5 +1,7 @@
 //! A connection is taken from its socket: looked at, held, put under repair, written down.
 
+#![expect(clippy::host_endian_bytes, reason = "the kernel's socket options are words of the machine's own order")]
+
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -3,6 +3,8 @@
 //! Of the many things that a socket can have, TCP_REPAIR tells and sets those that the peer knows. What it cannot tell would be lost
 //! without a word, so a socket that has it is refused when it is kept, with the reason.
 
+#![expect(clippy::big_endian_bytes, reason = "a segment's header is in the network's order")]
+
 use state_schemas::latest::connection::{Connection, State};
 
 /// What a look at a socket shows, before anything is done to it.

@@ -1,6 +1,8 @@
 //! A socket is made that goes on with a connection, step by step as [`super::judge::steps`] says. Up to [`Restored::let_go`] nobody hears of
 //! it but this kernel; what is dropped before is forgotten without a word.
 
+#![expect(clippy::host_endian_bytes, reason = "the kernel's socket options are words of the machine's own order")]
+
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

@@ -49,9 +49,9 @@ fn obey(kernel: &Kernel, peer: Peer, asker: &mut Asker<Ask>, ask: &Ask) -> Resul
         }
         What::Keep { count } => {
             for _ in 0..count {
-                let kept = receive_one(asker).and_then(|(socket, note)| {
+                let kept = receive_one(asker).map(|(socket, note)| {
                     // What the service did wrong with one is no reason to leave the others behind.
-                    Ok(connections.keep(&ask.service, peer.uid, socket, note))
+                    connections.keep(&ask.service, peer.uid, socket, note)
                 })?;
                 let told = match kept {
                     Ok(()) => Told::Kept,

@@ -1,5 +1,6 @@
 //! The door to the socket calls that no crate wraps: TCP_REPAIR and what goes with it, as plain numbers and bytes.
 #![expect(unsafe_code, reason = "nix and socket2 know no option of TCP_REPAIR")]
+#![expect(clippy::host_endian_bytes, reason = "the kernel's socket options are words of the machine's own order")]
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
