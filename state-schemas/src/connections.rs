@@ -7,9 +7,8 @@ use thiserror::Error;
 use crate::convert::{Payload, PayloadError};
 use crate::header::{Frame, HeaderError};
 use crate::latest::connection::{Connection, ConnectionError, Lengths};
+use crate::latest::message::TABLE_LIMIT;
 
-/// Most bytes of a table.
-pub const TABLE_LIMIT: u64 = 64 << 20;
 /// Most connections in it.
 pub const COUNT_LIMIT: usize = 16_384;
 

@@ -29,7 +29,7 @@ pub mod platform {
 /// The channel's messages.
 pub mod message {
     pub use crate::v1::message::{
-        Attached, Counted, Ending, Examination, ITEM_LIMIT, LiveUpdate, MessageError, PART_LIMIT, TEXT_LIMIT, Text,
-        ToIncumbent, ToSuccessor,
+        Attached, Counted, Ending, Examination, ITEM_LIMIT, LiveUpdate, MessageError, PART_LIMIT, TABLE_LIMIT,
+        TEXT_LIMIT, Text, ToIncumbent, ToSuccessor,
     };
 }

@@ -14,7 +14,7 @@ use state_schemas::checked::Check;
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::error::{ArenaError, corrupt};
-use super::record::Record;
+use super::step::Record;
 
 /// What an arena is made with; fixed for its life, but for the epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `memory.rs` | [`Arena`]: create, attach, seal; words and bytes at checked offsets |
 //! | `record.rs` | the undo record: every word is saved before it is changed |
+//! | `step.rs` | what a process remembers of the step under way |
 //! | `alloc.rs` | blocks in it: two-level segregated free lists, constant time, neighbours merged |
 //! | `map.rs`, `list.rs`, `value.rs` | containers of bytes, of which none ever moves all of its content at once |
 //! | `change.rs` | changes, wholly or not at all; taking over what a stopped owner left |
@@ -37,6 +38,7 @@ mod list;
 mod map;
 mod memory;
 mod record;
+mod step;
 #[cfg(test)]
 mod stops;
 pub mod store;

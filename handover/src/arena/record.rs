@@ -16,45 +16,13 @@ use state_schemas::arena::{HEADER_LEN, PENDING_CLEAR, PENDING_LIST, PENDING_MAP,
 
 use super::error::{ArenaError, corrupt};
 use super::memory::Arena;
+use super::step::own_record;
 
 /// Bits of an entry's last word that are an offset.
 const AT_BITS: u32 = 48;
 const AT_MASK: u64 = (1 << AT_BITS) - 1;
 /// Words of the header page that changes change; the tables, too.
 const HEADER_WORDS: [u64; 5] = [at::EPOCH, at::STATE_AND_SEAL, at::ROOT, at::TOP, at::USED];
-
-/// What this process knows of the step that is under way.
-#[derive(Debug)]
-pub(super) struct Record {
-    /// Words of entries.
-    length: u64,
-    /// What is still to be freed, as [`at::PENDING`] says it.
-    pending: u64,
-    /// The arena's top when the step began: above it, nothing needs to be saved.
-    top: u64,
-    /// Where the entries are, if not in the arena: it has no record, or its record is spoilt.
-    own: Option<Box<[u64; RECORD_WORDS as usize]>>,
-    /// The arena's owner was stopped within a change. Nothing is read or written before it is mended.
-    pub(super) torn: bool,
-    /// The step has freed a block.
-    freed: bool,
-    /// Words of the header page that the step has saved already: 1 the top, 2 the bytes used.
-    header_saved: u8,
-    /// Nothing is saved; see [`Arena::forget`].
-    forgetful: bool,
-}
-
-impl Record {
-    /// For an arena of this version.
-    pub(super) fn new(version: u32, torn: bool) -> Record {
-        let own = (version < 2).then(own_record);
-        Record { length: 0, pending: 0, top: 0, own, torn, freed: false, header_saved: 0, forgetful: false }
-    }
-}
-
-fn own_record() -> Box<[u64; RECORD_WORDS as usize]> {
-    Box::new([0; RECORD_WORDS as usize])
-}
 
 /// One entry: these words of the record belong at this offset.
 struct Saved {

@@ -7,9 +7,9 @@ use handover::update::successor::{Answer, Successor};
 use proptest::prelude::*;
 use state_schemas::Payload;
 use state_schemas::checked::Check;
-use state_schemas::connections::TABLE_LIMIT;
 use state_schemas::control_block::{HANDOVER, SIZE};
 use state_schemas::handover_record::{Cpu, PhaseMark, Program};
+use state_schemas::latest::message::TABLE_LIMIT;
 use state_schemas::message::{ITEM_LIMIT, MessageError, PART_LIMIT, TEXT_LIMIT, Text, ToIncumbent, ToSuccessor};
 use state_schemas::shared::Local;
 

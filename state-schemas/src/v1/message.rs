@@ -28,7 +28,6 @@ use thiserror::Error;
 
 use super::record::{PhaseMark, Program};
 use crate::checked::Check;
-use crate::connections::TABLE_LIMIT;
 
 /// Words of the incumbent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -386,6 +385,8 @@ impl std::fmt::Display for Text {
 pub const ITEM_LIMIT: usize = 1024;
 /// Most CPUs in a message.
 const CPU_LIMIT: usize = 4096;
+/// Most bytes of a table.
+pub const TABLE_LIMIT: u64 = 64 << 20;
 /// Most bytes of a table in one message: it fits the channel.
 pub const PART_LIMIT: usize = 15 << 10;
 

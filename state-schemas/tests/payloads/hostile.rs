@@ -6,10 +6,11 @@ use proptest::sample::Index;
 use state_schemas::arena::ArenaHeader;
 use state_schemas::checked::Check;
 use state_schemas::connection::{Connection, ConnectionError, State};
-use state_schemas::connections::{self, Bytes, TABLE_LIMIT, TableError};
+use state_schemas::connections::{self, Bytes, TableError};
 use state_schemas::convert::PayloadError;
 use state_schemas::handover_record::{HandoverRecord, Kho, PhaseMark, PhysRange, RecordError, Service};
 use state_schemas::header::{FRAME_LIMIT, Frame, HEADER_LEN, HeaderError, Kind};
+use state_schemas::latest::message::TABLE_LIMIT;
 use state_schemas::message::{MessageError, PART_LIMIT, ToIncumbent, ToSuccessor};
 use state_schemas::{CodecError, Payload};
 

@@ -24,7 +24,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use state_schemas::connections::{TABLE_LIMIT, append, read};
+use state_schemas::connections::{append, read};
+use state_schemas::latest::message::TABLE_LIMIT;
 use state_schemas::latest::message::{PART_LIMIT, ToSuccessor};
 
 use self::dump::Held;
