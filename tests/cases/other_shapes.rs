@@ -2,6 +2,7 @@
 //! (five-level page tables, x2APIC). One update each.
 
 use anyhow::Result;
+use baton_tests::share::is_chosen;
 use baton_tests::{NEW, OLD, Turn, console, kernel, lab, snapshot, upgrade};
 use demos::lab::MachineSpec;
 use demos::story::stage::{Shape, Stage};
@@ -40,6 +41,9 @@ fn one_update(
 
 #[test]
 fn two_cpus_and_two_gibibytes() -> Result<()> {
+    if !is_chosen("two_cpus_and_two_gibibytes") {
+        return Ok(());
+    }
     let _turn = Turn::take();
     let shape = Shape { vcpus: 2, memory_mib: 2048, ..Shape::default() };
     one_update(OLD, NEW, &shape, standard, &[]).map(drop)
@@ -47,6 +51,9 @@ fn two_cpus_and_two_gibibytes() -> Result<()> {
 
 #[test]
 fn eight_cpus() -> Result<()> {
+    if !is_chosen("eight_cpus") {
+        return Ok(());
+    }
     let _turn = Turn::take();
     let shape = Shape { vcpus: 8, ..Shape::default() };
     one_update(NEW, OLD, &shape, standard, &[]).map(drop)
@@ -54,6 +61,9 @@ fn eight_cpus() -> Result<()> {
 
 #[test]
 fn five_level_page_tables_and_x2apic() -> Result<()> {
+    if !is_chosen("five_level_page_tables_and_x2apic") {
+        return Ok(());
+    }
     let _turn = Turn::take();
     let stage = one_update(OLD, NEW, &Shape::default(), |spec| "max".clone_into(&mut spec.cpu), &[])?;
     let flags = stage.guest().check(&["grep", "-m1", "^flags", "/proc/cpuinfo"])?;
@@ -85,18 +95,27 @@ fn hyperthreads(from: &str, to: &str, topology: &str, more: &[&str]) -> Result<(
 #[test]
 #[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn two_threads_in_each_of_two_sockets() -> Result<()> {
+    if !is_chosen("two_threads_in_each_of_two_sockets") {
+        return Ok(());
+    }
     // Linux does not trust the TSCs of several sockets of an emulated machine to be one clock, and check says so.
     hyperthreads(OLD, NEW, "sockets=2,cores=1,threads=2", &["--accept", "clock"])
 }
 
 #[test]
 fn two_threads_in_each_of_two_cores() -> Result<()> {
+    if !is_chosen("two_threads_in_each_of_two_cores") {
+        return Ok(());
+    }
     hyperthreads(NEW, OLD, "sockets=1,cores=2,threads=2", &[])
 }
 
 /// There is no other first thread than the one that the machine was booted on.
 #[test]
 fn one_core_with_two_threads() -> Result<()> {
+    if !is_chosen("one_core_with_two_threads") {
+        return Ok(());
+    }
     let _turn = Turn::take();
     let shape = Shape { vcpus: 2, ..Shape::default() };
     one_update(

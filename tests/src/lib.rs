@@ -12,6 +12,7 @@ pub mod images;
 pub mod installed;
 pub mod memo;
 pub mod refusal;
+pub mod share;
 pub mod snapshot;
 pub mod strangers;
 pub mod traps;
