@@ -142,6 +142,8 @@ fn after_one_hop_and_after_two() -> Result<()> {
         guest.check(&["sh", "-c", "date -s @$(($(date +%s) - 86400))"]).map(drop).map_err(Into::into)
     })?;
     upgrade(&mut stage, OLD, &[])?;
+    // A kernel that kexec started would have a part of the machine only.
+    assert_eq!(stage.guest().check(&["cat", "/proc/sys/kernel/kexec_load_limit_reboot"])?.trim(), "0");
     says(&stage, S5)?;
     let said = stage.machine.serial(0).position();
     stage.machine.qmp().execute("system_powerdown", Value::Null)?;

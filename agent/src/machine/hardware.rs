@@ -56,6 +56,8 @@ pub trait Hardware: Send + Sync {
     fn set_clock(&self, moment: Moment, khz: u64) -> Result<()>;
     /// Keeps everybody else from the kernel's sessions: see [`liveupdate::hold`].
     fn hold_sessions(&self) -> Result<Option<File>>;
+    /// No kernel is started by kexec from here on: see [`sysfs::hold_kexec`].
+    fn hold_kexec(&self) -> Result<()>;
     /// What the operator wants after a panic counts from now on: see [`sysfs::grant_panic_wish`].
     fn grant_panic_wish(&self) -> Result<()>;
     /// Writes everything to the disks.
@@ -145,6 +147,10 @@ impl Hardware for Live {
 
     fn hold_sessions(&self) -> Result<Option<File>> {
         liveupdate::hold()
+    }
+
+    fn hold_kexec(&self) -> Result<()> {
+        sysfs::hold_kexec()
     }
 
     fn grant_panic_wish(&self) -> Result<()> {

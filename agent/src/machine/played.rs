@@ -448,6 +448,10 @@ impl Hardware for Machine {
         Ok(None)
     }
 
+    fn hold_kexec(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn grant_panic_wish(&self) -> Result<()> {
         Ok(self.inside().act("panic wish".to_owned())?)
     }

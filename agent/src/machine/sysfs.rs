@@ -244,6 +244,15 @@ pub fn grant_panic_wish() -> Result<()> {
     }
 }
 
+/// No kernel is loaded for kexec any more, but for one that is to run after a panic: one that was started so would have the tables and the
+/// memory map with which this kernel was booted, which tell of a part of the machine. There is no way back in this kernel (`kexec_load_limit_reboot`
+/// only goes down).
+pub fn hold_kexec() -> Result<()> {
+    let limit = Path::new("/proc/sys/kernel/kexec_load_limit_reboot");
+    // A kernel without kexec has no such file.
+    if limit.exists() { write(limit, "0") } else { Ok(()) }
+}
+
 /// Says how many KiB of RAM this kernel manages (`MemTotal`).
 pub fn mem_total_kib() -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;

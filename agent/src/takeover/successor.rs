@@ -405,6 +405,9 @@ impl<'k> Heir<'k> {
         if let Err(error) = self.kernel.hardware.grant_panic_wish() {
             left.push(format!("panic=: {error:#}"));
         }
+        if let Err(error) = self.kernel.hardware.hold_kexec() {
+            left.push(format!("kexec is not held off: {error:#}"));
+        }
         if let Err(error) = self.online(last) {
             left.push(format!("CPU with APIC id {last}: {error:#}"));
         }
