@@ -8,6 +8,7 @@ use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{baton, said};
+use baton_tests::share::is_chosen;
 use baton_tests::snapshot::{self, assert_untouched};
 use baton_tests::{NEW, OLD, kernel, open, upgrade};
 use demos::story::stage::{Shape, Stage, cmdline};
@@ -123,7 +124,6 @@ fn trap() -> Result<Vec<u8>> {
 }
 
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn a_canary_is_taken_back_whatever_it_shows() -> Result<()> {
     let mut shape = Shape::default();
     // What the machine needs on an idle host is 6 s; the trap's service is waited for as long as a step lasts.
@@ -132,7 +132,7 @@ fn a_canary_is_taken_back_whatever_it_shows() -> Result<()> {
     let stage = &mut played.stage;
     stage.guest().put("/tmp/trap", 0o644, &trap()?)?;
     let clients = Clients::start(stage, 200)?;
-    for tried in &TRIALS {
+    for tried in TRIALS.iter().filter(|tried| is_chosen(tried.what)) {
         try_one(stage, &clients, tried).with_context(|| format!("{}\n{}", tried.what, stage.machine.logs(20)))?;
     }
     refuse(stage)?;
