@@ -41,8 +41,6 @@ use crate::update::timeline::{Timeline, tsc};
 
 /// Domain number of our PCI root buses: the machine's own. With `pci=off` nothing else is there, and functions keep their names.
 const PCI_DOMAIN: u32 = 0;
-/// How long the driver may take to bring up the interface.
-const LINK_PATIENCE: Duration = Duration::from_secs(20);
 /// How long an incumbent may be silent before its last word, before it counts as gone.
 const INCUMBENT_PATIENCE: Duration = Duration::from_secs(3600);
 /// How long programs may take to begin.
@@ -511,14 +509,16 @@ fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Opt
     let ecam = birth.record.ecam.context("a PCI function is granted, but no configuration space")?;
     let function = pci::of_bdf(bdf);
     device.add_pci(PCI_DOMAIN, ecam.address, ecam.bus_end, &[function])?;
-    let deadline = Instant::now() + LINK_PATIENCE;
+    // Sooner than the incumbent gives up: only this kernel knows why nothing came.
+    let patience = Duration::from_secs(kernel.config.update.boot_timeout_s) / 4;
+    let deadline = Instant::now() + patience;
     let link = loop {
         if let Some(link) = kernel.netlink.find(mac)? {
             break link;
         }
         if Instant::now() > deadline {
             bail!(
-                "no interface appeared on PCI function {function} in {LINK_PATIENCE:?}: is its driver in initrd.modules?"
+                "no interface appeared on PCI function {function} in {patience:?}: is its driver in initrd.modules?"
             );
         }
         // Before anybody waits for this kernel; a netlink subscription would save milliseconds of seconds.
