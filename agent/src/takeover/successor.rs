@@ -517,9 +517,7 @@ fn attach_network(kernel: &Kernel, device: &Device, birth: &Birth) -> Result<Opt
             break link;
         }
         if Instant::now() > deadline {
-            bail!(
-                "no interface appeared on PCI function {function} in {patience:?}: is its driver in initrd.modules?"
-            );
+            bail!("no interface appeared on PCI function {function} in {patience:?}: is its driver in initrd.modules?");
         }
         // Before anybody waits for this kernel; a netlink subscription would save milliseconds of seconds.
         std::thread::sleep(Duration::from_millis(5));
