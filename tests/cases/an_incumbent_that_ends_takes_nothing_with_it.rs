@@ -5,6 +5,7 @@ use agent::daemon::control::ServiceState;
 use agent::daemon::control::Status;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
+use baton_tests::share::is_chosen;
 use baton_tests::{NEW, OLD, Turn, kernel, lab, traps};
 use demos::lab::Patience;
 use demos::lab::guest::Begun;
@@ -74,7 +75,6 @@ fn restarted(stage: &mut Stage, seen: usize) -> Result<()> {
 }
 
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn by_a_panic_by_a_restart_and_before_the_cutover() -> Result<()> {
     let shape = Shape::default();
     let mut spec = Stage::spec(lab(), kernel(OLD), &shape)?;
@@ -84,17 +84,19 @@ fn by_a_panic_by_a_restart_and_before_the_cutover() -> Result<()> {
     eprintln!("machine's logs: {}", stage.machine.folder().display());
     stage.await_serving()?;
 
-    ends_alone(&mut stage, "echo 1 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger", "end Kernel panic")?;
-    // The machine is the successor's: it ends with that one.
-    let seen = stage.machine.serial(0).position();
-    let _going = stage.guest().command(&["reboot", "-f"]).begin()?;
-    restarted(&mut stage, seen).context("after a panic")?;
-
-    ends_alone(&mut stage, "reboot -f", "this one stops here")?;
-    let seen = stage.machine.serial(0).position();
-    let _going = stage.guest().command(&["reboot", "-f"]).begin()?;
-    restarted(&mut stage, seen).context("after a restart")?;
-
+    if is_chosen("an incumbent that panics") {
+        ends_alone(&mut stage, "echo 1 > /proc/sys/kernel/panic; echo c > /proc/sysrq-trigger", "end Kernel panic")?;
+        // The machine is the successor's: it ends with that one.
+        let seen = stage.machine.serial(0).position();
+        let _going = stage.guest().command(&["reboot", "-f"]).begin()?;
+        restarted(&mut stage, seen).context("after a panic")?;
+    }
+    if is_chosen("an incumbent that restarts") {
+        ends_alone(&mut stage, "reboot -f", "this one stops here")?;
+        let seen = stage.machine.serial(0).position();
+        let _going = stage.guest().command(&["reboot", "-f"]).begin()?;
+        restarted(&mut stage, seen).context("after a restart")?;
+    }
     // Before the cutover: the machine restarts, and no successor runs on. Its service never stands by, so that the trial lasts.
     stage.guest().put("/tmp/waits", 0o644, &traps::service("sleep 1000")?)?;
     let seen = stage.machine.serial(0).position();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{baton, said};
+use baton_tests::share::is_chosen;
 use baton_tests::snapshot::{self, Snapshot};
 use baton_tests::{NEW, OLD, agents, console, kernel, memo, open, upgrade};
 use demos::lab::Patience;
@@ -31,6 +32,9 @@ fn of_machine(snapshot: &Snapshot) -> (String, u64, usize, Vec<String>, Vec<(Str
 /// A journal that cannot be written: nothing is begun, or, if batond dies on the way, everything comes back all the same.
 #[test]
 fn a_full_disk_under_the_journal_costs_nothing() -> Result<()> {
+    if !is_chosen("a full disk under the journal") {
+        return Ok(());
+    }
     let mut played = open(OLD, &Shape::default())?;
     let stage = &mut played.stage;
     let guest = stage.guest();
@@ -90,6 +94,9 @@ fn a_full_disk_under_the_journal_costs_nothing() -> Result<()> {
 /// A second batond in the middle of an update; and what it says when none runs an update.
 #[test]
 fn a_second_batond_refuses_to_start_and_harms_no_update() -> Result<()> {
+    if !is_chosen("a second batond") {
+        return Ok(());
+    }
     let mut played = open(OLD, &Shape::default())?;
     let stage = &mut played.stage;
     let guest = stage.guest();
