@@ -60,7 +60,7 @@ carrier() { until [ "$(cat /sys/class/net/eth0/operstate /sys/class/net/eth1/ope
 state() {
   for d in $DISKS; do echo $d $(cat /sys/block/$d/diskseq /sys/block/$d/size /sys/block/$d/ro); done; grep ^/dev /proc/mounts
   for n in eth0 eth1; do echo $n $(cat /sys/class/net/$n/ifindex /sys/class/net/$n/address /sys/class/net/$n/flags /sys/class/net/$n/mtu); done
-  ip -o addr | grep -v ' lo '; ip route
+  ip -o addr | grep -v ' lo ' | sed 's/ tentative//'; ip route
 }
 same() { state > /run/after; cmp -s /run/before /run/after && echo "ok - $1: as before" || { echo "not ok - $1"; diff /run/before /run/after; }; }
 hold() { rm -f /run/hold; mkfifo /run/hold; exec 4<>/run/hold; selftest --hibernate "$@" </run/hold >/run/held 2>&1 & HOLDER=$!
