@@ -525,7 +525,8 @@ static int adopt_blocks(u64 start, u64 len)
 		name = kstrdup("System RAM (baton)", GFP_KERNEL);
 	if (!name)
 		return -ENOMEM;
-	nid = memory_add_physaddr_to_nid(start);
+	/* memory_add_physaddr_to_nid() knows no node of which nothing was this kernel's RAM when it booted. */
+	nid = phys_to_target_node(start);
 	if (nid == NUMA_NO_NODE)
 		nid = first_online_node;
 	ret = add_memory_driver_managed(nid, start, len, name, MHP_NONE);

@@ -24,7 +24,7 @@ fn touch(guest: &Guest, ranges: &[(u64, u64)], write: bool) -> Result<String> {
     let mut script = String::new();
     for at in ranges.iter().flat_map(|range| places(*range)) {
         script += &if write {
-            format!("devmem {at:#x} 64 {:#x} || exit 1\n", word(at))
+            format!("devmem {at:#x} 64 {:#x} || {{ echo {at:#x} cannot be written >&2; exit 1; }}\n", word(at))
         } else {
             format!("echo {at:#x} $(devmem {at:#x} 64 2>&1)\n")
         };
@@ -80,7 +80,7 @@ fn left_alone(stage: &mut Stage, ranges: &[(u64, u64)], words: &[&str]) -> Resul
 fn persistent_memory_and_a_range_of_another_user() -> Result<()> {
     // The gap between is too small for a region, so whoever picks the largest free range picks one of these.
     let (pmem, other) = ((0x4000_0000, 512 * MIB), (0x7000_0000, 64 * MIB));
-    let mut shape = Shape { cmdline: "memmap=512M!1G memmap=64M$0x70000000".into(), ..Shape::default() };
+    let mut shape = Shape { cmdline: "memmap=512M!1G memmap=64M$0x70000000 iomem=relaxed".into(), ..Shape::default() };
     shape.incumbent_modules = ["nd_e820", "nd_pmem"].map(str::to_owned).to_vec();
     let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;

@@ -55,7 +55,8 @@ const MITIGATIONS: &[&str] = &[
     "kvm_intel.vmentry_l1d_flush",
 ];
 
-/// Words that ask for more where they say yes, for less where they say no.
+/// Words that ask for more where they say yes, for less where they say no. (An IOMMU's are not among them: whether the machine has one in use, and
+/// loses it, is looked at in the machine itself.)
 const SWITCHES: &[&str] = &[
     "apparmor",
     "selinux",
@@ -77,8 +78,6 @@ const SWITCHES: &[&str] = &[
     "hardened_usercopy",
     "rodata",
     "cfi",
-    "intel_iommu",
-    "iommu.strict",
     "slab_debug",
     "slub_debug",
     "hash_pointers",
@@ -103,18 +102,7 @@ const WEAKENING: &[&str] = &[
 ];
 
 /// Words of which a text decides (which modules, which lockdown): another one, or none, is not the same.
-const TEXTS: &[&str] = &[
-    "lsm",
-    "security",
-    "lockdown",
-    "debugfs",
-    "vsyscall",
-    "iommu",
-    "amd_iommu",
-    "proc_mem.force_override",
-    "tsx",
-    "smt",
-];
+const TEXTS: &[&str] = &["lsm", "security", "lockdown", "debugfs", "vsyscall", "proc_mem.force_override", "tsx", "smt"];
 
 pub(super) fn is_mitigation(key: &str) -> bool {
     MITIGATIONS.contains(&key)
