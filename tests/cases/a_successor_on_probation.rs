@@ -25,7 +25,7 @@ const ROLLED_BACK: TakenBack = TakenBack {
     what: "an operator who takes it back",
     words: &["--probation", "10m"],
     by: Some("rollback"),
-    said: "probation failed, because of the operator: called off by the operator",
+    said: "called off by the operator in the phase probation",
 };
 const NOT_COMMITTED: TakenBack = TakenBack {
     what: "a time that is over without a commit",

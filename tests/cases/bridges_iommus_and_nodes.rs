@@ -23,7 +23,6 @@ fn image(series: &str) -> String {
 
 /// (One update of such a machine was seen to commit.) And back, with a CPU that somebody has taken offline meanwhile.
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn nics_behind_root_ports_and_a_cpu_that_is_offline() -> Result<()> {
     if !is_chosen("nics_behind_root_ports_and_a_cpu_that_is_offline") {
         return Ok(());
@@ -81,13 +80,16 @@ fn assert_quiet(stage: &Stage) {
     let folder = stage.machine.folder().display().to_string();
     let faults = (0..2).map(|port| console::count(&stage.machine, port, "DMAR: [DMA")).sum::<usize>();
     assert_eq!(faults, 0, "a device wrote where it must not: logs in {folder}");
-    assert_eq!(console::complaints(&stage.machine), [""; 0], "logs in {folder}");
+    let complaints = console::complaints(&stage.machine).into_iter();
+    // The successor that was made to panic has these three lines, and no others.
+    let others: Vec<_> =
+        complaints.filter(|line| !line.contains("sysrq triggered crash") && !line.ends_with("Call Trace:")).collect();
+    assert_eq!(others, [""; 0], "logs in {folder}");
 }
 
 /// The interface's group passes through while the successor has it, and translates again after an update that failed. After two updates most of the
 /// memory that the tables lay in has been written over.
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn an_iommu_that_translates() -> Result<()> {
     if !is_chosen("an_iommu_that_translates") {
         return Ok(());
@@ -132,7 +134,6 @@ fn an_iommu_that_translates() -> Result<()> {
 
 /// With `iommu=pt` the kernel's own devices are not translated: nothing is lost that would have to be accepted.
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn an_iommu_that_passes_through() -> Result<()> {
     if !is_chosen("an_iommu_that_passes_through") {
         return Ok(());
@@ -149,7 +150,6 @@ fn an_iommu_that_passes_through() -> Result<()> {
 
 /// Remapped interrupts are refused, and not for the asking.
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn an_iommu_that_remaps_interrupts() -> Result<()> {
     if !is_chosen("an_iommu_that_remaps_interrupts") {
         return Ok(());
@@ -187,13 +187,14 @@ fn nodes(stage: &Stage) -> Result<BTreeMap<u32, Node>> {
 
 /// Both nodes are there after an update, and after another one; so is the memory by which devices of 32 bits are served.
 #[test]
-#[ignore = "written, and not yet seen to end well on a quiet machine"]
 fn two_numa_nodes_and_memory_above_4_gib() -> Result<()> {
     if !is_chosen("two_numa_nodes_and_memory_above_4_gib") {
         return Ok(());
     }
     let hardware = Hardware { numa_nodes: 2, ..Hardware::default() };
-    let mut played = open(OLD, &Shape { hardware, memory_mib: 4096, ..Shape::default() })?;
+    // A node is a socket: Linux complains of CPUs that share a cache and not a node.
+    let smp = "sockets=2,cores=2,threads=1".to_owned();
+    let mut played = open(OLD, &Shape { hardware, smp, memory_mib: 4096, ..Shape::default() })?;
     let stage = &mut played.stage;
     let swiotlb = |stage: &Stage| stage.guest().check(&["sh", "-c", "dmesg | grep -c 'software IO TLB: mapped'"]);
     let (before, bounce) = (nodes(stage)?, swiotlb(stage)?);
@@ -202,7 +203,8 @@ fn two_numa_nodes_and_memory_above_4_gib() -> Result<()> {
     assert_eq!(cpus, [[0, 1].into(), [2, 3].into()], "the machine is what it is meant to be");
     assert_eq!(bounce, "1\n", "the machine is what it is meant to be");
     for series in [NEW, OLD] {
-        upgrade(stage, series, &[])?;
+        // Linux does not trust the TSCs of several sockets of an emulated machine to be one clock.
+        upgrade(stage, series, &["--accept", "clock"])?;
         let after = nodes(stage)?;
         eprintln!("{after:?}");
         for (number, (cpus, distances, mib)) in &before {

@@ -90,7 +90,7 @@ echo "ROUND unbind"; f=${NICS%%[!0-9a-f:.]*}; hold hold $f; v=$(basename $(readl
 sleep 2; [ ! -e /run/unbound ] && [ -e /sys/class/net/eth0 ] && echo "ok - unbind waits" || echo "not ok - unbind waits"
 release; until [ -e /run/unbound ]; do sleep 0.1; done; [ ! -e /sys/class/net/eth0 ] && echo "ok - and goes on" || echo "not ok - and goes on"
 
-echo "ROUND obstacles"; W=$(for f in /sys/bus/pci/drivers/i6300*/0*; do basename $f; done)
+echo "ROUND obstacles"; W=$(for f in /sys/bus/pci/drivers/i6300*/0*; do basename "$f"; done)
 selftest --hibernate look 0000:00:15.0 $W 0000:00:1f.0 $(address /sys/block/vda)
 touch /run/stop; for d in $DISKS; do until [ -e /run/$d.ended ]; do sleep 0.1; done; umount /mnt/$d && echo "ok - umount $d" || echo "not ok - umount $d"; done
 [ -e /run/errors ] && echo "not ok - a writer failed" || echo "ok - no write failed"

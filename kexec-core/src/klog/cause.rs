@@ -194,12 +194,16 @@ pub fn cause_of(records: &[Record]) -> Option<DeathCause> {
     if let Some((_, line)) = gave_up {
         return Some(plain(Kind::Init, line.trim_start_matches(INIT)));
     }
-    let complained = lines.iter().rfind(|(record, line)| record.level <= ERROR && !line.trim().is_empty());
+    let says_something = |line: &str| !line.trim().is_empty() && !line.contains(EACH_SUCCESSORS);
+    let complained = lines.iter().rfind(|(record, line)| record.level <= ERROR && says_something(line));
     if let Some((_, line)) = complained {
         return Some(plain(Kind::Error, line));
     }
     first(Kind::Warning).map(|(_, line)| plain(Kind::Warning, line))
 }
+
+/// An error of every successor's, which is booted with `pci=off` (arch/x86/pci/init.c): it tells of nothing.
+const EACH_SUCCESSORS: &str = "PCI: Fatal: No config space access function found";
 
 /// Why the agent over there will never answer: the error with which its program ended, or its part as a successor. Of its other errors
 /// it may get better.
@@ -356,6 +360,10 @@ mod tests {
         );
         assert_eq!(told(&[(3, "mce: no"), (6, "on")]), "its last error: mce: no; its last message: on");
         assert_eq!(told(&[(3, "mce: no")]), "its last error: mce: no");
+        assert_eq!(
+            told(&[(3, "PCI: Fatal: No config space access function found"), (6, "on")]),
+            "its last message: on"
+        );
         assert_eq!(told(&[]), "it left no message");
     }
 
