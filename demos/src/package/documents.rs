@@ -209,7 +209,12 @@ mod tests {
 
     /// As a reader sees it: without roff's marks.
     fn readable(roff: &str) -> String {
-        roff.replace("\\-", "-").replace("\\fB", "").replace("\\fI", "").replace("\\fR", "").replace("\\&", "")
+        roff.replace("\\-", "-")
+            .replace("\\fB", "")
+            .replace("\\fI", "")
+            .replace("\\fR", "")
+            .replace("\\&", "")
+            .replace("\\*(Aq", "'")
     }
 
     #[test]
