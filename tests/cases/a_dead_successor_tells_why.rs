@@ -64,8 +64,8 @@ const ENDS: [End; 5] = [
             "while read f; do case $f in */baton.ko*) cat /wrong.ko > $f;; esac; done < /etc/baton/modules.$(uname -r)\n\
              exec /init",
         ),
-        // Nor is this: its agent ends, and says why.
-        told: &["the successor cannot take over: ", "its agent never came up; a module did not load in it: baton: "],
+        // Its agent never runs, so that it is waited for.
+        told: &["its agent never came up; a module did not load in it: baton: "],
         kind: Some(Kind::Module),
         live: None,
     },
