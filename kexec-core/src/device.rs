@@ -517,18 +517,6 @@ impl Device {
         }
     }
 
-    /// Another handle of the same open device, for a thread: what ends with it ends with the last of them.
-    ///
-    /// # Errors
-    /// As dup(2).
-    pub fn try_clone(&self) -> io::Result<Device> {
-        let door = match &self.door {
-            Door::Module(file) => Door::Module(file.try_clone()?),
-            Door::Played(module) => Door::Played(module.clone()),
-        };
-        Ok(Device { door })
-    }
-
     /// What this kernel is.
     pub fn info(&self) -> Result<Info, DeviceError> {
         let mut m = sys::Info::default();

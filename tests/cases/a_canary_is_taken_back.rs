@@ -4,7 +4,6 @@
 
 use agent::daemon::outcome::Class;
 use agent::update::trial::report::{Candidate, Check, CheckVerdict, Report, Verdict};
-use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::refusal::{baton, said};
@@ -12,6 +11,7 @@ use baton_tests::share::is_chosen;
 use baton_tests::snapshot::{self, assert_untouched};
 use baton_tests::{NEW, OLD, kernel, open, upgrade};
 use demos::story::stage::{Shape, Stage, cmdline};
+use demos::story::traps;
 
 /// One trial.
 struct Tried {
@@ -114,15 +114,6 @@ const TRIALS: [Tried; 7] = [
     },
 ];
 
-/// The service of the candidate ends at once.
-fn trap() -> Result<Vec<u8>> {
-    let mut initrd = Initrd::new();
-    let script = "#!/bin/sh\nrm /usr/sbin/baton-kv\nprintf '#!/bin/sh\\nexit 1\\n' > /usr/sbin/baton-kv\n\
-                  chmod 755 /usr/sbin/baton-kv\nexec /init\n";
-    initrd.file("/trap", 0o755, script);
-    Ok(initrd.bytes()?)
-}
-
 #[test]
 fn a_canary_is_taken_back_whatever_it_shows() -> Result<()> {
     let mut shape = Shape::default();
@@ -130,7 +121,7 @@ fn a_canary_is_taken_back_whatever_it_shows() -> Result<()> {
     (shape.update.boot_timeout_s, shape.update.step_timeout_s) = (120, 40);
     let mut played = open(OLD, &shape)?;
     let stage = &mut played.stage;
-    stage.guest().put("/tmp/trap", 0o644, &trap()?)?;
+    stage.guest().put("/tmp/trap", 0o644, &traps::service("exit 1")?)?;
     let clients = Clients::start(stage, 200)?;
     for tried in TRIALS.iter().filter(|tried| is_chosen(tried.what)) {
         try_one(stage, &clients, tried).with_context(|| format!("{}\n{}", tried.what, stage.machine.logs(20)))?;

@@ -10,9 +10,10 @@ use baton_tests::clients::Clients;
 use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::share::is_chosen;
 use baton_tests::snapshot::{self, Snapshot, assert_untouched};
-use baton_tests::{NEW, OLD, console, kernel, memo, open, traps, upgrade};
+use baton_tests::{NEW, OLD, console, kernel, memo, open, upgrade};
 use demos::keeper;
 use demos::story::stage::{Shape, Stage};
+use demos::story::traps;
 use handover::update::phase::Phase;
 
 /// Runs before `baton-init`, in the successor only: the kernel itself makes a step of bringing that CPU up fail (Documentation/core-api/cpu_hotplug.rst, "fail").

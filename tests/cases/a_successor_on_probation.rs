@@ -8,8 +8,9 @@ use baton_tests::refusal::{assert_refused, baton};
 use baton_tests::share::is_chosen;
 use baton_tests::snapshot::{self, Snapshot, assert_untouched};
 use baton_tests::{NEW, OLD, kernel, open, upgrade};
-use demos::story::rollback::{operator, trap};
+use demos::story::rollback::operator;
 use demos::story::stage::{Shape, Stage};
+use demos::story::traps;
 
 /// Why a watch ends badly.
 struct TakenBack {
@@ -97,8 +98,8 @@ fn a_successor_is_taken_back_until_it_is_committed() -> Result<()> {
 /// is watched.
 fn ready(stage: &Stage, successors: u32) -> Result<Snapshot> {
     let guest = stage.guest();
-    guest.put("/tmp/panics", 0o644, &trap(successors, "echo c > /proc/sysrq-trigger")?)?;
-    guest.put("/tmp/hangs", 0o644, &trap(successors, "kill -STOP $(pidof batond)")?)?;
+    guest.put("/tmp/panics", 0o644, &traps::once_it_has(successors, "echo c > /proc/sysrq-trigger")?)?;
+    guest.put("/tmp/hangs", 0o644, &traps::once_it_has(successors, "kill -STOP $(pidof batond)")?)?;
     let image = format!("/boot/vmlinuz-{}", kernel(OLD).release);
     baton(&guest, &["check", "--kernel", &image])?;
     snapshot::of(stage)

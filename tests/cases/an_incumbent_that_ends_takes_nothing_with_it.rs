@@ -6,10 +6,11 @@ use agent::daemon::control::Status;
 use anyhow::{Context, Result, ensure};
 use baton_tests::clients::Clients;
 use baton_tests::share::is_chosen;
-use baton_tests::{NEW, OLD, Turn, kernel, lab, traps};
+use baton_tests::{NEW, OLD, Turn, kernel, lab};
 use demos::lab::Patience;
 use demos::lab::guest::Begun;
 use demos::story::stage::{Shape, Stage, cmdline, status_of};
+use demos::story::traps;
 
 /// Makes an update, in which the incumbent does this as soon as its successor is in a state; maybe with a trap in the successor's initrd.
 fn upgrade_until(stage: &Stage, state: &str, then: &str, trap: Option<&str>) -> Result<Begun> {

@@ -4,15 +4,13 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::process::Command;
 use std::time::Duration;
 
 use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, ensure};
 use baton_tests::share::is_chosen;
-use baton_tests::{NEW, OLD, Turn, console, kernel, lab, skip};
+use baton_tests::{NEW, OLD, Turn, console, kernel, lab, selftest, skip};
 use demos::lab::hardware::{Disk, DiskBus, DiskContent, Hardware};
-use demos::lab::inside::Inside;
 use demos::lab::net::NICS;
 use demos::lab::{Kernel, Machine, MachineSpec, Patience, incumbent, kmod};
 
@@ -98,17 +96,6 @@ rmmod baton && echo "ok - rmmod" || echo "not ok - rmmod"
 echo ENDED; poweroff -f
 "#;
 
-fn selftest() -> Result<Vec<u8>> {
-    let folder = tempfile::tempdir()?;
-    let copied = Command::new("cp").arg("-r").arg(kmod::sources().join(".")).arg(folder.path()).status()?;
-    ensure!(copied.success(), "copying the module's sources: {copied}");
-    let inside = Inside::with_host_network(lab().tree(), folder.path())?;
-    let mut make = inside.command("make");
-    make.args(["-s", "-C", "/mnt", "selftest", "CC=gcc-14"]);
-    inside.output("make selftest", make)?;
-    std::fs::read(folder.path().join("selftest")).context("reading the self-test")
-}
-
 fn machine(kernel: &Kernel) -> Result<Machine> {
     let lab = lab();
     let mut initrd = Initrd::new();
@@ -116,7 +103,7 @@ fn machine(kernel: &Kernel) -> Result<Machine> {
     incumbent::busybox(&mut initrd, lab.tree())?;
     let own = kmod::module_for(lab.tree(), kernel, lab.progress())?;
     incumbent::modules(&mut initrd, lab.tree(), kernel, &own, &DRIVERS)?;
-    initrd.file("/usr/sbin/selftest", 0o755, selftest()?);
+    initrd.file("/usr/sbin/selftest", 0o755, selftest::build()?);
     initrd.file("/init", 0o755, INIT.replace("ADDRESS", &NICS[0].address.to_string()));
     let mut spec = MachineSpec::new(lab.tree().vmlinuz(kernel), incumbent::write(&initrd)?);
     spec.vcpus = 2;

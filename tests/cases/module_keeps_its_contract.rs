@@ -1,13 +1,10 @@
 //! `baton.ko` does what `uapi/baton.h` says, on both kernels: its own self-test (TAP) as process 1 of a small machine, with everything
 //! that the test can be given; and ordinary kexec and kdump can be loaded beside it.
 
-use std::process::Command;
-
 use agent::userland::initrd::Initrd;
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use baton_tests::console::{self, NO_WX};
-use baton_tests::{NEW, OLD, Turn, kernel, lab, skip};
-use demos::lab::inside::Inside;
+use baton_tests::{NEW, OLD, Turn, kernel, lab, selftest, skip};
 use demos::lab::{Kernel, Machine, MachineSpec, Patience, incumbent, kmod};
 use serde_json::json;
 
@@ -48,17 +45,6 @@ const KEXEC: &str = "for how in -l -p; do\n\
      cat /sys/kernel/kexec_loaded /sys/kernel/kexec_crash_loaded | tr '\\n' ' ' | grep -q '1 1' || echo 'not ok 0 - loaded'\n\
      kexec -s -u; kexec -s -p -u";
 
-fn selftest() -> Result<Vec<u8>> {
-    let folder = tempfile::tempdir()?;
-    let copied = Command::new("cp").arg("-r").arg(kmod::sources().join(".")).arg(folder.path()).status()?;
-    ensure!(copied.success(), "copying the module's sources: {copied}");
-    let inside = Inside::with_host_network(lab().tree(), folder.path())?;
-    let mut make = inside.command("make");
-    make.args(["-s", "-C", "/mnt", "selftest", "CC=gcc-14"]);
-    inside.output("make selftest", make)?;
-    std::fs::read(folder.path().join("selftest")).context("reading the self-test")
-}
-
 fn machine(kernel: &Kernel, script: &str, cmdline: &str) -> Result<Machine> {
     let lab = lab();
     let mut initrd = Initrd::new();
@@ -66,7 +52,7 @@ fn machine(kernel: &Kernel, script: &str, cmdline: &str) -> Result<Machine> {
     incumbent::busybox(&mut initrd, lab.tree())?;
     incumbent::program_of_tree(&mut initrd, lab.tree(), "/usr/sbin/kexec")?;
     initrd.file("/baton.ko", 0o644, std::fs::read(kmod::module_for(lab.tree(), kernel, lab.progress())?)?);
-    initrd.file("/selftest", 0o755, selftest()?);
+    initrd.file("/selftest", 0o755, selftest::build()?);
     initrd.file("/vmlinuz", 0o644, std::fs::read(lab.tree().vmlinuz(kernel))?);
     initrd.file("/init", 0o755, script);
     let mut spec = MachineSpec::new(lab.tree().vmlinuz(kernel), incumbent::write(&initrd)?);

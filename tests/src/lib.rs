@@ -12,10 +12,10 @@ pub mod images;
 pub mod installed;
 pub mod memo;
 pub mod refusal;
+pub mod selftest;
 pub mod share;
 pub mod snapshot;
 pub mod strangers;
-pub mod traps;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, Ordering};

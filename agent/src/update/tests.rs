@@ -14,6 +14,7 @@ use handover::update::error::{Left, Outcome};
 use handover::update::machine::{Event, JournalLine, Next, Update};
 use handover::update::plan::{Goal, Plan as Steps};
 use handover::update::probation::{ProbationPolicy, WhenWatched};
+use handover::update::successor::name;
 use kexec_core::cpus::{CpuFacts, Move};
 use kexec_core::device::Device;
 use state_schemas::control_block::{self, words};
@@ -51,24 +52,6 @@ enum Mood {
     SilentFrom(&'static str),
     /// It says that it cannot do this.
     Refuses(&'static str),
-}
-
-fn name(word: &ToSuccessor) -> &'static str {
-    match word {
-        ToSuccessor::StandBy => "stand by",
-        ToSuccessor::CheckHealth => "check health",
-        ToSuccessor::Activate { .. } => "activate",
-        ToSuccessor::CpuParked { .. } => "cpu parked",
-        ToSuccessor::ReleaseCpu { .. } => "release cpu",
-        ToSuccessor::StandDown { .. } => "stand down",
-        ToSuccessor::Commit { .. } => "commit",
-        ToSuccessor::LastCpu { .. } => "last cpu",
-        ToSuccessor::Abort { .. } => "abort",
-        ToSuccessor::Ping { .. } => "ping",
-        ToSuccessor::Connections { .. } => "connections",
-        ToSuccessor::Examine => "examine",
-        ToSuccessor::RunCheck { .. } => "run check",
-    }
 }
 
 /// The successor's agent: a thread that lives as long as its CPU is not fenced.

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use agent::daemon::outcome::Class;
 use agent::update::trial::report::{ClientGap, Report, Returned, Verdict};
-use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result, bail, ensure};
 
 use super::clients::{self, Clients};
 use super::stage::{Shape, Stage, cmdline};
+use super::traps;
 use super::upgrade::kernels;
 use crate::lab::Lab;
 
@@ -64,20 +64,11 @@ const CANDIDATES: [Tried; 3] = [
     },
     Tried {
         what: "one whose service does not stand by",
-        words: "rdinit=/wrong",
+        words: "rdinit=/trap",
         more: &["--initrd", "/tmp/wrong"],
         passes: false,
     },
 ];
-
-/// Runs in the candidate before its init: the service answers whoever asks it with nonsense, its agent included.
-fn wrong_service() -> Result<Vec<u8>> {
-    let mut initrd = Initrd::new();
-    let script = "#!/bin/sh\nrm /usr/sbin/baton-kv\nprintf '#!/bin/sh\\necho wrong\\n' > /usr/sbin/baton-kv\n\
-                  chmod 755 /usr/sbin/baton-kv\nexec /init\n";
-    initrd.file("/wrong", 0o755, script);
-    Ok(initrd.bytes()?)
-}
 
 /// Tells it: all trials in one report, with what the clients saw.
 ///
@@ -88,7 +79,7 @@ pub fn run(lab: &Lab, options: &Options) -> Result<Report> {
     let task = lab.progress().task("machine");
     task.step(&format!("booting {}", incumbent.release));
     let stage = Stage::open(lab, &incumbent, &options.shape)?;
-    stage.guest().put("/tmp/wrong", 0o644, &wrong_service()?)?;
+    stage.guest().put("/tmp/wrong", 0o644, &traps::service("echo wrong")?)?;
     task.done(&format!("{} serves; logs: {}", incumbent.release, stage.machine.folder().display()));
     let clients = Clients::start(stage.machine.door(), options.probe_hz)?;
     clients.calm(FIRST_ANSWERS)?;

@@ -9,6 +9,7 @@
 //! | `compare.rs` | the same change three ways: Baton, kexec, reboot |
 //! | `kho.rs` | updates to kernels with kexec handover and from them, and what those kernels say of it |
 //! | `rollback.rs` | a successor on probation that is taken back, for each reason |
+//! | `traps.rs` | what makes a successor go wrong |
 //! | `scale.rs` | live updates with small and with large arenas |
 //! | `report.rs` | what they say: plain data, as JSON and for people |
 
@@ -20,4 +21,5 @@ pub mod report;
 pub mod rollback;
 pub mod scale;
 pub mod stage;
+pub mod traps;
 pub mod upgrade;

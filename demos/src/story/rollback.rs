@@ -3,13 +3,12 @@
 //! ```text
 //! boot ─► { clients start ─ calm ─► update ─► watch ─► what goes wrong ─► incumbent serves ─ calm ─ clients stop ─► read back } per kind
 //! ```
-//! What goes wrong in a successor is done there, by a program that its initrd brings ([`trap`]): the machine is no other than a user's.
+//! What goes wrong in a successor is done there, by a program that its initrd brings ([`traps`]): the machine is no other than a user's.
 
 use std::fmt::Write;
 use std::time::{Duration, Instant};
 
 use agent::daemon::outcome::{Class, Failure};
-use agent::userland::initrd::Initrd;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -17,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::clients::{self, Clients};
 use super::report::SCHEMA_VERSION;
 use super::stage::{Shape, Stage};
+use super::traps;
 use super::upgrade::kernels;
 use crate::lab::{Lab, accel};
 
@@ -60,21 +60,6 @@ impl Kind {
             Kind::Agent => "agent",
         }
     }
-}
-
-/// An initrd whose program, started as `rdinit=/trap`, does `then` in the successor as soon as it has had `cpus` CPUs for a second.
-///
-/// # Errors
-/// It cannot be packed.
-pub fn trap(cpus: u32, then: &str) -> Result<Vec<u8>> {
-    let mut initrd = Initrd::new();
-    let script = format!(
-        "#!/bin/sh\n(\n\
-         until [ \"$(grep -c ^processor /proc/cpuinfo 2> /dev/null)\" -ge {cpus} ] 2> /dev/null; do sleep 0.2; done\n\
-         sleep 1\n{then}\n) &\nexec /init\n"
-    );
-    initrd.file("/trap", 0o755, script);
-    Ok(initrd.bytes()?)
 }
 
 /// A shell's line that says `baton VERB` in the incumbent until batond heeds it.
@@ -173,7 +158,7 @@ fn one(stage: &Stage, kind: Kind, release: &str, options: &Options) -> Result<Ru
     let mut words = vec!["baton", "upgrade", "--json", "--kernel", &image, "--probation", PROBATION];
     match kind.trap() {
         Some(then) => {
-            guest.put("/tmp/trap", 0o644, &trap(successors, then)?)?;
+            guest.put("/tmp/trap", 0o644, &traps::once_it_has(successors, then)?)?;
             words.extend(["--initrd", "/tmp/trap"]);
             line.push_str(" rdinit=/trap");
         }

@@ -124,22 +124,7 @@ fn information(socket: BorrowedFd<'_>) -> io::Result<Information> {
 pub fn look(socket: BorrowedFd<'_>) -> Result<Seen> {
     let number = |option| get_number(socket, SOCKET, option);
     let (family, kind, protocol) = (number(libc::SO_DOMAIN)?, number(libc::SO_TYPE)?, number(libc::SO_PROTOCOL)?);
-    let mut seen = Seen {
-        family,
-        kind,
-        protocol,
-        state: 0,
-        connected: false,
-        upper: None,
-        filtered: false,
-        urgent: false,
-        urgent_inline: false,
-        tells_left: false,
-        peek_offset: -1,
-        under_repair: false,
-        bound_to_device: false,
-        signs: false,
-    };
+    let mut seen = Seen::of(family, kind, protocol);
     // Of another kind of socket the rest would mean something else.
     if protocol != libc::IPPROTO_TCP || kind != libc::SOCK_STREAM {
         return Ok(seen);

@@ -40,6 +40,28 @@ pub struct Seen {
     pub signs: bool,
 }
 
+impl Seen {
+    /// A socket of this sort of which nothing else is known: nothing stands against it.
+    pub fn of(family: i32, kind: i32, protocol: i32) -> Seen {
+        Seen {
+            family,
+            kind,
+            protocol,
+            state: 0,
+            connected: false,
+            upper: None,
+            filtered: false,
+            urgent: false,
+            urgent_inline: false,
+            tells_left: false,
+            peek_offset: -1,
+            under_repair: false,
+            bound_to_device: false,
+            signs: false,
+        }
+    }
+}
+
 /// Why a socket cannot cross.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
@@ -359,22 +381,8 @@ mod tests {
     use super::*;
 
     fn plain() -> Seen {
-        Seen {
-            family: libc::AF_INET,
-            kind: libc::SOCK_STREAM,
-            protocol: libc::IPPROTO_TCP,
-            state: ESTABLISHED,
-            connected: true,
-            upper: None,
-            filtered: false,
-            urgent: false,
-            urgent_inline: false,
-            tells_left: false,
-            peek_offset: -1,
-            under_repair: false,
-            bound_to_device: false,
-            signs: false,
-        }
+        let seen = Seen::of(libc::AF_INET, libc::SOCK_STREAM, libc::IPPROTO_TCP);
+        Seen { state: ESTABLISHED, connected: true, ..seen }
     }
 
     #[test]
